@@ -1,0 +1,371 @@
+"""Data: pictures in, batches of uint8 views out (paper: A.1, Table 9).
+
+The way of a picture, top to bottom: `load_image` decodes it; `TrainBatches` makes the batch of micro-step k, with the
+student's clean and colour-augmented views and the teacher's clean view; `TestImages` makes the pictures of an
+evaluation. Their boxes come from coco.py. Boxes are xyxy in pixels, sizes (height, width).
+
+    python data.py shapes datasets/shapes      # writes the small embedded data set
+"""
+import argparse
+import sys
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn.functional import pad
+from torchvision.transforms import v2
+
+from coco import CocoBoxes, DataError, UndecodableImage, warn
+from shapes import write_shapes
+
+STRIDE = 32      # batches are padded to a multiple of it: the stride of the backbone's last stage, pixels
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+def as_stated(image: Image.Image, path: str, size: tuple[int, int]) -> Image.Image:
+    """The picture turned as its annotation sees it: `size` (height, width) decides whether EXIF is obeyed.
+
+    Raises DataError where neither way fits; to turn the pixels anyway would hide a wrong annotation."""
+    height, width = size
+    if image.size == (width, height):
+        return image
+    sideways = image.getexif().get(0x0112) in (5, 6, 7, 8)        # the EXIF orientations that swap the sides
+    if sideways and image.size == (height, width):
+        return ImageOps.exif_transpose(image)
+    raise DataError(f"{path} is {image.width} x {image.height} pixels (width x height), "
+                    f"its annotation says {width} x {height}")
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):               # 16 bits a pixel, which Pillow would clip at 255, not scale
+        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def load_image(path: str, size: tuple[int, int]) -> Image.Image:
+    """RGB picture of the (height, width) that its annotation states. Raises UndecodableImage, DataError."""
+    try:
+        with Image.open(path) as image:
+            return as_rgb(as_stated(image, path, size))
+    except DataError:
+        raise
+    except Exception as error:                   # Pillow: OSError, SyntaxError, ValueError, struct.error, ...
+        raise UndecodableImage(f"{path} cannot be decoded: {str(error) or type(error).__name__}") from None
+
+
+def check_sizes(annotations: CocoBoxes, at_most: int = 2000) -> None:
+    """Compares the headers of up to `at_most` pictures, evenly spaced, with the annotation. Raises DataError.
+
+    A picture without a readable header passes with a warning: training skips it, evaluation stops at it."""
+    checked = np.unique(np.linspace(0, len(annotations) - 1, min(at_most, len(annotations))).astype(int))
+    wrong = []
+    for path, size in ((annotations.path(i), annotations.size(i)) for i in checked):
+        try:
+            with Image.open(path) as image:
+                as_stated(image, path, size)
+        except DataError as error:
+            wrong.append(str(error))
+        except Exception as error:
+            warn(f"{path} cannot be decoded: {error}")
+    if wrong:
+        raise DataError(f"{annotations.json_path}: {len(wrong)} of {len(checked)} pictures looked at have "
+                        f"another size than it states, the first: {wrong[0]}")
+
+
+def resized(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
+    """(height, width) with the shorter side at min_size, unless the longer one would then pass max_size."""
+    scale = min(min_size / min(height, width), max_size / max(height, width))
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
+def fitted(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
+    """`size`, shrunk where it does not fit into `canvas`; both (height, width)."""
+    shrink = min(1, canvas[0] / size[0], canvas[1] / size[1])
+    return max(1, int(size[0] * shrink)), max(1, int(size[1] * shrink))
+
+
+def canvas_of(sizes: list[tuple[int, int]]) -> tuple[int, int]:
+    """(height, width) of the padded batch that holds all of `sizes`."""
+    return tuple(-(-max(sides) // STRIDE) * STRIDE for sides in zip(*sizes))
+
+
+def view(image: Image.Image, size: tuple[int, int], flip: bool) -> Image.Image:
+    """The picture at `size` (height, width), mirrored left to right if `flip`."""
+    image = image.resize(size[::-1], Image.BILINEAR)             # Pillow averages where it shrinks
+    return image.transpose(Image.FLIP_LEFT_RIGHT) if flip else image
+
+
+def pixels(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)    # (3, height, width) uint8
+
+
+def view_boxes(boxes: np.ndarray, original: tuple[int, int], size: tuple[int, int], flip: bool) -> Tensor:
+    """(G,4) xyxy in pixels of a file of size `original` -> in pixels of its view."""
+    height, width = size
+    boxes = torch.from_numpy(boxes) * torch.tensor([width / original[1], height / original[0]] * 2)
+    x0, y0, x1, y1 = boxes.unbind(1)
+    return torch.stack([width - x1, y0, width - x0, y1], 1) if flip else boxes
+
+
+def view_mask(mask: np.ndarray, size: tuple[int, int], flip: bool) -> Tensor:
+    """(height, width) mask of a file -> bool at stride 4 of its view: pixels 2, 6, 10, ... both ways."""
+    (height, width), (file_height, file_width) = size, mask.shape
+    rows, columns = np.arange(2, height, 4), np.arange(2, width, 4)
+    if flip:
+        columns = width - 1 - columns
+    # The file's pixel under the centre of the view's: no mask is ever resized as a whole.
+    rows = ((rows + 0.5) * file_height / height).astype(int)
+    columns = ((columns + 0.5) * file_width / width).astype(int)
+    return torch.from_numpy(mask[np.ix_(rows, columns)].astype(bool))
+
+
+# The student's colour augmentations (Table 9, hue 0.1 in both; strong-blur: the released 3x recipe). They
+# take Pillow's pictures: faster than tensors, and no sum in them depends on the number of threads.
+STRONG = [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2)]
+AUGMENTATIONS = {
+    "none": None,
+    "weak": v2.RandomApply([v2.ColorJitter(0.2, 0.2, 0.2, 0.1)], 0.2),
+    "strong": v2.Compose(STRONG),
+    "strong-blur": v2.Compose([*STRONG, v2.RandomApply([v2.GaussianBlur(3, (0.1, 2.0))], 0.5)]),
+}
+
+
+# ----------------------------------------------------------------------------------------------- batches
+
+class Batch(NamedTuple):
+    """Pictures are uint8 RGB, padded with zeros at the right and at the bottom to a multiple of 32."""
+    images: Tensor                          # (B,3,H,W) clean view at the student's size
+    sizes: list[tuple[int, int]]            # true (height, width) within images
+    original_sizes: list[tuple[int, int]]   # (height, width) of the files
+    image_ids: list[int]
+    boxes: list[Tensor]                     # (G,4) float32 xyxy in pixels of images
+    labels: list[Tensor]                    # (G,) int64
+    augmented: Tensor | None                # (B,3,H,W) colour-augmented for the student; None: it sees images
+    teacher_images: Tensor | None           # (B,3,Ht,Wt) clean view at the teacher's size, flipped alike
+    teacher_sizes: list[tuple[int, int]]    # true (height, width) within teacher_images; [] without a teacher
+    masks: list[Tensor] | None              # (G,H/4,W/4) bool ground truth at pixels 2, 6, 10, ... of images
+    skipped: list[str]                      # "path ...: why" of undecodable pictures that others stand in for
+
+    def to(self, device) -> "Batch":
+        return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":        # for the DataLoader, whose own way turns the sizes into lists
+        return self._each_tensor(Tensor.pin_memory)
+
+    def _each_tensor(self, change) -> "Batch":
+        def changed(value):
+            if isinstance(value, list):
+                return [changed(item) for item in value]
+            return change(value) if isinstance(value, Tensor) else value
+        return Batch(*map(changed, self))
+
+
+class Sample(NamedTuple):
+    """One picture on its way into a Batch, not padded yet."""
+    image: Tensor                           # (3,h,w) uint8
+    augmented: Tensor | None
+    teacher_image: Tensor | None
+    masks: Tensor | None                    # (G, h/4, w/4) bool
+    boxes: Tensor
+    labels: Tensor
+    original_size: tuple[int, int]
+    image_id: int
+    skipped: list[str]
+
+
+def padded(tensor: Tensor, canvas: tuple[int, int]) -> Tensor:
+    return pad(tensor, (0, canvas[1] - tensor.shape[-1], 0, canvas[0] - tensor.shape[-2]))
+
+
+def collate(samples: list[Sample], canvas: tuple[int, int], teacher_canvas: tuple[int, int] | None) -> Batch:
+    """Pads the views to their canvas, (height, width)."""
+    def stacked(pictures, canvas):
+        return None if pictures[0] is None else torch.stack([padded(picture, canvas) for picture in pictures])
+
+    images, augmented, teacher, masks, boxes, labels, originals, image_ids, skipped = map(list, zip(*samples))
+    quarter = canvas[0] // 4, canvas[1] // 4
+    return Batch(stacked(images, canvas), [tuple(image.shape[1:]) for image in images], originals, image_ids,
+                 boxes, labels, stacked(augmented, canvas), stacked(teacher, teacher_canvas),
+                 [tuple(image.shape[1:]) for image in teacher if image is not None],
+                 None if masks[0] is None else [padded(mask, quarter) for mask in masks], sum(skipped, []))
+
+
+class Draw(NamedTuple):
+    """What chance decides of a sample, known before its picture is opened."""
+    picture: int
+    min_size: int
+    flip: bool
+    colour_seed: int
+
+
+class TrainBatches(torch.utils.data.Dataset):
+    """Item k is this process's Batch of micro-step k of the run, for any k >= 0.
+
+    batch_size: pictures of a micro-step over all world_size processes, a multiple of it; min_sizes: shorter
+    sides to draw from, max_size: longest side, teacher_size: (shorter, longest) side or None, all in pixels;
+    augment: one of AUGMENTATIONS. Raises ValueError for these, DataError where there is no box to learn from,
+    for a picture that has not the stated size, and for 100 undecodable pictures in a row.
+
+    Which pictures item k has follows from (seed, k, batch_size); their sizes, flips and colours from (seed,
+    k, place in the batch). So workers, restarts and the number of processes change nothing, and no state of
+    the loader is saved. For DataLoader(batches, batch_size=None, sampler=range(start, stop),
+    collate_fn=TrainBatches.collate, ...)."""
+
+    def __init__(self, annotations: CocoBoxes, *, batch_size: int, min_sizes: list[int], max_size: int,
+                 teacher_size: tuple[int, int] | None = None, augment: str = "none", seed: int = 0,
+                 rank: int = 0, world_size: int = 1):
+        if batch_size % world_size:
+            raise ValueError(f"{batch_size} pictures a micro-step do not divide among {world_size} processes")
+        if augment not in AUGMENTATIONS:
+            raise ValueError(f"augment is one of {', '.join(AUGMENTATIONS)}, not {augment!r}")
+        if not len(annotations.boxes):
+            raise DataError(f"{annotations.json_path} has no usable box to train on")
+        self.annotations, self.batch_size, self.seed = annotations, batch_size, seed
+        self.min_sizes, self.max_size, self.teacher_size = list(min_sizes), max_size, teacher_size
+        self.augment = AUGMENTATIONS[augment]
+        share = batch_size // world_size
+        self.own = slice(rank * share, (rank + 1) * share)
+        self.wide = annotations.sizes[:, 1] >= annotations.sizes[:, 0]
+        self.repeats = -(-batch_size // len(annotations))        # a tiny set is gone through more than once
+        self.epoch_length = len(annotations) * self.repeats // batch_size
+        self.epoch, self.plan = -1, None
+
+    def __getitem__(self, k: int) -> Batch:
+        draws = [self.draw(k, place, picture) for place, picture in enumerate(self.order(k))]
+        # Padded for the pictures of all processes, not for this one's alone: padding has a say in the
+        # features, so a step would depend on the number of processes. And all have the same work to do.
+        canvas = canvas_of([self.resized(draw.picture, draw.min_size, self.max_size) for draw in draws])
+        teacher_canvas = None
+        if self.teacher_size:
+            teacher_canvas = canvas_of([self.resized(draw.picture, *self.teacher_size) for draw in draws])
+        samples = [self.sample(draw, canvas, teacher_canvas) for draw in draws[self.own]]
+        return collate(samples, canvas, teacher_canvas)
+
+    @staticmethod
+    def collate(batch: Batch) -> Batch:
+        return batch                     # the DataLoader's own conversion would turn the sizes into lists
+
+    def order(self, k: int) -> list[int]:
+        """The pictures of micro-step k, of all processes: batch_size numbers."""
+        epoch, batch = divmod(k, self.epoch_length)
+        if epoch != self.epoch:
+            self.epoch, self.plan = epoch, self.plan_epoch(epoch)
+        return self.plan[batch].tolist()
+
+    def plan_epoch(self, epoch: int) -> np.ndarray:
+        """(epoch_length, batch_size) pictures, each once, without those that do not fill a last batch.
+
+        Landscape and portrait pictures have batches of their own, for less padding; only leftovers mix."""
+        rng = np.random.default_rng([self.seed, epoch, self.batch_size])     # no sample has so high a place
+        order = np.concatenate([rng.permutation(len(self.annotations)) for _ in range(self.repeats)])
+        groups = order[self.wide[order]], order[~self.wide[order]]
+        filled = [len(group) - len(group) % self.batch_size for group in groups]
+        rest = rng.permutation(np.concatenate([group[n:] for group, n in zip(groups, filled)]))
+        rest = rest[:len(rest) - len(rest) % self.batch_size]
+        batches = np.concatenate([*(group[:n] for group, n in zip(groups, filled)), rest])
+        return rng.permutation(batches.reshape(-1, self.batch_size))
+
+    def draw(self, k: int, place: int, picture: int) -> Draw:
+        rng = np.random.default_rng([self.seed, k, place])
+        return Draw(picture, self.min_sizes[rng.integers(len(self.min_sizes))], bool(rng.random() < 0.5),
+                    int(rng.integers(2**62)))
+
+    def resized(self, picture: int, min_size: int, max_size: int) -> tuple[int, int]:
+        return resized(*self.annotations.size(picture), min_size, max_size)
+
+    def decode(self, picture: int) -> tuple[Image.Image, int, list[str]]:
+        """-> the picture, or the next one that can be decoded; its number; what is wrong with the skipped."""
+        skipped = []
+        for i in range(picture, picture + min(len(self.annotations), 100)):
+            i %= len(self.annotations)
+            try:
+                return load_image(self.annotations.path(i), self.annotations.size(i)), i, skipped
+            except UndecodableImage as error:
+                skipped.append(str(error))
+        raise DataError(f"{len(skipped)} pictures in a row cannot be decoded, the first: {skipped[0]}")
+
+    def sample(self, draw: Draw, canvas: tuple[int, int], teacher_canvas: tuple[int, int] | None) -> Sample:
+        image, i, skipped = self.decode(draw.picture)
+        # Fitted for a picture that stands in for a broken one: the canvas is fixed, and the others' too.
+        size = fitted(self.resized(i, draw.min_size, self.max_size), canvas)
+        student, teacher = view(image, size, draw.flip), None
+        if self.teacher_size:
+            teacher_size = fitted(self.resized(i, *self.teacher_size), teacher_canvas)
+            teacher = pixels(student if teacher_size == size else view(image, teacher_size, draw.flip))
+        boxes, labels = self.annotations.image_boxes(i)
+        return Sample(pixels(student), self.coloured(student, draw.colour_seed), teacher,
+                      self.masks(i, size, draw.flip),
+                      view_boxes(boxes, self.annotations.size(i), size, draw.flip), torch.tensor(labels),
+                      self.annotations.size(i), int(self.annotations.image_ids[i]), skipped)
+
+    def coloured(self, image: Image.Image, seed: int) -> Tensor | None:
+        if self.augment is None:
+            return None
+        with torch.random.fork_rng(devices=[]):                  # torchvision draws from the global generator
+            torch.manual_seed(seed)
+            return pixels(self.augment(image))
+
+    def masks(self, i: int, size: tuple[int, int], flip: bool) -> Tensor | None:
+        if self.annotations.rles is None:
+            return None
+        masks = [view_mask(self.annotations.mask(i, box), size, flip)
+                 for box in range(*self.annotations.offsets[i:i + 2])]
+        return torch.stack(masks) if masks else torch.zeros(0, 1, 1, dtype=torch.bool)
+
+
+class TestImages(torch.utils.data.Dataset):
+    """Item i is picture i at the test size with its boxes; `TestImages.collate` makes a Batch of several.
+
+    min_size: shorter side, unless the longer one would pass max_size, pixels. Raises DataError."""
+
+    __test__ = False                # pytest goes by names and would take it for a test
+
+    def __init__(self, annotations: CocoBoxes, min_size: int, max_size: int):
+        self.annotations, self.min_size, self.max_size = annotations, min_size, max_size
+
+    def __len__(self) -> int:
+        return len(self.annotations)
+
+    def __getitem__(self, i: int) -> Sample:
+        original = self.annotations.size(i)
+        size = resized(*original, self.min_size, self.max_size)
+        image = view(load_image(self.annotations.path(i), original), size, flip=False)
+        boxes, labels = self.annotations.image_boxes(i)
+        return Sample(pixels(image), None, None, None, view_boxes(boxes, original, size, flip=False),
+                      torch.tensor(labels), original, int(self.annotations.image_ids[i]), [])
+
+    @staticmethod
+    def collate(samples: list[Sample]) -> Batch:
+        return collate(samples, canvas_of([sample.image.shape[1:] for sample in samples]), None)
+
+
+# ------------------------------------------------------------------------------------------ command line
+
+def positive(text: str) -> int:
+    """For argparse: an integer of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return int(text)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Data sets for training and evaluation.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    shapes = commands.add_parser("shapes", help="write the embedded data set of drawn shapes, in COCO layout",
+                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    shapes.add_argument("dir", metavar="DIR", help="folder to make, for example datasets/shapes")
+    shapes.add_argument("--train", type=positive, default=3000, metavar="N", help="pictures to train on")
+    shapes.add_argument("--val", type=positive, default=200, metavar="N", help="pictures to evaluate on")
+    shapes.add_argument("--size", type=positive, default=128, metavar="S", help="side of a picture, pixels")
+    shapes.add_argument("--seed", type=int, default=0, metavar="S", help="another one draws another set")
+    options = parser.parse_args(arguments)
+    try:
+        write_shapes(options.dir, options.train, options.val, options.size, options.seed)
+    except DataError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,478 @@
+"""The network of BoxTeacher: CondInst, that is FCOS with a dynamic mask head (paper Sec. 3.1 and 4).
+
+Read from top to bottom as a picture travels through it:
+
+    pixels -> ResNet (C3-C5) -> FPN (P3-P7) -> FCOS head -> class, ltrb, centerness, controller at each location
+                                   |
+                                   +-> mask branch -> mask features at stride 8
+    controller + mask features -> dynamic mask head -> mask logits at stride 4
+    all of it -> detect -> paste -> Instances of the picture
+
+Teacher and student are two of these with different weights. Sources: FCOS (Tian et al., ICCV 2019),
+CondInst (Tian et al., ECCV 2020).
+"""
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+from torchvision.ops import FrozenBatchNorm2d, batched_nms
+
+STRIDES = (8, 16, 32, 64, 128)                     # of P3 ... P7, pixels
+SIZES_OF_INTEREST = (64, 128, 256, 512, 1024)      # scale of the relative coordinates at P3 ... P7, pixels
+PIXEL_MEAN = (123.675, 116.28, 103.53)             # RGB, of ImageNet
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+class Locations(NamedTuple):
+    """The L places of all levels, level by level, row by row, at which FCOS predicts."""
+
+    xy: Tensor      # (L, 2) pixels of the network's input
+    stride: Tensor  # (L,) pixels
+    level: Tensor   # (L,) 0 for P3 ... 4 for P7
+
+
+class Predictions(NamedTuple):
+    """What the network says of a batch of B pictures before any threshold. All float32."""
+
+    class_logits: Tensor    # (B, L, classes)
+    ltrb: Tensor            # (B, L, 4) distances to the box's left, top, right, bottom, in strides, >= 0
+    centerness: Tensor      # (B, L) logits
+    controllers: Tensor     # (B, L, 233) parameters of the mask head of an instance found there
+    mask_features: Tensor   # (B, 16, H/8, W/8)
+    locations: Locations
+
+
+    def of_picture(self, index: int) -> "Predictions":
+        """Those of one picture, as a batch of one."""
+        return Predictions(*(x[index:index + 1] for x in self[:-1]), self.locations)
+
+
+class Detections(NamedTuple):
+    """Boxes of one picture after NMS, best first."""
+
+    boxes: Tensor   # (N, 4) xyxy pixels of the network's input, not clipped to it
+    scores: Tensor  # (N,) sqrt(class probability * centerness), the detector's own confidence
+    labels: Tensor  # (N,)
+    rows: Tensor    # (N,) the location, 0 ... L-1, that found it
+
+
+class Instances(NamedTuple):
+    """The final answer for one picture, on the CPU, at the picture's own size (H, W)."""
+
+    boxes: Tensor   # (N, 4) xyxy pixels
+    scores: Tensor  # (N,)
+    labels: Tensor  # (N,)
+    masks: Tensor   # (N, H, W) bool
+
+
+# ------------------------------------------------------------------------------------------------ backbone
+
+
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; every process's copy feeds all losses, so gradients are summed too."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return SumOverProcesses.forward(ctx, gradient)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation whose statistics are those of the whole batch, however many processes hold it.
+
+    torch.nn.SyncBatchNorm does the same on GPUs only. On one process this is nn.BatchNorm2d.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(x)
+        var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+        n = x.new_full((1,), x.numel() // x.shape[1], dtype=torch.float32)
+        total, local_mean = SumOverProcesses.apply(torch.cat([n, n * mean])), mean
+        # squares about the common mean: the mean of x^2 less the squared mean loses a small variance to rounding
+        mean = total[1:] / total[0]
+        var = SumOverProcesses.apply(n * (var + (local_mean - mean).square())) / total[0]
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * total[0] / (total[0] - 1), self.momentum)
+        scale = self.weight * (var + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
+
+
+class ResNet(nn.Module):
+    """torchvision's ResNet up to C5; forward gives [C3, C4, C5] at strides 8, 16, 32.
+
+    frozen: BatchNorm is a constant and stem and first stage do not learn: the recipe for ImageNet weights.
+    Otherwise (from scratch) everything learns. Any module with this forward and `channels` can take its place.
+    """
+
+    def __init__(self, name: str, frozen: bool):
+        super().__init__()
+        norm = FrozenBatchNorm2d if frozen else BatchNorm
+        if name == "r18-slim":
+            net = slim_resnet18(norm)
+        else:
+            net = getattr(torchvision.models, name.replace("r", "resnet"))(weights=None, norm_layer=norm)
+        self.body = nn.ModuleDict({
+            "stem": nn.Sequential(net.conv1, net.bn1, nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)),
+            "c2": net.layer1, "c3": net.layer2, "c4": net.layer3, "c5": net.layer4})
+        self.channels = [self._width(self.body[level]) for level in ("c3", "c4", "c5")]
+        if frozen:
+            self.body["stem"].requires_grad_(False)
+            self.body["c2"].requires_grad_(False)
+
+    @staticmethod
+    def _width(stage: nn.Sequential) -> int:
+        block = stage[-1]
+        return (block.conv2 if isinstance(block, BasicBlock) else block.conv3).out_channels
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = []
+        for stage in self.body.values():
+            x = stage(x)
+            maps.append(x)
+        return maps[2:]
+
+
+def load_backbone(backbone: ResNet, name: str, weights: str) -> None:
+    """Fill a ResNet with torchvision's weights: "imagenet" (downloaded once), or a file with their state dict.
+
+    Raises OSError where they cannot be had, ValueError where they do not fit.
+    """
+    if weights == "imagenet":
+        found = torchvision.models.get_model_weights(name.replace("r", "resnet")).IMAGENET1K_V1
+        try:
+            state = found.get_state_dict(progress=False)
+        except OSError as error:
+            raise OSError(f"cannot download ImageNet weights ({error}); fetch {found.url} elsewhere and name the file "
+                          "with --backbone-weights FILE, or learn from scratch with --backbone-weights none") from None
+    else:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    places = {"conv1": "stem.0", "bn1": "stem.1", "layer1": "c2", "layer2": "c3", "layer3": "c4", "layer4": "c5"}
+    try:
+        state = {places[first] + "." + rest: value for key, value in state.items()
+                 for first, _, rest in [key.partition(".")] if first != "fc"}
+        backbone.body.load_state_dict(state)
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{weights} does not hold the weights of torchvision's {name}: "
+                         f"{str(error).splitlines()[-1].strip()}") from None
+
+
+def slim_resnet18(norm) -> nn.Module:
+    """ResNet-18 at half its width (32 to 256 channels): small enough to learn from scratch on a CPU."""
+
+    def stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+        shortcut = None
+        if inputs != outputs:
+            shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm(outputs))
+        return nn.Sequential(BasicBlock(inputs, outputs, stride, shortcut, norm_layer=norm),
+                             BasicBlock(outputs, outputs, norm_layer=norm))
+
+    net = nn.Module()
+    net.conv1, net.bn1 = nn.Conv2d(3, 32, 7, 2, 3, bias=False), norm(32)
+    net.layer1, net.layer2 = stage(32, 32, 1), stage(32, 64, 2)
+    net.layer3, net.layer4 = stage(64, 128, 2), stage(128, 256, 2)
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return net
+
+
+class FPN(nn.Module):
+    """Feature pyramid P3-P7, all `channels` wide; P6 and P7 are made from P5."""
+
+    def __init__(self, inputs: list[int], channels: int):
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in inputs)
+        self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in inputs)
+        self.p6 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.p7 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        for conv in [*self.lateral, *self.output, self.p6, self.p7]:
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        maps = [lateral(x) for lateral, x in zip(self.lateral, maps)]
+        for i in (1, 0):  # top-down
+            maps[i] = maps[i] + F.interpolate(maps[i + 1], size=maps[i].shape[-2:], mode="nearest")
+        p3, p4, p5 = (output(x) for output, x in zip(self.output, maps))
+        p6 = self.p6(p5)
+        return [p3, p4, p5, p6, self.p7(F.relu(p6))]
+
+
+# ---------------------------------------------------------------------------------------------- heads
+
+
+def tower(channels: int, depth: int = 4) -> nn.Sequential:
+    groups = min(32, channels // 2)  # never a single channel: a group would then be one value where P7 is one cell
+    layers = []
+    for _ in range(depth):
+        layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(groups, channels), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
+class FCOSHead(nn.Module):
+    """The head of FCOS (Sec. 3), shared by all levels, with CondInst's controller on the box tower."""
+
+    def __init__(self, channels: int, num_classes: int, num_params: int):
+        super().__init__()
+        self.class_tower, self.box_tower = tower(channels), tower(channels)
+        self.class_logits = nn.Conv2d(channels, num_classes, 3, padding=1)
+        self.ltrb = nn.Conv2d(channels, 4, 3, padding=1)
+        self.centerness = nn.Conv2d(channels, 1, 3, padding=1)
+        self.controller = nn.Conv2d(channels, num_params, 3, padding=1)
+        self.scales = nn.Parameter(torch.ones(len(STRIDES)))  # one learnt factor a level for ltrb
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+                nn.init.zeros_(module.bias)
+        # every class starts at probability 0.01, so that the background does not swamp the first steps
+        nn.init.constant_(self.class_logits.bias, -math.log(99))
+        # and every side at one stride, as FCOS's exp(0): a ReLU that starts around 0 passes half of the gradients
+        nn.init.ones_(self.ltrb.bias)
+
+    def forward(self, pyramid: list[Tensor]) -> list[Tensor]:
+        """Class logits (B, L, classes), ltrb (B, L, 4) in strides, centerness (B, L), controllers (B, L, P)."""
+        outputs = []
+        for scale, x in zip(self.scales, pyramid):
+            classes, box = self.class_tower(x), self.box_tower(x)
+            maps = (self.class_logits(classes), F.relu(scale * self.ltrb(box)),
+                    self.centerness(box), self.controller(box))
+            outputs.append([m.flatten(2).transpose(1, 2) for m in maps])  # (B, H*W, channels)
+        class_logits, ltrb, centerness, controllers = (torch.cat(maps, 1).float() for maps in zip(*outputs))
+        return [class_logits, ltrb, centerness.squeeze(-1), controllers]
+
+
+class MaskBranch(nn.Module):
+    """P3-P5 refined and summed at stride 8, four convolutions, 16 channels for the mask heads (CondInst Sec. 3.2)."""
+
+    def __init__(self, inputs: int, width: int, outputs: int):
+        super().__init__()
+        self.refine = nn.ModuleList(self._block(inputs, width) for _ in range(3))
+        self.tower = nn.Sequential(*(self._block(width, width) for _ in range(4)))
+        self.output = nn.Conv2d(width, outputs, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, a=1)
+        nn.init.zeros_(self.output.bias)
+
+    @staticmethod
+    def _block(inputs: int, outputs: int) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), BatchNorm(outputs),
+                             nn.ReLU(inplace=True))
+
+    def forward(self, pyramid: list[Tensor]) -> Tensor:
+        p3, p4, p5 = (refine(x) for refine, x in zip(self.refine, pyramid))
+        x = p3 + aligned_bilinear(p4, 2) + aligned_bilinear(p5, 4)
+        return self.output(self.tower(x)).float()
+
+
+def aligned_bilinear(x: Tensor, factor: int) -> Tensor:
+    """Enlarge (..., C, h, w) by `factor`: output cell p reads the input at (p - factor // 2) / factor.
+
+    That is the alignment of CondInst, with which the authors' weights are trained, and neither of the two that
+    interpolate has. But align_corners=True over a map that is one cell larger on each side has the right spacing,
+    1 / factor, and only needs to be cut at the right place.
+    """
+    if factor == 1:
+        return x
+    h, w = x.shape[-2:]
+    x = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    x = F.interpolate(x, size=(factor * (h + 1) + 1, factor * (w + 1) + 1), mode="bilinear", align_corners=True)
+    start = factor - factor // 2
+    return x[..., start:start + factor * h, start:start + factor * w]
+
+
+MASK_HEAD_WIDTH = 8
+
+
+def num_mask_params(channels: int) -> int:
+    """Weights and biases of an instance's mask head of 1x1 layers (channels + 2) -> 8 -> 8 -> 1: 233 for 16."""
+    n = MASK_HEAD_WIDTH
+    return (channels + 2) * n + n * n + n + n + n + 1
+
+
+def dynamic_mask_head(mask_features: Tensor, controllers: Tensor, xy: Tensor, size_of_interest: Tensor,
+                      counts: list[int]) -> Tensor:
+    """Each instance's own three-layer mask head over the mask features of its picture (CondInst Sec. 3.1).
+
+    mask_features (B, C, H, W) at stride 8; controllers (K, P), xy (K, 2) pixels of the instance's location and
+    size_of_interest (K,) pixels, instances ordered by picture, counts[b] of them in picture b.
+    Returns logits (K, 2H, 2W) at stride 4.
+
+    The input of layer 1 is the relative coordinate (xy - pixel) / size_of_interest beside the features. Written
+    as xy / size - pixel / size, its first half is a bias and its second reads the pixel coordinates, which all
+    instances share. So layer 1 of all instances of a picture is ONE matrix product with the picture's own map.
+    """
+    n, (batch, c, h, w) = MASK_HEAD_WIDTH, mask_features.shape
+    with torch.autocast(mask_features.device.type, enabled=False):
+        w1, w2, w3, b1, b2, b3 = controllers.float().split([n * (c + 2), n * n, n, n, n, 1], dim=1)
+        w1, w2, w3 = w1.unflatten(1, (n, c + 2)), w2.unflatten(1, (n, n)), w3.unflatten(1, (1, n))
+        w_xy = w1[:, :, :2] / size_of_interest.view(-1, 1, 1)
+        b1 = b1 + (w_xy * xy[:, None]).sum(-1)
+        w1 = torch.cat([-w_xy, w1[:, :, 2:]], dim=2)
+
+        x = torch.arange(w, device=xy.device).mul(8).add(4.0).expand(h, w)
+        y = torch.arange(h, device=xy.device).mul(8).add(4.0)[:, None].expand(h, w)
+        features = torch.cat([torch.stack([x, y]).expand(batch, 2, h, w), mask_features.float()], 1).flatten(2)
+
+        hidden = [torch.addmm(b.reshape(-1, 1), weight.reshape(-1, c + 2), picture)   # (8 k, H*W)
+                  for picture, weight, b in zip(features, w1.split(counts), b1.split(counts))]
+        hidden = F.relu(torch.cat(hidden)).view(len(controllers), n, h * w)
+        hidden = F.relu(torch.baddbmm(b2[:, :, None], w2, hidden))
+        logits = torch.baddbmm(b3[:, :, None], w3, hidden).view(len(controllers), 1, h, w)
+        return aligned_bilinear(logits, 2)[:, 0]
+
+
+# ------------------------------------------------------------------------------------------- the network
+
+
+class CondInst(nn.Module):
+    """FCOS with a dynamic mask head.
+
+    backbone: a module that gives [C3, C4, C5] and names their widths in `channels`.
+    channels: width of FPN and heads, a multiple of 32 (GroupNorm). The mask branch is min(128, channels) wide.
+    """
+
+    def __init__(self, backbone: nn.Module, num_classes: int, channels: int = 256, mask_channels: int = 16):
+        super().__init__()
+        self.num_classes = num_classes
+        self.backbone = backbone
+        self.fpn = FPN(backbone.channels, channels)
+        self.head = FCOSHead(channels, num_classes, num_mask_params(mask_channels))
+        self.mask_branch = MaskBranch(channels, min(128, channels), mask_channels)
+        self.register_buffer("mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor, sizes: list[tuple[int, int]]) -> Predictions:
+        """images (B, 3, H, W) RGB 0..255, padded to multiples of 32; sizes: each picture's true (height, width)."""
+        pyramid = self.fpn(self.backbone(self.normalise(images, sizes)))
+        locations = make_locations([p.shape[-2:] for p in pyramid], images.device)
+        return Predictions(*self.head(pyramid), self.mask_branch(pyramid[:3]), locations)
+
+    def normalise(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
+        """Centre and scale the pixels; what lies outside a picture's true size becomes 0, the mean colour."""
+        images = (images - self.mean) / self.std
+        for image, (h, w) in zip(images, sizes):
+            image[:, h:] = 0
+            image[:, :, w:] = 0
+        return images
+
+
+def mask_logits(predictions: Predictions, rows: list[Tensor]) -> Tensor:
+    """Masks (K, H/4, W/4) of the instances at locations rows[b] (k_b,) of picture b, in that order."""
+    controllers = torch.cat([controllers[r] for controllers, r in zip(predictions.controllers, rows)])
+    locations, all_rows = predictions.locations, torch.cat(rows)
+    sizes = controllers.new_tensor(SIZES_OF_INTEREST)[locations.level[all_rows]]
+    return dynamic_mask_head(predictions.mask_features, controllers, locations.xy[all_rows], sizes,
+                             [len(r) for r in rows])
+
+
+def make_locations(level_sizes: list[tuple[int, int]], device: torch.device) -> Locations:
+    """Cell (row, column) of a level of stride s stands for pixel (column*s + s//2, row*s + s//2)."""
+    xy, stride, level = [], [], []
+    for i, ((h, w), s) in enumerate(zip(level_sizes, STRIDES)):
+        y, x = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
+        xy.append(torch.stack([x, y], -1).view(-1, 2) * s + s // 2)
+        stride.append(torch.full((h * w,), s, device=device))
+        level.append(torch.full((h * w,), i, device=device))
+    return Locations(torch.cat(xy).float(), torch.cat(stride).float(), torch.cat(level))
+
+
+def build_model(backbone: str, num_classes: int, channels: int = 256, frozen: bool = True) -> CondInst:
+    """A CondInst with random weights. backbone: r18-slim (from scratch only), r18, r34, r50 or r101."""
+    return CondInst(ResNet(backbone, frozen), num_classes, channels)
+
+
+# -------------------------------------------------------------------------------------------- inference
+
+
+def decode_boxes(ltrb: Tensor, locations: Locations) -> Tensor:
+    """Distances (..., L, 4) in strides to boxes (..., L, 4) xyxy pixels."""
+    ltrb = ltrb * locations.stride[:, None]
+    return torch.cat([locations.xy - ltrb[..., :2], locations.xy + ltrb[..., 2:]], -1)
+
+
+@torch.no_grad()
+def detect(picture: Predictions, score_threshold: float = 0.05, per_level: int = 1000,
+           nms_threshold: float = 0.6, limit: int = 100) -> Detections:
+    """Detections of one picture, see Predictions.of_picture (FCOS Sec. 3.3).
+
+    A (location, class) pair is a candidate where class probability * centerness > score_threshold; each level
+    keeps its `per_level` best; NMS is class by class over all levels; the `limit` best remain.
+    """
+    locations = picture.locations
+    quality = picture.class_logits[0].sigmoid() * picture.centerness[0].sigmoid()[:, None]
+    rows, labels = [], []
+    for level in range(len(STRIDES)):
+        at = (locations.level == level).nonzero()[:, 0]
+        candidates = quality[at].flatten()
+        best = candidates.topk(min(per_level, len(candidates)))
+        best = best.indices[best.values > score_threshold]
+        rows.append(at[best // quality.shape[1]])
+        labels.append(best % quality.shape[1])
+    rows, labels = torch.cat(rows), torch.cat(labels)
+    scores = quality[rows, labels].sqrt()
+    boxes = decode_boxes(picture.ltrb[0], locations)[rows]
+    # batched_nms moves each class to a place of its own, which fails for boxes at negative coordinates
+    keep = batched_nms(boxes - boxes.min() if len(boxes) else boxes, scores, labels, nms_threshold)[:limit]
+    return Detections(boxes[keep], scores[keep], labels[keep], rows[keep])
+
+
+@torch.no_grad()
+def paste_masks(logits: Tensor, size: tuple[int, int], output_size: tuple[int, int],
+                threshold: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Masks (K, h, w) at stride 4 to the picture's own size: (K, H, W) bool on the CPU, and their quality (K,).
+
+    Enlarge to the padded input, cut the padding off (true `size`), resize to output_size, then threshold: any
+    other order shifts the masks. Quality is the mean probability of the pixels above the threshold. Done in
+    chunks, so that 100 masks of a large picture never exist as floats at once.
+    """
+    height, width = output_size
+    pixels = max(height * width, 16 * logits.shape[-2] * logits.shape[-1])
+    chunk = max(1, 2 ** 25 // pixels)  # 128 MiB of float32
+    masks = torch.zeros(len(logits), height, width, dtype=torch.bool)
+    quality = logits.new_zeros(len(logits))
+    for start in range(0, len(logits), chunk):
+        part = slice(start, start + chunk)
+        probability = aligned_bilinear(logits[part, None].sigmoid(), 4)[..., :size[0], :size[1]]
+        probability = F.interpolate(probability, size=output_size, mode="bilinear", align_corners=False)[:, 0]
+        inside = probability > threshold
+        quality[part] = (probability * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
+        masks[part] = inside.cpu()
+    return masks, quality
+
+
+@torch.no_grad()
+def predict(model: CondInst, images: Tensor, sizes: list[tuple[int, int]], original_sizes: list[tuple[int, int]],
+            score_threshold: float = 0.05, rescore: bool = True) -> list[Instances]:
+    """The instances of each picture of a padded batch (as in CondInst.forward), model in eval mode.
+
+    original_sizes: (height, width) to which boxes and masks are brought. rescore: report sqrt(d * q), the
+    detector's score d times the quality q of the mask (paper Sec. 3.1), instead of d.
+    """
+    predictions = model(images, sizes)
+    answers = []
+    for i, ((h, w), (height, width)) in enumerate(zip(sizes, original_sizes)):
+        picture = predictions.of_picture(i)
+        found = detect(picture, score_threshold)
+        boxes = found.boxes * found.boxes.new_tensor([width / w, height / h, width / w, height / h])
+        boxes[:, 0::2] = boxes[:, 0::2].clamp(0, width)
+        boxes[:, 1::2] = boxes[:, 1::2].clamp(0, height)
+        keep = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
+        masks, quality = paste_masks(mask_logits(picture, [found.rows[keep]]), (h, w), (height, width))
+        scores = (found.scores[keep] * quality).sqrt() if rescore else found.scores[keep]
+        answers.append(Instances(boxes[keep].cpu(), scores.cpu(), found.labels[keep].cpu(), masks))
+    return answers

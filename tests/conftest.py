@@ -1,0 +1,60 @@
+"""What the tests share: the path to the modules, golden numbers, real pictures where there are any, small
+helpers."""
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+torch.set_num_threads(1)  # small tensors: more threads only get in each other's way
+
+from model import Predictions, make_locations  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """golden("01_fcos_targets") -> {name: tensor}, numbers of the authors' program; integers become int64."""
+    def load(name: str) -> dict[str, torch.Tensor]:
+        with np.load(Path(__file__).parent / "golden" / f"{name}.npz") as file:
+            arrays = {key: torch.from_numpy(np.array(file[key])) for key in file.files}
+        return {key: x.long() if x.dtype in (torch.int32, torch.int64) else x for key, x in arrays.items()}
+    return load
+
+
+@pytest.fixture(scope="session")
+def coco_mini() -> Path:
+    """The folder of real COCO pictures that the environment variable COCO_MINI names."""
+    if not os.environ.get("COCO_MINI"):
+        pytest.skip("COCO_MINI names no folder of real pictures")
+    return Path(os.environ["COCO_MINI"])
+
+
+def relative_error(actual, expected) -> float:
+    """Largest difference as a share of the largest expected value; without such a value, the difference
+    itself."""
+    actual, expected = torch.as_tensor(actual).detach().double(), torch.as_tensor(expected).double()
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} instead of {tuple(expected.shape)}"
+    if expected.numel() == 0:
+        return 0.0
+    return float((actual - expected).abs().max() / (expected.abs().max() or 1.0))
+
+
+def head_maps(d: dict, name: str) -> list[torch.Tensor]:
+    """The five levels of an output of the FCOS head in a golden file, as leaves that collect gradients."""
+    return [d[f"{name}_{level}"].clone().requires_grad_() for level in range(5)]
+
+
+def predictions_of(logits: list, ltrb: list, centerness: list) -> Predictions:
+    """Level maps (B, C, H, W) as Predictions, without anything for masks."""
+    flat = [torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1) for maps in (logits, ltrb, centerness)]
+    batch, cells = flat[0].shape[:2]
+    locations = make_locations([x.shape[-2:] for x in logits], torch.device("cpu"))
+    return Predictions(flat[0], flat[1], flat[2].squeeze(-1), torch.zeros(batch, cells, 233),
+                       torch.zeros(batch, 16, *logits[0].shape[-2:]), locations)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:pycocotools")

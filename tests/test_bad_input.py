@@ -1,0 +1,238 @@
+"""What is wrong with a data set ends in one line that names the file and the picture or box."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from coco import CocoBoxes, DataError, UndecodableImage, datasets
+from data import TestImages, TrainBatches, check_sizes, main
+from test_data import annotation, write_set
+
+HELP = "cocodataset.org", "python data.py shapes datasets/shapes"
+
+
+def says(error, *parts: str) -> None:
+    """The message is one line and holds all of the parts."""
+    message = str(error.value)
+    assert "\n" not in message and all(part in message for part in parts), message
+
+
+def reading(folder, *parts: str, change=None, **content) -> None:
+    """CocoBoxes refuses the set of `content`, changed by `change(content)`, naming the file and the parts."""
+    json_path, pictures = write_set(folder, **content)
+    if change:
+        content = json.loads(Path(json_path).read_text())
+        change(content)
+        Path(json_path).write_text(json.dumps(content))
+    with pytest.raises(DataError) as error:
+        CocoBoxes(json_path, pictures)
+    says(error, json_path, *parts)
+
+
+def test_missing_file_and_folder_say_how_to_get_data(tmp_path):
+    json_path, pictures = write_set(tmp_path)
+    with pytest.raises(DataError) as error:
+        CocoBoxes(tmp_path / "none.json", pictures)
+    says(error, str(tmp_path / "none.json"), "missing", *HELP)
+    with pytest.raises(DataError) as error:
+        CocoBoxes(json_path, tmp_path / "nowhere")
+    says(error, str(tmp_path / "nowhere"), "missing", *HELP)
+    with pytest.raises(DataError) as error:
+        CocoBoxes(tmp_path, pictures)                 # a folder in place of the file
+    says(error, str(tmp_path), "cannot be read")
+
+
+@pytest.mark.parametrize("text, part", [
+    ("", "not JSON"), ('{"images": [', "not JSON"), (b"\xff\xfe\x00", "not JSON"),
+    ("[]", "'images'"), ("7", "'images'"),
+    ('{"images": {}, "annotations": [], "categories": []}', "'images'"),
+])
+def test_no_coco_file(tmp_path, text, part):
+    path = tmp_path / "x.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(DataError) as error:
+        CocoBoxes(path, tmp_path)
+    says(error, str(path), part)
+
+
+@pytest.mark.parametrize("key", ["images", "annotations", "categories"])
+def test_missing_list(tmp_path, key):
+    reading(tmp_path, f"'{key}'", change=lambda content: content.pop(key))
+
+
+@pytest.mark.parametrize("key", ["images", "categories"])
+def test_empty_list(tmp_path, key):
+    reading(tmp_path, f"no {key}", annotations=[], **{key: []} if key == "images" else {"categories": ()})
+
+
+@pytest.mark.parametrize("kind, key, named", [
+    ("images", "id", "entry 1"), ("images", "file_name", "id 11"), ("images", "width", "id 11"),
+    ("images", "height", "id 11"), ("annotations", "id", "entry 1"), ("annotations", "image_id", "id 2"),
+    ("annotations", "category_id", "id 2"), ("annotations", "bbox", "id 2"), ("categories", "id", "entry 1"),
+    ("categories", "name", "id 17"),
+])
+def test_missing_key(tmp_path, kind, key, named):
+    reading(tmp_path, f"1 of 3 {kind}", f"'{key}'", named, change=lambda content: content[kind][1].pop(key))
+
+
+@pytest.mark.parametrize("value", [True, "2", 2.0, None, 2**63, [2]])
+@pytest.mark.parametrize("kind, key", [("images", "id"), ("annotations", "id"), ("annotations", "image_id"),
+                                       ("annotations", "category_id"), ("categories", "id")])
+def test_ids_are_integers(tmp_path, kind, key, value):
+    reading(tmp_path, f"1 of 3 {kind}", f"'{key}'", "not an integer",
+            change=lambda content: content[kind][1].__setitem__(key, value))
+
+
+@pytest.mark.parametrize("value", [0, -4, 30.0, "30", True, None, 2**63])
+@pytest.mark.parametrize("key", ["width", "height"])
+def test_sizes_are_positive_integers(tmp_path, key, value):
+    reading(tmp_path, "id 11", f"'{key}'", "positive",
+            change=lambda content: content["images"][1].update({key: value}))
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../1.png", "a/../../1.png", "a\\..\\1.png", "", 7, None])
+def test_file_names_stay_in_the_folder(tmp_path, name):
+    reading(tmp_path, "id 11", "file_name", "inside the folder",
+            change=lambda content: content["images"][1].update(file_name=name))
+
+
+@pytest.mark.parametrize("kind, number", [("images", 10), ("annotations", 1), ("categories", 3)])
+def test_ids_are_unique(tmp_path, kind, number):
+    reading(tmp_path, f"1 of 3 {kind}", "id of another", f"id {number}",
+            change=lambda content: content[kind][2].update(id=number))
+
+
+@pytest.mark.parametrize("key, value", [("image_id", 13), ("category_id", 4)])
+def test_unknown_image_or_category(tmp_path, key, value):
+    reading(tmp_path, "1 of 3 annotations", f"unknown {key}", "id 2",
+            change=lambda content: content["annotations"][1].update({key: value}))
+
+
+@pytest.mark.parametrize("bbox", [
+    None, "1234", [1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 3, "4"], [1, 2, 3, None], [1, 2, 3, True],
+    [1, 2, 3, float("nan")], [1, 2, float("inf"), 4], [1, 2, 3, 10**400]])
+def test_boxes_are_four_finite_numbers(tmp_path, bbox):
+    reading(tmp_path, "1 of 3 annotations", "4 finite numbers", "id 2",
+            change=lambda content: content["annotations"][1].update(bbox=bbox))
+
+
+def test_entries_are_objects_and_five_are_named(tmp_path):
+    reading(tmp_path, "1 of 4 annotations", "entry 3",
+            change=lambda content: content["annotations"].append(7))
+    rows = [annotation(100 + i, 10, [1, 2]) for i in range(9)]
+    reading(tmp_path, "9 of 9", "(id 100, id 101, id 102, id 103, id 104, ...)", annotations=rows)
+
+
+def test_missing_pictures(tmp_path):
+    json_path, pictures = write_set(tmp_path)
+    os.remove(os.path.join(pictures, "1.png"))
+    os.remove(os.path.join(pictures, "2.png"))
+    with pytest.raises(DataError) as error:
+        CocoBoxes(json_path, pictures)
+    says(error, "2 of 3 pictures", json_path, pictures, "'1.png'", "id 11")
+
+
+@pytest.mark.parametrize("segmentation", [
+    None, [], {}, "garbage", 7, [[]], [[1, 2]], [["a"] * 6], [1, 2, 3],
+    {"size": [20, 30]}, {"counts": [5, 5]},
+    {"size": [30, 20], "counts": [300, 300]}, {"size": [20, 30], "counts": [300, 301]},
+    {"size": [20, 30], "counts": ["a"]}, {"size": [20, 30], "counts": 5}])
+def test_masks_need_a_usable_segmentation(tmp_path, segmentation):
+    rows = [annotation(1, 10, [1, 1, 9, 9], segmentation=[[1, 1, 9, 1, 9, 9]]),
+            annotation(2, 10, [1, 1, 9, 9], segmentation=segmentation)]
+    json_path, pictures = write_set(tmp_path, annotations=rows)
+    with pytest.raises(DataError) as error:
+        CocoBoxes(json_path, pictures, masks=True)
+    says(error, json_path, "annotation id 2", "segmentation")
+
+
+def test_masks_are_asked_of_usable_boxes_alone(tmp_path):
+    rows = [annotation(1, 10, [1, 1, 9, 9], segmentation=[[1, 1, 9, 1, 9, 9]]),
+            annotation(2, 10, [1, 1, 0, 9]), annotation(3, 10, [1, 1, 9, 9], iscrowd=1)]
+    assert len(CocoBoxes(*write_set(tmp_path, annotations=rows), masks=True).rle_offsets) == 2
+
+
+def loading(annotations, train: bool, workers: int):
+    if train:
+        dataset = TrainBatches(annotations, batch_size=3, min_sizes=[20], max_size=64)
+        return list(DataLoader(dataset, batch_size=None, sampler=range(2), num_workers=workers,
+                               collate_fn=TrainBatches.collate))
+    dataset = TestImages(annotations, 20, 64)
+    return list(DataLoader(dataset, num_workers=workers, collate_fn=TestImages.collate))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("train", [True, False])
+def test_another_size_than_stated_stops_training_and_evaluation(tmp_path, train, workers):
+    json_path, pictures = write_set(tmp_path, sizes=[(20, 30)] * 3)
+    path = os.path.join(pictures, "1.png")
+    Image.new("RGB", (20, 30)).save(path)                # the sides swapped, and no EXIF that says so
+    annotations = CocoBoxes(json_path, pictures)
+    with pytest.raises(DataError) as error:
+        check_sizes(annotations)
+    says(error, json_path, "1 of 3", path, "20 x 30", "30 x 20")
+    with pytest.raises(DataError) as error:              # one line also where a worker process raises it
+        loading(annotations, train, workers)
+    says(error, path, "20 x 30", "30 x 20")
+    assert str(error.value).startswith(path)
+
+
+@pytest.mark.parametrize("suffix, size", [("jpg", 700), ("png", 900), ("png", 20), ("jpg", 0)])
+def test_an_undecodable_picture_is_skipped_in_training_and_stops_evaluation(tmp_path, capsys, suffix, size):
+    json_path, pictures = write_set(tmp_path, sizes=[(20, 30)] * 3)
+    path = os.path.join(pictures, "1.png")
+    Image.open(os.path.join(pictures, "2.png")).save(path, format={"jpg": "JPEG", "png": "PNG"}[suffix])
+    assert os.path.getsize(path) > size
+    os.truncate(path, size)
+    annotations = CocoBoxes(json_path, pictures)
+    check_sizes(annotations)
+    warned = capsys.readouterr().err
+    header_is_there = size >= 700
+    assert warned == "" if header_is_there else (path in warned and warned.count("\n") == 1)
+    first, _ = loading(annotations, True, 0)
+    assert sorted(first.image_ids) == [10, 12, 12]
+    assert len(first.skipped) == 1 and first.skipped[0].startswith(f"{path} cannot be decoded: ")
+    for workers in (0, 1) if size == 900 else (0,):
+        with pytest.raises(UndecodableImage) as error:
+            loading(annotations, False, workers)
+        says(error, path, "cannot be decoded")
+        assert str(error.value).startswith(path)
+
+
+def test_training_ends_when_no_picture_can_be_decoded(tmp_path):
+    json_path, pictures = write_set(tmp_path)
+    for name in os.listdir(pictures):
+        os.truncate(os.path.join(pictures, name), 100)
+    with pytest.raises(DataError) as error:
+        loading(CocoBoxes(json_path, pictures), True, 0)
+    says(error, "3 pictures in a row", ".png")
+
+
+def test_check_sizes_looks_from_the_first_to_the_last(tmp_path):
+    json_path, pictures = write_set(tmp_path, sizes=[(20, 30)] * 9)
+    annotations = CocoBoxes(json_path, pictures)
+    Image.new("RGB", (9, 9)).save(os.path.join(pictures, "1.png"))
+    check_sizes(annotations, at_most=3)                             # 0, 4 and 8
+    for i in (0, 4, 8):
+        Image.new("RGB", (9, 9)).save(os.path.join(pictures, f"{i}.png"))
+    with pytest.raises(DataError, match="3 of 3"):
+        check_sizes(annotations, at_most=3)
+
+
+def test_command_line_of_the_shapes(tmp_path, capsys):
+    main(["shapes", str(tmp_path / "set"), "--train", "3", "--val", "1", "--size", "64"])
+    train, _ = datasets(str(tmp_path / "set"))
+    assert len(CocoBoxes(*train)) == 3
+    script = Path(__file__).resolve().parent.parent / "data.py"
+    command = [sys.executable, script, "shapes", tmp_path / "set"]
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1 and again.stderr.count("\n") == 1 and str(tmp_path / "set") in again.stderr
+    for wrong in (["shapes"], ["shapes", "x", "--train", "0"], ["shapes", "x", "--val", "many"], []):
+        with pytest.raises(SystemExit) as end:
+            main(wrong)
+        assert end.value.code == 2

@@ -1,0 +1,444 @@
+"""data.py: reading annotations and pictures, views, the order of training, padded batches."""
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+from torch.utils.data import DataLoader
+
+from coco import CocoBoxes, DataError, datasets
+from data import (AUGMENTATIONS, Batch, TestImages, TrainBatches, check_sizes, load_image, resized, view_boxes,
+                  view_mask)
+
+
+def picture(i: int, height: int, width: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(i).integers(1, 256, (height, width, 3), dtype=np.uint8))
+
+
+def write_set(folder, sizes=((20, 30), (30, 20), (20, 30)), annotations=None, categories=(3, 17, 90), **own):
+    """A COCO set of PNGs of the given (height, width), ids 10, 11, ...; -> (json path, picture folder)."""
+    (folder / "pictures").mkdir(exist_ok=True)
+    images = []
+    for i, (height, width) in enumerate(sizes):
+        picture(i, height, width).save(folder / "pictures" / f"{i}.png")
+        images.append({"id": 10 + i, "file_name": f"{i}.png", "height": height, "width": width})
+    if annotations is None:
+        annotations = [annotation(1 + i, 10 + i, [2, 3, 10, 8], categories[0]) for i in range(len(sizes))]
+    content = {"images": images, "annotations": annotations,
+               "categories": [{"id": c, "name": f"class {c}"} for c in categories], **own}
+    (folder / "set.json").write_text(json.dumps(content))
+    return str(folder / "set.json"), str(folder / "pictures")
+
+
+def annotation(number, image_id, bbox, category_id=3, **more):
+    return {"id": number, "image_id": image_id, "bbox": bbox, "category_id": category_id, **more}
+
+
+def batches(annotations, **options):
+    return TrainBatches(annotations, **{"batch_size": 4, "min_sizes": [16, 24, 40], "max_size": 64} | options)
+
+
+def assert_same(one: Batch, two: Batch):
+    for name, a, b in zip(Batch._fields, one, two):
+        assert type(a) is type(b), name
+        if isinstance(a, torch.Tensor):
+            assert torch.equal(a, b), name
+        elif isinstance(a, list) and a and isinstance(a[0], torch.Tensor):
+            assert len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b)), name
+        else:
+            assert a == b, name
+
+
+# ------------------------------------------------------------------------------------------- annotations
+
+def test_category_ids_become_labels_and_back(tmp_path):
+    box = [0, 0, 5, 5]
+    rows = [annotation(1, 10, box, 90), annotation(2, 10, box, 3), annotation(3, 11, box, 17)]
+    coco = CocoBoxes(*write_set(tmp_path, annotations=rows, categories=(90, 3, 17)))
+    assert coco.classes == [{"id": i, "name": f"class {i}"} for i in (3, 17, 90)]
+    assert coco.image_boxes(0)[1].tolist() == [2, 0] and coco.image_boxes(1)[1].tolist() == [1]
+
+
+def test_boxes_go_to_their_picture_in_any_order(tmp_path):
+    rows = [annotation(1, 12, [1, 1, 4, 4]), annotation(2, 10, [2, 2, 4, 4]), annotation(3, 12, [3, 3, 4, 4])]
+    coco = CocoBoxes(*write_set(tmp_path, annotations=rows))
+    assert len(coco) == 3 and coco.image_ids.tolist() == [10, 11, 12] and coco.sizes.tolist()[1] == [30, 20]
+    assert coco.image_boxes(0)[0].tolist() == [[2, 2, 6, 6]]
+    assert coco.image_boxes(1)[0].shape == (0, 4)
+    assert coco.image_boxes(2)[0].tolist() == [[1, 1, 5, 5], [3, 3, 7, 7]]
+    assert coco.path(2) == str(tmp_path / "pictures" / "2.png")
+
+
+def test_segmentation_is_never_read_without_masks(tmp_path):
+    rows = [annotation(1, 10, [2, 3, 10, 8]), annotation(2, 11, [2, 3, 10, 8], segmentation="garbage")]
+    coco = CocoBoxes(*write_set(tmp_path, annotations=rows))
+    assert len(coco.boxes) == 2 and coco.rles is None
+    assert batches(coco)[0].masks is None
+
+
+def test_crowd_and_degenerate_boxes_are_left_out_with_one_warning(tmp_path, capsys):
+    rows = [annotation(1, 10, [2, 3, 10, 8], iscrowd=1),
+            annotation(2, 10, [-5, -5, 15, 15]),        # reaches out: clipped to (0, 0, 10, 10)
+            annotation(3, 10, [29.5, 2, 40, 10]),       # half a pixel of it is inside
+            annotation(4, 10, [5, 5, 0, 9]), annotation(5, 10, [5, 5, -3, 9]),
+            annotation(6, 11, [100, 5, 9, 9]),
+            annotation(7, 10, [0.4, 5, 1, 1]),           # exactly one pixel, but for the rounding
+            annotation(8, 10, [0, 0, 0, 0], iscrowd=1)]
+    coco = CocoBoxes(*write_set(tmp_path, annotations=rows))
+    assert coco.boxes.tolist() == [[0, 0, 10, 10], pytest.approx([0.4, 5, 1.4, 6])]
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "4 of 8 boxes dropped" in error
+    assert "annotation id 3, 4, 5, 6)" in error and "set.json" in error
+
+
+def test_nothing_is_kept_as_an_object_a_picture_or_a_box(tmp_path):
+    coco = CocoBoxes(*write_set(tmp_path, sizes=[(20, 30)] * 40), masks=False)
+    for name, value in vars(coco).items():
+        assert isinstance(value, (np.ndarray, str, type(None))) or name == "classes", name
+        assert not isinstance(value, np.ndarray) or value.dtype != object, name
+    assert len(coco.classes) == 3
+
+
+def test_names_with_folders_and_other_scripts(tmp_path):
+    json_path, folder = write_set(tmp_path, sizes=[(20, 30)])
+    os.mkdir(os.path.join(folder, "ü"))
+    os.rename(os.path.join(folder, "0.png"), os.path.join(folder, "ü", "图.png"))
+    content = json.loads(open(json_path).read())
+    content["images"][0]["file_name"] = "ü/图.png"
+    open(json_path, "w").write(json.dumps(content))
+    assert os.path.exists(CocoBoxes(json_path, folder).path(0))
+
+
+def test_datasets_names_folders_and_files():
+    (train_json, train_images), (val_json, val_images) = datasets("shapes")
+    assert train_json == os.path.join("datasets", "shapes", "annotations", "instances_train2017.json")
+    assert val_images == os.path.join("datasets", "shapes", "val2017")
+    files = datasets("/somewhere", train_json="a.json", val_images="pictures")
+    assert files == (("a.json", "/somewhere/train2017"),
+                     ("/somewhere/annotations/instances_val2017.json", "pictures"))
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "LA", "1"])
+def test_other_modes_become_rgb(tmp_path, mode):
+    source = picture(0, 20, 30).convert(mode)
+    path = str(tmp_path / ("x.tif" if mode == "CMYK" else "x.png"))
+    source.save(path)
+    image = load_image(path, (20, 30))
+    assert image.mode == "RGB" and np.array_equal(np.array(image), np.array(source.convert("RGB")))
+
+
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    Image.fromarray(np.array([[0, 256, 32768, 65535]], np.uint16)).save(tmp_path / "x.png")
+    assert np.array(load_image(str(tmp_path / "x.png"), (1, 4)))[0, :, 1].tolist() == [0, 1, 128, 255]
+    Image.fromarray(np.array([[0, 256, 32768, 65535]], np.int32)).save(tmp_path / "x.tif")
+    assert np.array(load_image(str(tmp_path / "x.tif"), (1, 4)))[0, :, 1].tolist() == [0, 1, 128, 255]
+
+
+def test_the_stated_size_decides_whether_exif_is_obeyed(tmp_path):
+    path, exif = str(tmp_path / "x.png"), Image.Exif()
+    exif[0x0112] = 6                                              # to be turned a quarter to the right
+    source = picture(0, 20, 30)
+    source.save(path, exif=exif)
+    assert np.array_equal(np.array(load_image(path, (20, 30))), np.array(source))
+    turned = np.array(load_image(path, (30, 20)))
+    assert np.array_equal(turned, np.rot90(np.array(source), -1))
+
+
+@pytest.mark.parametrize("size, limits, expected", [
+    ((480, 640), (800, 1333), (800, 1067)),      # 1066.67 is rounded
+    ((500, 375), (800, 1333), (1067, 800)),
+    ((427, 1280), (800, 1333), (445, 1333)),     # the longer side decides: 444.67
+    ((100, 200), (25, 50), (25, 50)),
+    ((2, 3), (3, 9), (3, 5)),                    # 4.5 goes up
+    ((1, 5000), (800, 1333), (1, 1333)),         # never without a pixel
+])
+def test_resized(size, limits, expected):
+    assert resized(*size, *limits) == expected
+
+
+def test_boxes_are_scaled_and_mirrored():
+    boxes = np.array([[2, 4, 10, 12]], np.float32)
+    assert view_boxes(boxes, (20, 40), (40, 60), False).tolist() == [[3, 8, 15, 24]]
+    mirrored = view_boxes(boxes, (20, 40), (40, 60), True)
+    assert mirrored.tolist() == [[45, 8, 57, 24]]
+    assert view_boxes(mirrored.numpy(), (40, 60), (40, 60), True).tolist() == [[3, 8, 15, 24]]
+    assert view_boxes(np.zeros((0, 4), np.float32), (20, 40), (40, 60), True).shape == (0, 4)
+
+
+def test_masks_are_sampled_at_the_pixels_2_6_10():
+    mask = np.zeros((16, 24), np.uint8)
+    mask[4:12, 3:7] = 1                    # rows 6, 10; column 6 of the columns 2, 6, 10, ...
+    plain = view_mask(mask, (16, 24), False)
+    assert plain.shape == (4, 6) and plain.nonzero().tolist() == [[1, 1], [2, 1]]
+    # Mirrored, the mask has the columns 17 to 20: 18 is among 2, 6, 10, 14, 18, 22.
+    assert view_mask(mask, (16, 24), True).nonzero().tolist() == [[1, 4], [2, 4]]
+    assert torch.equal(view_mask(mask[:, ::-1], (16, 24), True), plain)
+    # Twice the size: the rows 8 to 23 and columns 6 to 13 of 32 x 48.
+    doubled = view_mask(mask, (32, 48), False)
+    assert doubled.nonzero().tolist() == [[r, c] for r in range(2, 6) for c in (1, 2)]
+    noise = np.random.default_rng(0).integers(0, 2, (17, 23), dtype=np.uint8)
+    for flip in (False, True):
+        expected = [[noise[int((r + 0.5) * 17 / 29), int(((38 - c if flip else c) + 0.5) * 23 / 39)]
+                     for c in range(2, 39, 4)] for r in range(2, 29, 4)]
+        assert view_mask(noise, (29, 39), flip).tolist() == expected
+    # An odd size: 15 rows have the pixels 2, 6, 10, 14, as the padding takes them up.
+    assert view_mask(mask, (15, 22), False).shape == (4, 5)
+
+
+# --------------------------------------------------------------------------------------------- the order
+
+def epoch_of(train, epoch=0):
+    return [train.order(k) for k in range(epoch * train.epoch_length, (epoch + 1) * train.epoch_length)]
+
+
+def test_an_epoch_is_a_permutation_that_drops_the_rest(tmp_path):
+    coco = CocoBoxes(*write_set(tmp_path, sizes=[(4, 5), (5, 4), (4, 4)] * 6 + [(5, 4)]))      # 19 pictures
+    train = batches(coco)
+    first, second = epoch_of(train), epoch_of(train, 1)
+    assert len(first) == 19 // 4
+    for epoch in (first, second):
+        pictures = sum(epoch, [])
+        assert len(pictures) == len(set(pictures)) == 16 and set(pictures) <= set(range(19))
+    assert first != second and epoch_of(batches(coco, seed=1)) != first
+    assert sorted(map(sorted, first)) != sorted(map(sorted, second))       # other batches, too
+
+
+def test_order_is_the_same_from_any_start_and_for_any_number_of_processes(tmp_path):
+    coco = CocoBoxes(*write_set(tmp_path, sizes=[(4, 5), (5, 4)] * 7))
+    straight = [batches(coco).order(k) for k in range(9)]
+    train = batches(coco, rank=1, world_size=2)
+    assert [train.order(k) for k in (8, 2, 5)] == [straight[k] for k in (8, 2, 5)]
+
+
+def test_landscape_and_portrait_do_not_mix_but_in_the_leftovers(tmp_path):
+    coco = CocoBoxes(*write_set(tmp_path, sizes=[(4, 5)] * 10 + [(5, 4)] * 11))
+    places, dropped = set(), set()
+    for epoch in range(8):
+        plan = epoch_of(batches(coco), epoch)
+        dropped |= {p < 10 for p in set(range(21)) - set(sum(plan, []))}
+        mixed = [len({p < 10 for p in batch}) == 2 for batch in plan]
+        assert sum(mixed) == 1                               # 2 landscape and 3 portrait ones are left over
+        places.add(mixed.index(True))
+    assert len(places) > 2                                   # the batches are shuffled, too
+    assert dropped == {True, False}                          # and chance drops a picture, not its shape
+
+
+def test_chance_differs_from_place_to_place_and_step_to_step(tmp_path):
+    train = batches(CocoBoxes(*write_set(tmp_path)))
+    draws = [[train.draw(k, place, 0) for place in range(4)] for k in range(20)]
+    assert len({draw.colour_seed for step in draws for draw in step}) == 80
+    flips, sizes = zip(*((draw.flip, draw.min_size) for draw in sum(draws, [])))
+    assert set(sizes) == {16, 24, 40} and 20 < sum(flips) < 60
+    assert train.draw(3, 1, 0) == draws[3][1] != batches(train.annotations, seed=1).draw(3, 1, 0)
+
+
+def test_fewer_pictures_than_a_batch(tmp_path):
+    train = batches(CocoBoxes(*write_set(tmp_path)), batch_size=8)
+    for k in range(3):
+        counts = np.bincount(train.order(k), minlength=3)
+        assert counts.sum() == 8 and counts.max() <= 3
+    assert train[0].images.shape[0] == 8
+
+
+def test_processes_share_the_batch_of_one(tmp_path):
+    coco = CocoBoxes(*write_set(tmp_path, sizes=[(20, 30), (44, 20), (20, 30), (31, 20)]))
+    options = {"augment": "strong", "teacher_size": (24, 64)}
+    for k in range(4):
+        whole = batches(coco, **options)[k]
+        left, right = (batches(coco, rank=rank, world_size=2, **options)[k] for rank in (0, 1))
+        for name, a, b, both in zip(Batch._fields, left, right, whole):
+            if isinstance(both, torch.Tensor):
+                assert torch.equal(torch.cat([a, b]), both), name              # the padding is the same, too
+            elif both and isinstance(both[0], torch.Tensor):
+                assert all(torch.equal(x, y) for x, y in zip(a + b, both)), name
+            elif both is not None:
+                assert a + b == both, name
+
+
+def test_workers_change_nothing(tmp_path):
+    coco = CocoBoxes(*write_set(tmp_path, sizes=[(20, 30), (30, 20)] * 3))
+    train = batches(coco, batch_size=2, augment="strong-blur", teacher_size=(24, 64))
+    alone, helped = (list(DataLoader(train, batch_size=None, sampler=range(3, 9), num_workers=workers,
+                                      collate_fn=TrainBatches.collate))
+                     for workers in (0, 2))
+    assert len(alone) == len(helped) == 6
+    for one, two, k in zip(alone, helped, range(3, 9)):
+        assert_same(one, two)
+        assert_same(one, train[k])
+
+
+# --------------------------------------------------------------------------------------------- the batch
+
+def test_padding_is_zero_and_the_true_sizes_are_kept(tmp_path):
+    coco = CocoBoxes(*write_set(tmp_path, sizes=[(20, 30), (36, 44), (20, 30), (20, 21)]))
+    batch = batches(coco, min_sizes=[20], max_size=64, teacher_size=(40, 90), augment="strong")[0]
+    assert batch.images.dtype == batch.augmented.dtype == torch.uint8
+    assert batch.images.shape == (4, 3, 32, 32) and batch.teacher_images.shape == (4, 3, 64, 64)
+    assert sorted(batch.sizes) == [(20, 21), (20, 24), (20, 30), (20, 30)]
+    assert sorted(batch.teacher_sizes) == [(40, 42), (40, 49), (40, 60), (40, 60)]
+    assert sorted(batch.original_sizes) == [(20, 21), (20, 30), (20, 30), (36, 44)]
+    for views, sizes in ((batch.images, batch.sizes), (batch.augmented, batch.sizes),
+                         (batch.teacher_images, batch.teacher_sizes)):
+        for image, (height, width) in zip(views, sizes):
+            assert not image[:, height:].any() and not image[:, :, width:].any()
+            assert image[:, :height, :width].sum(0).bool().any(0).all()   # no column of the picture is empty
+
+
+def test_flip_and_boxes_agree_and_the_teacher_is_flipped_alike(tmp_path):
+    """A white box on black: in every view the box must cover just the white pixels."""
+    json_path, folder = write_set(tmp_path, sizes=[(32, 64)], annotations=[annotation(1, 10, [4, 8, 12, 16])])
+    white = np.zeros((32, 64, 3), np.uint8)
+    white[8:24, 4:16] = 255
+    Image.fromarray(white).save(os.path.join(folder, "0.png"))
+    train = batches(CocoBoxes(json_path, folder), batch_size=1, min_sizes=[32, 64], max_size=128,
+                    teacher_size=(64, 128))
+    seen = set()
+    for k in range(20):
+        batch = train[k]
+        scale = batch.sizes[0][0] / 32
+        for image, factor in ((batch.images, 1), (batch.teacher_images, 64 / batch.sizes[0][0])):
+            rows, columns = (image[0, 0] > 127).nonzero().unbind(1)
+            edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            assert torch.equal(torch.stack(edges).float(), batch.boxes[0][0] * factor)
+        seen.add((scale, batch.boxes[0][0, 0].item() / scale))
+    assert seen == {(1, 4), (2, 4), (1, 48), (2, 48)}            # both sizes, plain and mirrored (64 - 16)
+
+
+def test_without_augmentation_or_teacher_there_are_no_such_views(tmp_path):
+    batch = batches(CocoBoxes(*write_set(tmp_path)))[0]
+    assert batch.augmented is None and batch.teacher_images is None and batch.teacher_sizes == []
+
+
+@pytest.mark.parametrize("name", ["weak", "strong", "strong-blur"])
+def test_augmentation_is_seeded_and_spares_the_clean_view(tmp_path, name):
+    coco = CocoBoxes(*write_set(tmp_path))
+    plain, train = batches(coco), batches(coco, augment=name)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    colourful = [train[k] for k in range(5)]
+    assert torch.equal(torch.get_rng_state(), state)             # the process's own generator is left alone
+    torch.manual_seed(1)
+    for k, batch in enumerate(colourful):
+        assert torch.equal(batch.images, plain[k].images)
+        assert torch.equal(batch.augmented, train[k].augmented)
+    changed = sum(not torch.equal(a, b) for batch in colourful for a, b in zip(batch.images, batch.augmented))
+    assert 0 < changed < 12 if name == "weak" else changed >= 12     # of 20: p is 0.2, or 0.84 and more
+
+
+def test_augmentations_are_those_of_table_9():
+    strong, gray = AUGMENTATIONS["strong"].transforms
+    weak = AUGMENTATIONS["weak"]
+    assert (weak.p, strong.p, gray.p) == (0.2, 0.8, 0.2)
+    for jitter, strength in ((weak.transforms[0], 0.2), (strong.transforms[0], 0.4)):
+        for limits in (jitter.brightness, jitter.contrast, jitter.saturation):
+            assert tuple(limits) == (1 - strength, 1 + strength)
+        assert tuple(jitter.hue) == (-0.1, 0.1)
+    *same, blur = AUGMENTATIONS["strong-blur"].transforms
+    assert same == [strong, gray] and blur.p == 0.5
+    assert tuple(blur.transforms[0].kernel_size) == (3, 3) and tuple(blur.transforms[0].sigma) == (0.1, 2.0)
+
+
+def test_masks_follow_the_view(tmp_path):
+    """Filled boxes as polygon, plain and compressed RLE: the masks are boxes too, False in the padding."""
+    rectangle = np.zeros((32, 64), np.uint8, order="F")
+    rectangle[8:24, 4:16] = 1
+    compressed = coco_mask.encode(rectangle)
+    flat = rectangle.flatten(order="F")
+    runs = np.diff(np.concatenate([[0], np.flatnonzero(np.diff(flat)) + 1, [flat.size]])).tolist()
+    forms = [[[4, 8, 16, 8, 16, 24, 4, 24]], {"size": [32, 64], "counts": runs},
+             {"size": [32, 64], "counts": compressed["counts"].decode()}]
+    rows = [annotation(1 + i, 10, [4, 8, 12, 16], segmentation=form) for i, form in enumerate(forms)]
+    coco = CocoBoxes(*write_set(tmp_path, sizes=[(32, 64), (32, 64)], annotations=rows), masks=True)
+    assert coco.rles.dtype == np.uint8
+    train = batches(coco, batch_size=2, min_sizes=[32, 64], max_size=128)
+    for k in range(8):
+        batch = train[k]
+        for image_id, size, masks, boxes in zip(batch.image_ids, batch.sizes, batch.masks, batch.boxes):
+            quarter = [side // 4 for side in batch.images.shape[2:]]
+            assert list(masks.shape) == [3 if image_id == 10 else 0, *quarter]
+            for mask, (x0, y0, x1, y1) in zip(masks, boxes.tolist()):
+                expected = torch.zeros_like(mask)
+                y, x = torch.meshgrid(*(torch.arange(n) * 4 + 2 for n in mask.shape), indexing="ij")
+                expected[(y >= y0) & (y < y1) & (x >= x0) & (x < x1)] = True
+                assert torch.equal(mask, expected) and mask.any()
+
+
+def test_an_undecodable_picture_is_replaced_by_the_next_and_fits_the_canvas(tmp_path):
+    json_path, folder = write_set(tmp_path, sizes=[(20, 20), (20, 60), (20, 20)])
+    cut = os.path.join(folder, "0.png")
+    open(cut, "r+b").truncate(600)
+    coco = CocoBoxes(json_path, folder)
+    train = batches(coco, batch_size=1, min_sizes=[20], max_size=64, teacher_size=(40, 128))
+    k = next(k for k in range(10) if train.order(k) == [0])
+    batch = train[k]
+    assert batch.image_ids == [11] and batch.original_sizes == [(20, 60)]
+    assert len(batch.skipped) == 1 and cut in batch.skipped[0] and "\n" not in batch.skipped[0]
+    # The canvas was made for picture 0; all 60 columns of its substitute must fit in, and the boxes too.
+    assert batch.images.shape == (1, 3, 32, 32) and batch.sizes == [(10, 32)]
+    assert batch.teacher_images.shape == (1, 3, 64, 64) and batch.teacher_sizes == [(21, 64)]
+    assert (batch.boxes[0][:, 2:] <= torch.tensor([32, 10])).all()
+    other = next(k for k in range(10) if train.order(k) == [2])
+    assert train[other].skipped == []
+
+
+def test_pictures_without_boxes_are_trained_on(tmp_path):
+    coco = CocoBoxes(*write_set(tmp_path, annotations=[annotation(1, 11, [1, 1, 9, 9])]))
+    batch = batches(coco, batch_size=3)[0]
+    assert sorted(len(boxes) for boxes in batch.boxes) == [0, 0, 1]
+    assert all(boxes.shape[1] == 4 and boxes.dtype == torch.float32 for boxes in batch.boxes)
+    assert all(labels.dtype == torch.int64 for labels in batch.labels)
+
+
+def test_batch_to_keeps_sizes_as_tuples(tmp_path):
+    batch = batches(CocoBoxes(*write_set(tmp_path)), teacher_size=(24, 64))[0]
+    moved = batch.to("meta")
+    for tensor in (moved.images, moved.teacher_images, *moved.boxes, *moved.labels):
+        assert tensor.is_meta
+    assert moved.sizes == batch.sizes and isinstance(moved.sizes[0], tuple) and moved.augmented is None
+
+
+def test_evaluation_goes_through_all_pictures_with_scaled_boxes(tmp_path):
+    coco = CocoBoxes(*write_set(tmp_path, annotations=[annotation(1, 11, [2, 3, 10, 8])]))
+    loader = DataLoader(TestImages(coco, 40, 64), batch_size=2, collate_fn=TestImages.collate)
+    first, last = list(loader)
+    assert first.image_ids + last.image_ids == [10, 11, 12]
+    assert first.sizes == [(40, 60), (60, 40)] and first.images.shape == (2, 3, 64, 64)
+    assert last.images.shape == (1, 3, 64, 64) and first.boxes[0].shape == (0, 4)
+    assert first.boxes[1].tolist() == [[4, 6, 24, 22]] and first.masks is None and first.teacher_sizes == []
+
+
+def test_real_pictures(coco_mini):
+    coco = CocoBoxes(*datasets(str(coco_mini))[0], masks=True)
+    check_sizes(coco)
+    batch = batches(coco, min_sizes=[160], max_size=256, teacher_size=(160, 256))[0]
+    assert torch.equal(batch.images, batch.teacher_images)
+    for masks, boxes in zip(batch.masks, batch.boxes):
+        rows = torch.arange(masks.shape[1])[None, :, None] * 4 + 2
+        x0, y0, x1, y1 = boxes[:, :, None, None].unbind(1)
+        columns = torch.arange(masks.shape[2])[None, None] * 4 + 2
+        # Within a pixel of the file: annotators' boxes and masks differ by as much.
+        near = (rows > y0 - 2) & (rows < y1 + 2) & (columns > x0 - 2) & (columns < x1 + 2)
+        assert not (masks & ~near).any() and (masks.any() or not len(masks))
+
+
+def test_no_usable_box_is_for_training_alone(tmp_path):
+    coco = CocoBoxes(*write_set(tmp_path, annotations=[]))
+    assert len(TestImages(coco, 20, 64)) == 3
+    with pytest.raises(DataError, match="set.json has no usable box"):
+        batches(coco)
+
+
+def test_wrong_options():
+    class Empty:
+        boxes, sizes = np.zeros((1, 4)), np.ones((1, 2))
+        def __len__(self):
+            return 1
+    with pytest.raises(ValueError, match="3 processes"):
+        batches(Empty(), world_size=3)
+    with pytest.raises(ValueError, match="strongest"):
+        batches(Empty(), augment="strongest")

@@ -1,0 +1,394 @@
+"""model.py: the dynamic mask head, inference from head outputs to pasted masks, the network's parts."""
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+import model as model_module
+from conftest import head_maps, predictions_of, relative_error
+from model import (SIZES_OF_INTEREST, STRIDES, BatchNorm, Detections, aligned_bilinear, build_model, detect,
+                   dynamic_mask_head, mask_logits, num_mask_params, paste_masks, predict)
+
+
+# ------------------------------------------------------------------------------------------- aligned_bilinear
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_golden_05_aligned_bilinear(golden, case):
+    d = golden("05_aligned_bilinear")
+    assert relative_error(aligned_bilinear(d[f"x_{case}"], int(d[f"factor_{case}"])), d[f"y_{case}"]) <= 1e-5
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_aligned_bilinear_keeps_a_ramp(factor):
+    """Output cell p reads the input at (p - factor // 2) / factor, no farther than its border."""
+    h, w = 5, 7
+    ramp = 3 * torch.arange(h)[:, None] + torch.arange(w) * 1.0
+    at = [((torch.arange(n * factor) - factor // 2) / factor).clamp(0, n - 1) for n in (h, w)]
+    large = aligned_bilinear(ramp[None, None], factor)[0, 0]
+    assert relative_error(large, 3 * at[0][:, None] + at[1]) <= 1e-6
+
+
+# ------------------------------------------------------------------------------------------ dynamic mask head
+
+
+def test_golden_04_mask_head(golden):
+    d = golden("04_mask_head")
+    order = d["im_inds"].argsort(stable=True)  # ours wants the instances picture by picture
+    features, params = d["mask_feats"].requires_grad_(), d["params"][order].requires_grad_()
+    sizes = torch.tensor(SIZES_OF_INTEREST)[d["levels"][order]].float()
+    logits = dynamic_mask_head(features, params, d["locations"][order].float(), sizes,
+                               d["im_inds"].bincount(minlength=2).tolist())
+    assert num_mask_params(16) == params.shape[1]
+    assert SIZES_OF_INTEREST == tuple(d["sizes_of_interest"].tolist())
+    assert relative_error(logits, d["mask_logits"][order, 0]) <= 1e-4
+    logits.sigmoid().square().sum().backward()
+    assert relative_error(params.grad.norm(dim=1), d["gradnorm_params"][order]) <= 1e-4
+    assert relative_error(features.grad.norm(), d["gradnorm_feats"]) <= 1e-4
+
+
+def naive_mask_head(features, params, xy, size, counts):
+    """One instance at a time: relative coordinates written out, three 1x1 convolutions."""
+    channels, (h, w) = features.shape[1], features.shape[-2:]
+    y, x = torch.meshgrid(torch.arange(h) * 8 + 4, torch.arange(w) * 8 + 4, indexing="ij")
+    pictures = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    logits = []
+    for picture, p, (x0, y0), s in zip(pictures, params, xy, size):
+        w1, w2, w3, b1, b2, b3 = p.split([8 * (channels + 2), 64, 8, 8, 8, 1])
+        cells = torch.cat([torch.stack([(x0 - x) / s, (y0 - y) / s]), features[picture]])[None]
+        cells = F.relu(F.conv2d(cells, w1.view(8, -1, 1, 1), b1))
+        cells = F.relu(F.conv2d(cells, w2.view(8, 8, 1, 1), b2))
+        logits.append(aligned_bilinear(F.conv2d(cells, w3.view(1, 8, 1, 1), b3), 2)[0, 0])
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("channels, counts", [(16, [3, 4]), (8, [0, 5, 1]), (16, [2, 0])])
+def test_mask_head_equals_its_naive_form(channels, counts):
+    generator = torch.Generator().manual_seed(0)
+    k = sum(counts)
+    features = torch.randn(len(counts), channels, 9, 13, generator=generator)
+    params = 0.3 * torch.randn(k, num_mask_params(channels), generator=generator)
+    xy = torch.rand(k, 2, generator=generator) * torch.tensor([104, 72])
+    size = torch.tensor(SIZES_OF_INTEREST)[torch.arange(k) % 5].float()
+    results = []
+    for head in (dynamic_mask_head, naive_mask_head):
+        leaves = [x.clone().requires_grad_() for x in (features, params)]
+        logits = head(*leaves, xy, size, counts)
+        logits.sigmoid().square().sum().backward()
+        results.append((logits, *(x.grad for x in leaves)))
+    for ours, naive in zip(*results):
+        assert relative_error(ours, naive.detach()) <= 1e-5
+
+
+def test_mask_head_without_instances_is_empty_and_connected():
+    features, params = torch.randn(2, 16, 4, 5, requires_grad=True), torch.zeros(0, 233, requires_grad=True)
+    logits = dynamic_mask_head(features, params, torch.zeros(0, 2), torch.zeros(0), [0, 0])
+    assert logits.shape == (0, 8, 10)
+    logits.sum().backward()
+    assert (features.grad == 0).all() and params.grad.shape == (0, 233)
+
+
+# -------------------------------------------------------------------------------------------------- inference
+
+
+@pytest.mark.parametrize("image", [0, 1])
+def test_golden_03_detect(golden, image):
+    d = golden("03_fcos_inference")
+    predictions = predictions_of(*(head_maps(d, name) for name in ("logits", "ltrb_pred", "ctr_pred")))
+    found = detect(predictions.of_picture(image))
+    assert (found.scores.diff() <= 0).all()
+    expected = {name: d[f"{name}_{image}"] for name in ("boxes", "scores", "classes", "locations", "levels")}
+    order = expected["scores"].argsort(descending=True, stable=True)
+    locations = predictions.locations
+    assert relative_error(found.scores, expected["scores"][order]) <= 1e-5
+    assert relative_error(found.boxes, expected["boxes"][order]) <= 1e-4
+    assert torch.equal(found.labels, expected["classes"][order])
+    assert torch.equal(locations.xy[found.rows].long(), expected["locations"][order].long())
+    assert torch.equal(locations.level[found.rows], expected["levels"][order])
+    everything = detect(predictions.of_picture(image), limit=10 ** 6)
+    assert len(everything.scores) == d[f"num_after_nms_{image}"]
+
+
+def test_nms_keeps_classes_apart_at_negative_coordinates():
+    """Two classes whose boxes lie beyond the picture; torchvision's shift by class would lay one upon
+    the other."""
+    centre, far = torch.full((1, 4, 1, 1), 0.0), torch.full((1, 4, 1, 1), 0.0)
+    logits = torch.full((1, 2, 1, 2), -30.0)
+    logits[0, 0, 0, 0], logits[0, 1, 0, 1] = 3, 2                     # locations (4, 4) and (12, 4)
+    centre[0, :, 0, 0] = torch.tensor([44, 44, 6, 6]) / 8.0   # box (-40, -40, 10, 10), class 0
+    far[0, :, 0, 0] = torch.tensor([63, 55, -13, -5]) / 8.0   # box (-51, -51, -1, -1), class 1: that - 11
+    nothing = [torch.full((1, c, 1, 1), -30.0) for c in (2, 4, 1)]
+    p3 = logits, torch.cat([centre, far], 3), torch.full((1, 1, 1, 2), 30.0)
+    predictions = predictions_of(*([first, *[other] * 4] for first, other in zip(p3, nothing)))
+    found = detect(predictions.of_picture(0))
+    assert found.labels.tolist() == [0, 1]
+    assert found.boxes.tolist() == [[-40, -40, 10, 10], [-51, -51, -1, -1]]
+
+
+def paste_through_predict(monkeypatch, d: dict, rescore: bool):
+    """predict() with detections and masks of golden 09 in the place of a network's; labels are their
+    numbers."""
+    k, size = len(d["boxes_in"]), tuple(d["input_hw"].tolist())
+    found = Detections(d["boxes_in"], d["scores_in"], torch.arange(k), torch.arange(k))
+    monkeypatch.setattr(model_module, "detect", lambda picture, threshold: found)
+    monkeypatch.setattr(model_module, "mask_logits",
+                        lambda predictions, rows: torch.logit(d["global_masks"][rows[0], 0]))
+    output_size = tuple(d["output_hw"].tolist())
+    network = predictions_of(*([torch.zeros(1, c, 1, 1)] * 5 for c in (2, 4, 1)))
+    return predict(lambda images, sizes: network, None, [size], [output_size], rescore=rescore)[0]
+
+
+def case_of(golden, case: str) -> dict:
+    return {key.removeprefix(case): x for key, x in golden("09_postprocess").items() if key.startswith(case)}
+
+
+@pytest.mark.parametrize("case", ["test_", "teacher_"])
+def test_golden_09_predict(golden, monkeypatch, case):
+    d = case_of(golden, case)
+    answer = paste_through_predict(monkeypatch, d, rescore=True)
+    assert answer.labels.tolist() == d["kept"].tolist() and len(d["kept"]) < len(d["boxes_in"])
+    assert relative_error(answer.boxes, d["boxes"]) <= 1e-5
+    assert relative_error(answer.scores, d["scores"]) <= 1e-4
+    assert answer.masks.dtype == torch.bool and (answer.masks != d["masks"]).sum() <= 3
+    plain = paste_through_predict(monkeypatch, d, rescore=False)
+    assert torch.equal(plain.scores, d["scores_in"][d["kept"]])
+
+
+def test_golden_09_quality_without_threshold(golden):
+    d = case_of(golden, "float_")
+    logits = torch.logit(d["global_masks"][d["kept"], 0])
+    size, output_size = tuple(d["input_hw"].tolist()), tuple(d["output_hw"].tolist())
+    masks, quality = paste_masks(logits, size, output_size, threshold=-1)
+    assert masks.all()
+    assert relative_error((d["scores_in"][d["kept"]] * quality).sqrt(), d["scores"]) <= 1e-4
+    for threshold in (0.2, 0.5, 0.8):  # what is thresholded are the probabilities of theirs
+        masks, _ = paste_masks(logits, size, output_size, threshold)
+        assert (masks != (d["masks"] > threshold)).sum() <= 3
+
+
+def rectangle_logits(box, size, padded, scale):
+    """Masks at stride 4 of padded inputs whose probability is 1/2 on the outline of `box` (pixels of
+    the output)."""
+    y, x = ((torch.arange(n // 4) * 4 + 2.5) * s for n, s in zip(padded, scale))  # middles of 4i + 2
+    across, down = torch.minimum(x - box[0], box[2] - x), torch.minimum(y - box[1], box[3] - y)
+    depth = torch.minimum(across[None, :], down[:, None])
+    return torch.logit((0.5 + depth / 100).clamp(0.01, 0.99))[None]
+
+
+@pytest.mark.parametrize("output_size", [(200, 280), (300, 420), (300, 560), (100, 140)])
+def test_a_rectangle_is_pasted_in_its_place(output_size):
+    """Input 200 x 280, padded to 224 x 288. Along its sides the outline is exact to the pixel, only
+    corners round."""
+    size, padded = (200, 280), (224, 288)
+    scale = [out / inside for out, inside in zip(output_size, size)]
+    box = [int(v) for v in (60 * scale[1], 40 * scale[0], 230 * scale[1], 150 * scale[0])]
+    masks, quality = paste_masks(rectangle_logits(box, size, padded, scale), size, output_size)
+    expected = torch.zeros(output_size, dtype=torch.bool)
+    expected[box[1]:box[3], box[0]:box[2]] = True
+    assert masks.shape == (1, *output_size)
+    assert torch.equal(masks[0].any(0), expected.any(0)) and torch.equal(masks[0].any(1), expected.any(1))
+    union = (masks[0] | expected).sum()
+    assert (masks[0] & expected).sum() / union > 0.99 and 0.5 < quality[0] <= 1
+
+
+def test_a_mask_of_one_half_is_empty():
+    """The threshold is strict, and an empty mask has quality 0."""
+    masks, quality = paste_masks(torch.zeros(1, 8, 8), (30, 32), (30, 32))
+    assert not masks.any() and quality.tolist() == [0]
+
+
+def test_chunks_of_masks_change_nothing():
+    """Output of 4 million pixels: 8 masks a chunk, so 9 masks are two chunks."""
+    logits = 3 * torch.randn(9, 16, 16, generator=torch.Generator().manual_seed(0))
+    masks, quality = paste_masks(logits, (64, 50), (2048, 2048))
+    for i in (0, 7, 8):
+        mask, q = paste_masks(logits[i:i + 1], (64, 50), (2048, 2048))
+        assert torch.equal(mask[0], masks[i]) and relative_error(q[0], quality[i]) <= 1e-6
+    assert masks.flatten(1).any(1).all()
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A small network whose outputs vary: an untrained head says almost the same everywhere and detects
+    nothing."""
+    torch.manual_seed(0)
+    network = build_model("r18-slim", 3, channels=32, frozen=False)
+    head = network.head
+    for conv in (head.class_logits, head.ltrb, head.controller, head.centerness):
+        nn.init.normal_(conv.weight, std=0.1)
+    nn.init.constant_(network.head.ltrb.bias, 2.0)
+    nn.init.zeros_(network.head.class_logits.bias)
+    return network.eval()
+
+
+def pictures(*seeds, size=(64, 96)) -> torch.Tensor:
+    return torch.stack([torch.randint(0, 256, (3, *size), dtype=torch.uint8,
+                                      generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def test_nothing_found_is_typed_and_empty(small):
+    answer = predict(small, pictures(0, 1), [(64, 96)] * 2, [(50, 75), (64, 96)], score_threshold=1.0)
+    assert [tuple(x.shape) for x in answer[0]] == [(0, 4), (0,), (0,), (0, 50, 75)]
+    assert [x.dtype for x in answer[1]] == [torch.float32, torch.float32, torch.int64, torch.bool]
+
+
+def test_a_picture_does_not_see_its_neighbour(small):
+    """Picture 0 beside 1, beside 2, and second after 1; its own true size is smaller than the batch's."""
+    a, other = (60, 90), (64, 96)
+    original = [(120, 180)] * 2
+    answers = [predict(small, pictures(*seeds), sizes, original)[i] for seeds, sizes, i in
+               (((0, 1), [a, other], 0), ((0, 2), [a, other], 0), ((1, 0), [other, a], 1))]
+    assert len(answers[0].boxes) > 20 and answers[0].masks.any()
+    for answer in answers[1:]:
+        assert torch.equal(answer.labels, answers[0].labels)
+        assert torch.allclose(answer.boxes, answers[0].boxes, atol=1e-3)
+        assert torch.allclose(answer.scores, answers[0].scores, atol=1e-5)
+        assert (answer.masks != answers[0].masks).float().mean() < 1e-4
+
+
+def test_masks_of_predict_belong_to_their_boxes(small):
+    """predict's masks are those of the mask head at the locations that detect names, picture by picture."""
+    images, sizes = pictures(0, 1), [(64, 96)] * 2
+    with torch.no_grad():
+        predictions = small(images, sizes)
+    answers = predict(small, images, sizes, sizes, rescore=False)
+    rows = [detect(predictions.of_picture(i)).rows for i in range(2)]
+    together = mask_logits(predictions, rows).split([len(r) for r in rows])
+    for answer, logits, i in zip(answers, together, range(2)):
+        found = detect(predictions.of_picture(i))
+        clipped = found.boxes.clone()
+        clipped[:, 0::2], clipped[:, 1::2] = clipped[:, 0::2].clamp(0, 96), clipped[:, 1::2].clamp(0, 64)
+        keep = (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
+        assert torch.equal(answer.boxes, clipped[keep])
+        assert (answer.masks != paste_masks(logits[keep], (64, 96), (64, 96))[0]).float().mean() < 1e-4
+
+
+def test_padding_is_the_mean_colour_whatever_it_holds(small):
+    clean = pictures(0)
+    clean[..., 60:, :], clean[..., 90:] = 0, 0
+    dirty = clean.clone()
+    dirty[..., 60:, :], dirty[..., 90:] = 255, 7
+    normalised = small.normalise(clean, [(60, 90)])
+    assert (normalised[..., 60:, :] == 0).all() and (normalised[..., 90:] == 0).all()
+    assert torch.equal(normalised, small.normalise(dirty, [(60, 90)]))
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1)
+    expected = [(255 - 123.675) / 58.395, -116.28 / 57.12, -103.53 / 57.375]  # RGB, ImageNet
+    assert small.normalise(red, [(1, 1)]).flatten().tolist() == pytest.approx(expected)
+    assert red.dtype == torch.uint8 and red.flatten().tolist() == [255, 0, 0]  # not in place
+
+
+# ------------------------------------------------------------------------------------------------ the network
+
+
+def test_shapes_of_the_network(small):
+    with torch.no_grad():
+        predictions = small(pictures(0, 1), [(64, 96)] * 2)
+    cells = sum(-(-64 // s) * -(-96 // s) for s in STRIDES)
+    assert [tuple(x.shape) for x in predictions[:5]] == [
+        (2, cells, 3), (2, cells, 4), (2, cells), (2, cells, 233), (2, 16, 8, 12)]
+    assert predictions.locations.xy.shape == (cells, 2) and (predictions.ltrb >= 0).all()
+    assert predictions.locations.xy[[0, 1, 12]].tolist() == [[4, 4], [12, 4], [4, 12]]
+    assert not [name for name in small.state_dict() if name in ("mean", "std")]  # constants are no weights
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_one_small_picture_alone(training):
+    """P7 is one cell, and a narrow head must not be left with one value to normalise."""
+    network = build_model("r18-slim", 3, channels=32, frozen=False).train(training)
+    predictions = network(pictures(0, size=(128, 128)), [(128, 128)])
+    assert predictions.locations.level.bincount().tolist() == [256, 64, 16, 4, 1]
+    assert predictions.class_logits.isfinite().all() and predictions.mask_features.isfinite().all()
+
+
+@pytest.mark.parametrize("name, widths", [("r18", [128, 256, 512]), ("r50", [512, 1024, 2048])])
+def test_frozen_resnets(name, widths):
+    network = build_model(name, 5, channels=32).train()
+    backbone = network.backbone
+    assert backbone.channels == widths
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in backbone.modules())
+    assert any(isinstance(m, FrozenBatchNorm2d) for m in backbone.modules())
+    learns = {part: {p.requires_grad for p in module.parameters()} for part, module in backbone.body.items()}
+    assert learns == {"stem": {False}, "c2": {False}, "c3": {True}, "c4": {True}, "c5": {True}}
+    before = {key: x.clone() for key, x in backbone.named_buffers()}
+    maps = backbone(torch.randn(1, 3, 64, 96))
+    assert [tuple(x.shape) for x in maps] == [(1, w, 64 // s, 96 // s) for w, s in zip(widths, (8, 16, 32))]
+    assert before and all(torch.equal(x, before[key]) for key, x in backbone.named_buffers())
+
+
+def test_p6_and_p7_come_from_p5(small):
+    """A convolution of stride 2 each, with a ReLU between the two."""
+    with torch.no_grad():
+        maps = [torch.randn(1, c, 64 // s, 96 // s) for c, s in ((64, 1), (128, 2), (256, 4))]
+        p3, p4, p5, p6, p7 = small.fpn(maps)
+        assert torch.equal(p6, small.fpn.p6(p5)) and p6.min() < 0
+        assert torch.equal(p7, small.fpn.p7(p6.clamp(min=0)))
+    assert [x.shape[-2:] for x in (p3, p4, p5, p6, p7)] == [(64, 96), (32, 48), (16, 24), (8, 12), (4, 6)]
+
+
+def test_from_scratch_everything_learns():
+    network = build_model("r18-slim", 3, channels=32, frozen=False)
+    assert all(p.requires_grad for p in network.parameters())
+    assert not any(isinstance(m, FrozenBatchNorm2d) for m in network.modules())
+    assert network.backbone.channels == [64, 128, 256]
+
+
+# ------------------------------------------------------------------------------ BatchNorm over two processes
+
+SPLIT = (3, 1)  # pictures of the two processes: not equal, so a mean of means would be wrong
+
+
+def batch_norm_inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures (4, 6, 6, 7) and weights of a loss. Channel 0 is constant, 1 varies little around a
+    large mean."""
+    x, weight = torch.randn(2, 4, 6, 6, 7, generator=torch.Generator().manual_seed(0))
+    x = x * torch.tensor([0, 0.1, 1, 2, 3, 0.5]).view(6, 1, 1) + torch.arange(4.0).view(4, 1, 1, 1)
+    x[:, 0] = 300
+    x[:, 1] = 100 + x[:, 1] - torch.arange(4.0).view(4, 1, 1)
+    return x, weight
+
+
+def run_batch_norm(norm: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> dict:
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 2, 6))
+        norm.bias.copy_(torch.linspace(-1, 1, 6))
+    x = x.clone().requires_grad_()
+    for _ in range(2):
+        y = norm(x)
+    (y * weight).sum().backward()
+    return {"y": y.detach(), "x.grad": x.grad, "weight.grad": norm.weight.grad, "bias.grad": norm.bias.grad,
+            **dict(norm.named_buffers())}
+
+
+def batch_norm_process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    x, weight = (t.split(SPLIT)[rank] for t in batch_norm_inputs())
+    torch.save(run_batch_norm(BatchNorm(6), x, weight), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_batch_norm_over_two_processes_is_that_of_the_joined_batch(tmp_path):
+    torch.multiprocessing.spawn(batch_norm_process, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    expected = run_batch_norm(nn.BatchNorm2d(6), *batch_norm_inputs())
+    got = {name: torch.cat([first[name], second[name]]) for name in ("y", "x.grad")}
+    got |= {name: first[name] + second[name] for name in ("weight.grad", "bias.grad")}
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(first[name], second[name])
+        got[name] = first[name]
+    assert all(x.isfinite().all() for x in got.values())
+    assert relative_error(got["num_batches_tracked"], expected["num_batches_tracked"]) == 0
+    for name in got.keys() - {"num_batches_tracked"}:
+        pick = (lambda x, c: x[:, c]) if name in ("y", "x.grad") else (lambda x, c: x[c])
+        for channel in range(1, 6):  # what a constant channel gives is rounding, divided by sqrt(eps)
+            limit = 1e-3 if channel == 1 else 1e-5  # 100 + 0.1: float32 itself leaves four digits
+            error = relative_error(pick(got[name], channel), pick(expected[name], channel))
+            assert error <= limit, (name, channel)
+
+
+def test_batch_norm_of_one_process_is_the_ordinary_one():
+    inputs = batch_norm_inputs()
+    ours, reference = (run_batch_norm(norm, *inputs) for norm in (BatchNorm(6), nn.BatchNorm2d(6)))
+    assert all(torch.equal(ours[name], reference[name]) for name in reference)
