@@ -1,0 +1,135 @@
+"""The teacher of BoxTeacher (paper Sec. 3.1): an average of the student over time that labels boxes with masks.
+
+    update   theta <- alpha theta + (1 - alpha) xi, the exponential moving average (EMA)
+    label    clean picture -> teacher -> mask-aware scores (Eq. 1) -> Alg. 1 -> a pseudo mask for each box
+"""
+import copy
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import box_iou, clip_boxes_to_image
+
+from assign import assign_masks, box_masks
+from data import Batch
+from model import CondInst, Predictions, detect, mask_logits
+
+SCORES = ("mask-aware", "cls", "iou", "mean-entropy")  # Table 5
+
+
+class PseudoLabels(NamedTuple):
+    """A mask for each of the G boxes of a batch, on the stride-4 grid of the student's pictures."""
+
+    masks: Tensor   # (G, h, w) probabilities, 0 outside the box
+    scores: Tensor  # (G,) how far to trust it; 0: this box got none
+
+
+def make_teacher(student: CondInst) -> CondInst:
+    """An exact copy that no gradient reaches.
+
+    Like the authors' it stays in training mode: its batch norms see their own batches and so keep statistics of
+    the teacher's own features. Those buffers are never averaged; evaluation (eval mode) uses them.
+    """
+    return copy.deepcopy(student).requires_grad_(False).train()
+
+
+def ema_momentum(iteration: int, ceiling: float = 0.999) -> float:
+    """alpha of the update that precedes this 0-based iteration: young averages forget faster; 0 (a copy) at first."""
+    return min(ceiling, 1 - 1 / (iteration + 1))
+
+
+@torch.no_grad()
+def update(teacher: CondInst, student: CondInst, momentum: float) -> None:
+    """EMA of the parameters."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+
+
+@torch.no_grad()
+def label(teacher: CondInst, batch: Batch, score: str = "mask-aware") -> PseudoLabels:
+    """Pseudo masks for all boxes of a batch."""
+    predictions = teacher(batch.teacher_images, batch.teacher_sizes)
+    return pseudo_labels(predictions, batch, score)
+
+
+@torch.no_grad()
+def pseudo_labels(predictions: Predictions, batch: Batch, score: str = "mask-aware") -> PseudoLabels:
+    """From the teacher's predictions on batch.teacher_images to pseudo masks for batch.boxes.
+
+    Only predictions that overlap some box enough to be assigned get a mask, at stride 4, never at full size.
+    """
+    height, width = batch.images.shape[-2] // 4, batch.images.shape[-1] // 4
+    masks, scores = [], []
+    for b, (boxes, size, teacher_size) in enumerate(zip(batch.boxes, batch.sizes, batch.teacher_sizes)):
+        picture = predictions.of_picture(b)
+        found = detect(picture)
+        scale = boxes.new_tensor([size[1] / teacher_size[1], size[0] / teacher_size[0]]).repeat(2)
+        found = found._replace(boxes=clip_boxes_to_image(found.boxes * scale, size))
+        iou = box_iou(found.boxes, boxes)                                                           # (N, G)
+        able = (iou >= 0.5).any(1)
+        found, iou = type(found)(*(x[able] for x in found)), iou[able]
+
+        p = mask_logits(picture, [found.rows]).sigmoid()
+        p = to_student_grid(p, teacher_size, size, height, width)                                   # (N', h, w)
+        h, w = (size[0] + 1) // 4, (size[1] + 1) // 4  # cells within the picture: padding has no part in a score
+        s = SCORE_FUNCTIONS[score](found.scores, p[:, :h, :w], box_masks(found.boxes, h, w), iou)
+        match = assign_masks(iou, s).to(boxes.device)                                               # (G,)
+        given = match >= 0
+        mask = p.new_zeros(len(boxes), height, width)
+        mask[given] = p[match[given]]
+        masks.append(mask * box_masks(boxes, height, width))
+        scores.append(torch.zeros(len(boxes), device=p.device).masked_scatter(given, s[match[given]]))
+    return PseudoLabels(torch.cat(masks), torch.cat(scores))
+
+
+def to_student_grid(p: Tensor, teacher_size: tuple[int, int], size: tuple[int, int], height: int,
+                    width: int) -> Tensor:
+    """Maps p (N, h', w') at stride 4 of the teacher's picture, read on the student's stride-4 grid (height, width).
+
+    Both sizes are the pictures' true (height, width). Cell i of the student's grid is the middle of pixel 4i + 2,
+    at the fraction (4i + 2.5) / size of the picture, which is pixel t = that * teacher_size - 0.5 of the teacher's,
+    cell (t - 2) / 4 of its map. Where both pictures are of one size, that is cell i itself.
+    """
+    if len(p) == 0:
+        return p.new_zeros(0, height, width)
+
+    def normalised_coordinates(cells: int, size: int, teacher_size: int, teacher_cells: int) -> Tensor:
+        t = (torch.arange(cells, device=p.device) * 4 + 2.5) * teacher_size / size - 0.5
+        return (t - 2) / 4 * 2 / max(teacher_cells - 1, 1) - 1     # -1 and 1 are the middles of the outer cells
+
+    y = normalised_coordinates(height, size[0], teacher_size[0], p.shape[1])
+    x = normalised_coordinates(width, size[1], teacher_size[1], p.shape[2])
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[None]                      # (1, height, width, xy)
+    return F.grid_sample(p[None], grid, mode="bilinear", padding_mode="border", align_corners=True)[0]
+
+
+# ------------------------------------------------------------------- scores of pseudo masks (Eq. 1 and Table 5)
+# Each takes the detector's confidence c (N,), mask probabilities p (N, h, w), the predicted boxes as masks
+# (N, h, w) and the IoU with the ground truth (N, G), and gives (N,) within 0 ... 1.
+
+
+def mask_aware_score(c: Tensor, p: Tensor, box: Tensor, iou: Tensor) -> Tensor:
+    """Eq. 1: sqrt(c * mean probability of the mask's pixels (p > 0.5) inside the box).
+
+    The box is the predicted one: the score orders Alg. 1, before any ground-truth box is known to be its own.
+    (The authors' code has no box here, and weights a mask with sqrt(sqrt(c) * mean).)
+    """
+    positive = (p > 0.5) & box
+    quality = (p * positive).sum((1, 2)) / positive.sum((1, 2)).clamp(min=1)
+    return (c * quality).sqrt()
+
+
+def class_score(c: Tensor, p: Tensor, box: Tensor, iou: Tensor) -> Tensor:
+    return c
+
+
+def iou_score(c: Tensor, p: Tensor, box: Tensor, iou: Tensor) -> Tensor:
+    return F.pad(iou, (0, 1)).amax(1)  # the added column of zeros: there may be no box at all
+
+
+def mean_entropy_score(c: Tensor, p: Tensor, box: Tensor, iou: Tensor) -> Tensor:
+    """1 + mean over the picture of p log p + (1 - p) log(1 - p)."""
+    return 1 + (torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)).mean((1, 2))
+
+
+SCORE_FUNCTIONS = dict(zip(SCORES, (mask_aware_score, class_score, iou_score, mean_entropy_score)))

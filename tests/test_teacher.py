@@ -1,0 +1,279 @@
+"""teacher.py: the moving average, and pseudo labels from predictions made up by hand."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from assign import box_masks
+from conftest import relative_error
+from data import Batch
+from model import STRIDES, Predictions, build_model, make_locations, mask_logits
+from teacher import (SCORES, class_score, ema_momentum, iou_score, label, make_teacher, mask_aware_score,
+                     mean_entropy_score, pseudo_labels, to_student_grid, update)
+
+
+def small_model(seed: int = 0):
+    torch.manual_seed(seed)
+    return build_model("r18-slim", 3, channels=32, frozen=False)
+
+
+# ---------------------------------------------------------------------------------------------------- average
+
+
+def test_golden_14_momentum(golden):
+    d = golden("14_ema")
+    momentum = torch.tensor([ema_momentum(i) for i in d["iteration"].tolist()])
+    assert relative_error(momentum, d["momentum"]) <= 1e-6
+
+
+def test_teacher_is_a_copy_that_does_not_learn():
+    student = small_model()
+    teacher = make_teacher(student)
+    assert teacher.training and all(not p.requires_grad for p in teacher.parameters())
+    assert all(p.requires_grad for p in student.parameters())
+    theirs = dict(student.state_dict())
+    for name, x in teacher.state_dict().items():
+        assert torch.equal(x, theirs[name]) and x.data_ptr() != theirs[name].data_ptr(), name
+
+
+def test_first_update_copies_the_parameters_exactly():
+    student, teacher = small_model(0), make_teacher(small_model(1))
+    assert ema_momentum(0) == 0
+    update(teacher, student, ema_momentum(0))
+    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), student.parameters()))
+
+
+def student_at(step: int):
+    """The student after a step: another draw."""
+    return list(small_model(100 + step).parameters())
+
+
+@pytest.mark.parametrize("momentum, weights", [
+    (ema_momentum, [1 / 5] * 5),  # young: the mean of all so far
+    (lambda i: 0.9 if i else 0.0, [0.9 ** 4, *(0.1 * 0.9 ** (4 - i) for i in range(1, 5))]),
+])
+def test_average_in_closed_form(momentum, weights):
+    """theta_k = sum over i of (1 - m_i) m_(i+1) ... m_k xi_i."""
+    student = small_model()
+    teacher = make_teacher(student)
+    buffers = {name: x.clone() for name, x in teacher.named_buffers()}
+    for step in range(5):
+        with torch.no_grad():
+            for p, new in zip(student.parameters(), student_at(step)):
+                p.copy_(new)
+            for x in student.buffers():
+                x.add_(1)
+        update(teacher, student, momentum(step))
+    expected = [sum(w * p.detach().double() for w, p in zip(weights, steps))
+                for steps in zip(*(student_at(step) for step in range(5)))]
+    assert max(relative_error(p, e) for p, e in zip(teacher.parameters(), expected)) <= 1e-5
+    # buffers are never averaged
+    assert buffers and all(torch.equal(x, buffers[name]) for name, x in teacher.named_buffers())
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+
+
+# ----------------------------------------------------------------------------- pseudo labels, made up by hand
+
+MASK_CONTROLLER = torch.zeros(16, 233)  # row c: a mask head that gives feature c, as relu(f) - relu(-f)
+for c in range(16):
+    w1, w2, w3 = torch.zeros(8, 18), torch.eye(8), torch.zeros(8)
+    w1[0, 2 + c], w1[1, 2 + c] = 1, -1
+    w3[0], w3[1] = 1, -1
+    MASK_CONTROLLER[c, :216] = torch.cat([w1.flatten(), w2.flatten(), w3])
+
+
+def made_up(pictures: list[list], size: tuple[int, int]) -> Predictions:
+    """Predictions of padded pictures from (box, class probability, mask logits at stride 8) of each instance.
+
+    Mask number c of a picture is feature c. Each instance sits at the location of P3 nearest to its box's
+    centre, with centerness 1; the others say nothing.
+    """
+    locations = make_locations([(-(-size[0] // s), -(-size[1] // s)) for s in STRIDES], torch.device("cpu"))
+    batch, cells = len(pictures), len(locations.xy)
+    class_logits, ltrb = torch.full((batch, cells, 3), -30.0), torch.zeros(batch, cells, 4)
+    controllers, features = torch.zeros(batch, cells, 233), torch.zeros(batch, 16, size[0] // 8, size[1] // 8)
+    for b, instances in enumerate(pictures):
+        taken = locations.level != 0
+        for c, (box, probability, mask) in enumerate(instances):
+            box = torch.tensor(box, dtype=torch.float32)
+            distance = (locations.xy - (box[:2] + box[2:]) / 2).norm(dim=1)
+            row = torch.where(taken, torch.inf, distance).argmin()
+            taken[row] = True
+            ltrb[b, row] = torch.cat([locations.xy[row] - box[:2], box[2:] - locations.xy[row]]) / 8
+            class_logits[b, row, c % 3] = torch.logit(torch.tensor(float(probability)))
+            controllers[b, row], features[b, c] = MASK_CONTROLLER[c], mask
+    return Predictions(class_logits, ltrb, torch.full((batch, cells), 30.0), controllers, features, locations)
+
+
+def make_batch(boxes: list[list], size, teacher_size, padded) -> Batch:
+    """What pseudo_labels reads of a batch: boxes, sizes and the padded size of the student's pictures."""
+    boxes = [torch.tensor(b, dtype=torch.float32).reshape(-1, 4) for b in boxes]
+    count = len(boxes)
+    return Batch(images=torch.zeros(count, 3, *padded, dtype=torch.uint8), sizes=[size] * count,
+                 original_sizes=[size] * count, image_ids=list(range(count)), boxes=boxes,
+                 labels=[torch.zeros(len(b), dtype=torch.int64) for b in boxes], augmented=None,
+                 teacher_images=None, teacher_sizes=[teacher_size] * count, masks=None, skipped=[])
+
+
+def plane(padded, scale, x0: float, y0: float) -> torch.Tensor:
+    """Mask logits at stride 8 that rise along both axes and are 0 at (x0, y0), pixels of the student.
+
+    The mask head's enlargement puts cell i on cell 2i + 1 at stride 4, which is the middle of pixel 8i + 6.
+    """
+    y, x = ((torch.arange(n // 8) * 8 + 6.5) / s for n, s in zip(padded, scale))
+    return ((x - x0)[None, :] + 0.5 * (y - y0)[:, None]) / 16
+
+
+def expected_plane(padded, x0: float, y0: float) -> torch.Tensor:
+    y, x = (torch.arange(n // 4) * 4 + 2.5 for n in padded)
+    return (((x - x0)[None, :] + 0.5 * (y - y0)[:, None]) / 16).sigmoid()
+
+
+def test_same_size_gives_the_teachers_own_map_cut_to_the_box():
+    padded, size = (96, 128), (90, 120)
+    boxes = [[[16.0, 24, 72, 64], [80, 30, 110, 70]], [[30, 10, 90, 80]]]
+    noise = torch.randn(3, 12, 16, generator=torch.Generator().manual_seed(0)) + 0.5
+    predictions = made_up([[(boxes[0][0], 0.9, noise[0]), (boxes[0][1], 0.8, noise[1])],
+                           [(boxes[1][0], 0.7, noise[2])]], padded)
+    rows = [(p.amax(1) > -20).nonzero()[:, 0] for p in predictions.class_logits]
+    rows[0] = rows[0][(predictions.class_logits[0, rows[0], 0] > -20).argsort(descending=True)]  # 0, then 1
+    own = mask_logits(predictions, rows).sigmoid()
+    labels = pseudo_labels(predictions, make_batch(boxes, size, size, padded))
+    assert labels.masks.shape == (3, 24, 32)
+    assert relative_error(labels.masks, own * box_masks(torch.tensor(sum(boxes, [])), 24, 32)) <= 1e-5
+    for mask, score, p, box, c in zip(labels.masks, labels.scores, own, sum(boxes, []), (0.9, 0.8, 0.7)):
+        inside = mask[mask > 0.5]
+        assert score.item() == pytest.approx(math.sqrt(math.sqrt(c) * inside.mean().item()), abs=1e-5)
+
+
+@pytest.mark.parametrize("size, padded, teacher_size, teacher_padded", [
+    ((90, 120), (96, 128), (180, 240), (192, 256)),
+    ((90, 120), (96, 128), (90, 120), (96, 128)),
+    ((90, 120), (96, 128), (135, 181), (160, 192)),  # rounded: 181 is not 1.5 * 120
+    ((180, 240), (192, 256), (90, 120), (96, 160)),
+    ((90, 120), (96, 128), (180, 150), (192, 160)),
+])
+def test_a_teacher_of_another_size_lands_on_the_same_place(size, padded, teacher_size, teacher_padded):
+    scale = [t / s for t, s in zip(teacher_size, size)]
+    box, center = [20.0, 16, 100, 72], (60.0, 44.0)
+    teacher_box = [v * scale[1 - i % 2] for i, v in enumerate(box)]
+    predictions = made_up([[(teacher_box, 0.9, plane(teacher_padded, scale, *center))]], teacher_padded)
+    labels = pseudo_labels(predictions, make_batch([[box]], size, teacher_size, padded))
+    inside = box_masks(torch.tensor([box]), padded[0] // 4, padded[1] // 4)
+
+    def error(dx: float) -> float:
+        difference = labels.masks[0] - expected_plane(padded, center[0] + dx, center[1])
+        return difference[inside[0]].abs().max().item()
+
+    assert (labels.masks[~inside] == 0).all() and labels.scores[0] > 0.7
+    assert error(0) < 4e-3
+    assert error(1) > 8e-3 and error(-1) > 8e-3  # one pixel beside is seen
+
+
+@pytest.mark.parametrize("case", ["test_", "teacher_"])
+def test_golden_09_on_the_students_grid(golden, case):
+    """Maps read at stride 4 equal the authors' full-size masks at every fourth pixel, but for a few on
+    the outline."""
+    d = golden("09_postprocess")
+    size, out = (tuple(d[f"{case}{name}_hw"].tolist()) for name in ("input", "output"))
+    height, width = (len(range(2, n, 4)) for n in out)
+    grid = to_student_grid(d[f"{case}global_masks"][d[f"{case}kept"], 0], size, out, height, width)
+    theirs = d[f"{case}masks"][:, 2::4, 2::4]
+    assert theirs.any() and ((grid > 0.5) != theirs).float().mean() < 0.01
+
+
+def test_unassigned_boxes_get_nothing():
+    padded = (96, 128)
+    boxes = [[[10.0, 10, 60, 60], [70, 10, 110, 50], [70, 60, 110, 90]]]
+    ones = torch.full((12, 16), 5.0)
+    instances = [([14, 12, 58, 62], 0.9, ones), ([70, 40, 110, 80], 0.9, ones)]  # the other: IoU 0.14, 0.4
+    predictions = made_up([instances], padded)
+    labels = pseudo_labels(predictions, make_batch(boxes, padded, padded, padded))
+    assert (labels.scores > 0).tolist() == [True, False, False]
+    assert labels.masks[0].any() and not labels.masks[1:].any()
+
+
+def test_predictions_beyond_the_picture_are_clipped_before_they_are_matched():
+    """A box at the border cannot go beyond it; a prediction that does is as good within (golden 09
+    clips likewise)."""
+    size = padded = (96, 128)
+    beyond = [-60.0, 20, 50, 70]  # unclipped its IoU is 0.45
+    predictions = made_up([[(beyond, 0.9, torch.full((12, 16), 3.0))]], padded)
+    labels = pseudo_labels(predictions, make_batch([[[0.0, 20, 50, 70]]], size, size, padded))
+    assert labels.scores[0] > 0.5 and labels.masks.any()
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("boxes", [[[], []], [[], [[10.0, 10, 60, 60]]]], ids=["none at all", "one picture"])
+def test_pictures_without_boxes(score, boxes):
+    padded = (96, 128)
+    instances = [([10.0, 10, 60, 60], 0.9, torch.full((12, 16), 5.0))]
+    batch = make_batch(boxes, padded, padded, padded)
+    labels = pseudo_labels(made_up([instances, instances], padded), batch, score)
+    count = len(boxes[1])
+    assert labels.masks.shape == (count, 24, 32) and labels.scores.shape == (count,)
+    assert labels.masks.dtype == labels.scores.dtype == torch.float32 and (labels.scores > 0).all()
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_no_prediction_at_all(score):
+    padded = (96, 128)
+    batch = make_batch([[[10.0, 10, 60, 60]]], padded, padded, padded)
+    labels = pseudo_labels(made_up([[]], padded), batch, score)
+    assert labels.scores.tolist() == [0] and not labels.masks.any()
+
+
+def test_the_best_mask_by_the_score_wins():
+    """Two predictions for one box: the surer box has the vaguer mask. The class score takes one, Eq. 1
+    the other."""
+    padded, box = (96, 128), [16.0, 16, 80, 80]
+    instances = [(box, 0.8, torch.full((12, 16), 0.1)), ([16.0, 16, 80, 60], 0.6, torch.full((12, 16), 6.0))]
+    batch = make_batch([[box]], padded, padded, padded)
+    predictions = made_up([instances], padded)
+    by_class, by_mask = (pseudo_labels(predictions, batch, score) for score in ("cls", "mask-aware"))
+    assert by_class.scores.item() == pytest.approx(math.sqrt(0.8), abs=1e-5)
+    assert by_class.masks.max().item() == pytest.approx(1 / (1 + math.exp(-0.1)), abs=1e-5)
+    assert by_mask.masks.max() > 0.99 and by_mask.scores.item() == pytest.approx(
+        math.sqrt(math.sqrt(0.6) / (1 + math.exp(-6))), abs=1e-5)
+
+
+def test_scores_by_hand():
+    """Eq. 1 with the last cell outside the box and 0.2, 0.5 not positive: mean of 0.9 and 0.7; Table
+    5's other three."""
+    c = torch.tensor([0.64, 0.5])
+    p = torch.tensor([[[0.9, 0.7, 0.6], [0.2, 0.5, 1.0]], [[0.1, 0.2, 0.3], [0.2, 0.3, 0.9]]])
+    box = torch.tensor([[[1, 1, 0], [1, 1, 0]]] * 2, dtype=torch.bool)
+    iou = torch.tensor([[0.6, 0.9], [0.7, 0.1]])
+    assert mask_aware_score(c, p, box, iou).tolist() == pytest.approx([math.sqrt(0.64 * 0.8), 0], abs=1e-6)
+    assert class_score(c, p, box, iou).tolist() == c.tolist()
+    assert iou_score(c, p, box, iou).tolist() == pytest.approx([0.9, 0.7])
+    sure, unsure = torch.tensor([[0.0, 1.0]]), torch.full((1, 2), 0.5)
+    entropy = mean_entropy_score(c, torch.stack([sure, unsure]), box, iou)
+    assert entropy.tolist() == pytest.approx([1, 1 - math.log(2)])
+
+
+def test_padding_does_not_reach_the_mean_entropy():
+    """Table 5 averages over the picture; how far its batch was padded is not the picture's."""
+    box, size, mask = [16.0, 16, 80, 80], (96, 128), torch.full((12, 16), 2.0)
+
+    def score(padded, mask) -> float:
+        batch = make_batch([[box]], size, size, padded)
+        return pseudo_labels(made_up([[(box, 0.9, mask)]], padded), batch, "mean-entropy").scores.item()
+
+    undecided_beyond = F.pad(mask, (0, 16))
+    assert score((96, 256), undecided_beyond) == pytest.approx(score(size, mask), abs=1e-6)
+
+
+def test_label_needs_no_gradient_and_averages_no_buffer():
+    """A pass of the teacher in training mode: its batch norms move by its own batch, not its parameters."""
+    teacher = make_teacher(small_model())
+    images = torch.randint(0, 256, (1, 3, 96, 128), dtype=torch.uint8)
+    batch = make_batch([[[10.0, 10, 60, 60]]], (96, 128), (96, 128), (96, 128))
+    batch = batch._replace(teacher_images=images)
+    before = [p.clone() for p in teacher.parameters()]
+    running = teacher.mask_branch.tower[0][1].running_mean.clone()
+    labels = label(teacher, batch)
+    assert labels.masks.shape == (1, 24, 32) and not any(x.requires_grad for x in labels)
+    assert all(torch.equal(p, b) for p, b in zip(teacher.parameters(), before))
+    assert not torch.equal(teacher.mask_branch.tower[0][1].running_mean, running)
