@@ -1,0 +1,327 @@
+"""COCO box and mask AP of a checkpoint (section 4 of the paper: "Experiments").
+
+    python evaluate.py --ckpt runs/boxteacher-r50-coco/final.pt --data coco
+    torchrun --nproc_per_node=8 evaluate.py --ckpt ... --results detections.json --metrics metrics.json
+
+`evaluate` runs the model over a set of pictures and returns detections in COCO's results format,
+`coco_metrics` gives their figures through pycocotools, `print_tables` shows them. train.py uses the same.
+"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import sys
+from collections import Counter
+
+import torch
+import torch.distributed as dist
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from checkpoint import CheckpointError, load_model
+from coco import CocoBoxes, DataError, datasets
+from data import TestImages, check_sizes, positive
+from model import Instances, predict
+from visualize import sheet, sheet_rows
+
+FIGURES = ["AP", "AP50", "AP75", "APs", "APm", "APl"]  # the first six numbers of COCOeval.stats
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, annotations: CocoBoxes, *, min_size: int = 800, max_size: int = 1333,
+             score_threshold: float = 0.05, rescore: bool = True, batch_size: int = 1, workers: int = 2,
+             device: torch.device | str = "cpu", amp_dtype: torch.dtype | None = None,
+             progress: bool = True) -> list[dict]:
+    """Detections of every picture, in the pictures' order, in COCO's results format (see `coco_results`).
+
+    min_size and max_size are the input's shorter and longest side in pixels. Under torch.distributed each
+    process takes every world-th batch and all return the whole list. Whole batches are dealt out, because
+    a picture's padding depends on its batch: so the number of processes does not change the results.
+    A picture that cannot be decoded raises DataError.
+    """
+    device = torch.device(device)
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    indices = range(len(annotations))
+    batches = [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)][rank::world_size]
+    loader = DataLoader(TestImages(annotations, min_size, max_size), batch_sampler=batches,
+                        collate_fn=TestImages.collate, num_workers=workers, pin_memory=device.type == "cuda")
+    silent = True if rank or not progress else None  # None: silent only where stderr is no terminal
+    was_training = model.training
+    model.eval()
+    found = []
+    try:
+        for batch in tqdm(loader, desc="evaluate", unit="batch", disable=silent):
+            batch = batch.to(device)
+            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+                instances = predict(model, batch.images, batch.sizes, batch.original_sizes,
+                                    score_threshold, rescore)
+            found.append([result for image_id, one in zip(batch.image_ids, instances)
+                          for result in coco_results(image_id, one, annotations.classes)])
+    finally:
+        model.train(was_training)
+    return gather(found)
+
+
+def coco_results(image_id: int, instances: Instances, classes: list[dict]) -> list[dict]:
+    """One picture's instances as COCO results: the data set's category ids, bbox xywh in pixels, RLE.
+
+    Masks are encoded picture by picture: kept dense, those of COCO's 5,000 pictures would take over 100 GB.
+    """
+    boxes = instances.boxes.double()
+    boxes[:, 2:] -= boxes[:, :2]  # xyxy -> xywh
+    # RLE runs down the columns, so pycocotools wants (H, W, N) in Fortran order: the memory of an (N, W, H)
+    columns = instances.masks.to(torch.uint8).transpose(1, 2).contiguous().numpy()
+    encoded = coco_mask.encode(columns.transpose(2, 1, 0)) if len(columns) else []
+    rows = zip(instances.labels.tolist(), instances.scores.tolist(), boxes.tolist(), encoded)
+    return [{"image_id": image_id, "category_id": classes[label]["id"], "score": score, "bbox": box,
+             "segmentation": {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}}
+            for label, score, box, rle in rows]
+
+
+def gather(found: list[list[dict]]) -> list[dict]:
+    """The results of all batches in one list: batch k of process r is batch k·world_size + r of all."""
+    everyone = [found]
+    if dist.is_initialized():
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, found)
+    return [result for k in range(len(everyone[0]))  # the first process has the most batches
+            for batches in everyone if k < len(batches) for result in batches[k]]
+
+
+def ground_truth(json_path: str) -> COCO:
+    """The annotation file as pycocotools' COCO, with what files of boxes alone leave out filled in."""
+    with open(json_path, encoding="utf-8") as file:
+        dataset = json.load(file)
+    dataset.setdefault("info", {})
+    for number, annotation in enumerate(dataset["annotations"], 1):
+        annotation["id"] = number  # COCOeval takes an object of id 0 for "no match", so ids are given anew
+        annotation.setdefault("iscrowd", 0)
+        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+    coco = COCO()
+    coco.dataset = dataset
+    with contextlib.redirect_stdout(None):
+        coco.createIndex()
+    return coco
+
+
+def coco_metrics(json_path: str, results: list[dict]) -> dict:
+    """Figures in percent: {"bbox": {"AP", …, "APl"}, "segm": the same, "per_class": {name: {"bbox": AP, …}}}.
+
+    A figure is None where there is no ground truth (no large object, say); segm is None where an annotation
+    has no mask.
+    """
+    truth = ground_truth(json_path)
+    objects = truth.dataset["annotations"]
+    without_mask = sum(not annotation.get("segmentation") for annotation in objects)
+    if without_mask:
+        print(f"segm AP skipped: {without_mask} of {len(objects)} annotations have no mask")
+    box, box_classes = coco_figures(truth, results, "bbox")
+    segm, segm_classes = (None, {}) if without_mask else coco_figures(truth, results, "segm")
+    categories = truth.dataset["categories"]
+    uses = Counter(c["name"] for c in categories)
+    names = {c["id"]: c["name"] if uses[c["name"]] == 1 else f"{c['name']} ({c['id']})" for c in categories}
+    per_class = {names[i]: {"bbox": box_classes[i], "segm": segm_classes.get(i)} for i in sorted(names)}
+    return {"bbox": box, "segm": segm, "per_class": per_class}
+
+
+def coco_figures(truth: COCO, results: list[dict], kind: str) -> tuple[dict, dict]:
+    """One run of COCOeval, kind "bbox" or "segm": (the six FIGURES, AP by category id), percent or None."""
+    # the mask's own area decides between APs, APm and APl; where a "bbox" is present loadRes takes the box's
+    left_out = {"bbox": "segmentation", "segm": "bbox"}[kind]
+    results = [{key: value for key, value in result.items() if key != left_out} for result in results]
+    with contextlib.redirect_stdout(None):
+        found = truth.loadRes(results) if results else COCO()  # loadRes refuses an empty list
+        scorer = COCOeval(truth, found, kind)
+        scorer.evaluate()
+        scorer.accumulate()
+        scorer.summarize()
+    figures = {name: percent(value) for name, value in zip(FIGURES, scorer.stats)}
+    precision = scorer.eval["precision"][:, :, :, 0, -1]  # (IoUs, recalls, classes), all areas
+    per_class = {i: percent(precision[:, :, k].mean()) for k, i in enumerate(scorer.params.catIds)}
+    return figures, per_class
+
+
+def percent(value: float) -> float | None:
+    """COCOeval writes -1 where there is no ground truth: None here."""
+    return None if value < 0 else 100 * float(value)
+
+
+def print_tables(metrics: dict) -> None:
+    """Box table, mask table and the AP of each class, in percent, "-" where there is no figure."""
+    def cell(value):
+        return f"{'-':>7}" if value is None else f"{value:7.1f}"
+
+    for kind, title in [("bbox", "box"), ("segm", "mask")]:
+        print(f"{title:8}" + "".join(f"{name:>7}" for name in FIGURES))
+        print(" " * 8 + "".join(cell((metrics[kind] or {}).get(name)) for name in FIGURES))
+    width = max([len("class AP"), *map(len, metrics["per_class"])])
+    print(f"{'class AP':{width}}{'box':>7}{'mask':>7}")
+    for name, figures in metrics["per_class"].items():
+        print(f"{name:{width}}{cell(figures['bbox'])}{cell(figures['segm'])}")
+
+
+def start_distributed(device: torch.device) -> tuple[int, int, torch.device]:
+    """Join torchrun's process group (NCCL on CUDA, else gloo), if any: (rank, world size, its device)."""
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    if device.type == "cuda":
+        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise DataError(f"more processes than GPUs: this machine has {gpus}, use --nproc_per_node={gpus}")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    # the others wait while the first process computes AP, so the limit is longer than NCCL's ten minutes
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=60))
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast for --amp; auto: bfloat16 on GPUs that have it, float16 on others, no CPU."""
+    if name == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def pick_device(name: str) -> torch.device:
+    """--device as a torch.device that exists; argparse's error for one that does not."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise argparse.ArgumentTypeError(f"this machine has no device {name!r}") from None
+    return device
+
+
+def probability(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    if not 0 <= float(text) <= 1:  # false for nan too
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return float(text)
+
+
+def output_file(path: str | None) -> None:
+    """Make the folder of a file to be written later and try to write there; DataError where that fails."""
+    if path is None:
+        return
+    try:
+        if os.path.isdir(path):
+            raise IsADirectoryError("it is a folder")
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path + ".tmp", "w"):
+            pass
+        os.remove(path + ".tmp")
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def write_json(path: str | None, content: list | dict) -> None:
+    """Write under a temporary name and rename, so that a file that exists is whole."""
+    if path is None:
+        return
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        json.dump(content, file)
+    os.replace(path + ".tmp", path)
+
+
+def check_classes(checkpoint: str, trained: list[dict], json_path: str, classes: list[dict]) -> None:
+    """CheckpointError where the checkpoint's classes (ids and names, in order) are not the data set's."""
+    ours, theirs = ([f"{c['id']} {c['name']}" for c in some] for some in (trained, classes))
+    if ours == theirs:
+        return
+
+    def only(some, others):
+        extra = [c for c in some if c not in others]
+        shown = ", ".join(extra[:5]) + ", …" * (len(extra) > 5)
+        return f"{len(some)}, of them only there: {shown or 'none'}"
+
+    raise CheckpointError(f"checkpoint {checkpoint} was trained for other classes: "
+                          f"it has {only(ours, theirs)}; {json_path} has {only(theirs, ours)}")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Box and mask AP of a checkpoint.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--ckpt", required=True, metavar="FILE", help="checkpoint to evaluate")
+    add("--data", default="coco", help="coco, shapes (under datasets/), or a folder in COCO layout")
+    add("--val-json", metavar="FILE", help="annotations in COCO format, in place of those of --data")
+    add("--val-images", metavar="DIR", help="the pictures of --val-json")
+    add("--weights", choices=["teacher", "student"], help="None: the teacher's where there are any")
+    add("--min-size", type=positive, metavar="PIXELS",
+        help="shorter side of the input; None: the checkpoint's test size, 800 where it states none")
+    add("--max-size", type=positive, metavar="PIXELS",
+        help="longest side of the input; None: the checkpoint's test size, 1333 where it states none")
+    add("--score-threshold", type=probability, default=0.05, help="detections below it are dropped (0 to 1)")
+    add("--rescore", choices=["auto", "on", "off"], default="auto",
+        help="report sqrt(detection score x mask probability); auto: on where the method is boxteacher")
+    add("--results", metavar="FILE", help="write the detections there, in COCO results format (JSON)")
+    add("--metrics", metavar="FILE", help="write all figures there, in percent (JSON)")
+    add("--sheet", metavar="FILE", help="draw boxes, predictions and ground truth there (PNG)")
+    add("--sheet-count", type=positive, default=12, help="number of pictures on the sheet")
+    add("--device", type=pick_device, default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1")
+    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
+        help="mixed precision; auto: bf16 or else fp16 on CUDA, off on CPU")
+    add("--batch-size", type=positive, default=1, help="pictures per forward pass of one process")
+    add("--workers", type=int, default=2, help="loading processes of one process")
+    args = parser.parse_args(argv)
+    if (args.val_json is None) != (args.val_images is None):
+        parser.error("--val-json and --val-images go together")
+    if args.workers < 0:
+        parser.error(f"argument --workers: {args.workers} is less than 0")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command line, once its values are known to make sense."""
+    rank, _, device = start_distributed(args.device)
+    if rank == 0:  # before the work that a wrong name would lose
+        for path in (args.results, args.metrics, args.sheet):
+            output_file(path)
+    _, (json_path, image_dir) = datasets(args.data, val_json=args.val_json, val_images=args.val_images)
+    model, info = load_model(args.ckpt, args.weights)
+    annotations = CocoBoxes(json_path, image_dir)
+    check_classes(args.ckpt, info["classes"], json_path, annotations.classes)
+    if rank == 0:
+        check_sizes(annotations)
+    config = info.get("config") or {}
+    rescore = info["method"] == "boxteacher" if args.rescore == "auto" else args.rescore == "on"
+    results = evaluate(
+        model.to(device), annotations, rescore=rescore, score_threshold=args.score_threshold,
+        min_size=args.min_size or config.get("test_min_size") or 800,
+        max_size=args.max_size or config.get("test_max_size") or 1333,
+        batch_size=args.batch_size, workers=args.workers, device=device, amp_dtype=pick_amp(args.amp, device))
+    if rank == 0:
+        write_json(args.results, results)
+        metrics = coco_metrics(json_path, results)
+        print_tables(metrics)
+        write_json(args.metrics, metrics)
+        if args.sheet:
+            rows = sheet_rows(annotations, ground_truth(json_path), results, args.sheet_count)
+            sheet(rows, args.sheet, [c["name"] for c in annotations.classes])
+            print(f"sheet: {args.sheet}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, run, and say in one line what is wrong with the data or the checkpoint (exit status 1)."""
+    args = parse_arguments(argv)
+    try:
+        run(args)
+    except (DataError, CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,571 @@
+"""evaluate.py and visualize.py: COCO figures, results, the command line, the sheet.
+
+The data set made here is drawn so that its masks can be read off the pixels: class c paints channel c, every
+object with its own value, on black. `read_colours` stands in for model.predict and finds all of them exactly.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+import evaluate
+import visualize
+from checkpoint import save
+from coco import CocoBoxes
+from model import Instances, build_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # pycocotools under numpy 2
+ROOT = Path(evaluate.__file__).parent
+CATEGORIES = [{"id": 90, "name": "blue"}, {"id": 3, "name": "red"}, {"id": 17, "name": "green"}]
+CHANNEL = {3: 0, 17: 1, 90: 2}
+SIZES = [(64, 96), (96, 64), (64, 64), (64, 128), (128, 64)]  # (height, width); batches of them are padded
+
+
+def rle(mask: np.ndarray) -> dict:
+    encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
+
+
+def draw_dataset(folder: Path) -> tuple[Path, Path]:
+    """Five pictures, two objects each but for the last, which has none; annotation ids begin at 0."""
+    (folder / "val2017").mkdir(parents=True)
+    (folder / "annotations").mkdir()
+    images, annotations = [], []
+    for number, (height, width) in enumerate(SIZES):
+        pixels = np.zeros((height, width, 3), np.uint8)
+        images.append({"id": 100 + number, "file_name": f"{number}.png", "height": height, "width": width})
+        for k, category in enumerate([[3, 90], [17, 17], [3, 17], [90, 3], []][number]):
+            x, y, w, h = 5 + 30 * k, 4 + 7 * number, 20 + number, 12 + 4 * k
+            mask = np.zeros((height, width), bool)
+            mask[y:y + h, x:x + w] = True
+            mask[y, x + 3:x + w] = False  # not a rectangle: a mask is more than its box
+            pixels[mask, CHANNEL[category]] = 255 - 60 * k
+            annotations.append({"id": len(annotations), "image_id": 100 + number, "category_id": category,
+                                "bbox": [x, y, w, h], "segmentation": rle(mask), "area": int(mask.sum()),
+                                "iscrowd": 0})
+        Image.fromarray(pixels).save(folder / "val2017" / f"{number}.png")
+    path = folder / "annotations" / "instances_val2017.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": CATEGORIES}))
+    return path, folder / "val2017"
+
+
+def read_colours(model, images, sizes, original_sizes, score_threshold, rescore):
+    """A perfect model.predict for `draw_dataset`. Its scores depend on the padding, as a network's may."""
+    answers = []
+    for image, (height, width) in zip(images, sizes):
+        found = [(label, image[label, :height, :width] == value) for label in range(3)
+                 for value in image[label].unique().tolist() if value]
+        corners = [(*mask.nonzero().min(0).values.flip(0), *mask.nonzero().max(0).values.flip(0) + 1)
+                   for _, mask in found]
+        padding = images.shape[2] * images.shape[3] / 1e6
+        answers.append(Instances(torch.tensor(corners, dtype=torch.float32).reshape(-1, 4),
+                                 torch.tensor([0.9 - padding - 0.1 * k for k in range(len(found))]),
+                                 torch.tensor([label for label, _ in found], dtype=torch.int64),
+                                 torch.stack([mask for _, mask in found]) if found
+                                 else torch.zeros(0, height, width, dtype=torch.bool)))
+    return answers
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return draw_dataset(tmp_path / "set")
+
+
+@pytest.fixture
+def perfect(monkeypatch):
+    monkeypatch.setattr(evaluate, "predict", read_colours)
+
+
+def run_perfect(json_path, image_dir, **options):
+    options = {"min_size": 64, "max_size": 200, "workers": 0, "progress": False, **options}
+    return evaluate.evaluate(torch.nn.Identity(), CocoBoxes(json_path, image_dir), **options)
+
+
+def rewrite(path: Path, change) -> Path:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def as_results(json_path, score=0.9) -> list[dict]:
+    """The ground truth itself as results; crowds are no detections."""
+    truth = evaluate.ground_truth(json_path)
+    return [{"image_id": a["image_id"], "category_id": a["category_id"], "score": score, "bbox": a["bbox"],
+             "segmentation": rle(truth.annToMask(a))}
+            for a in truth.dataset["annotations"] if not a["iscrowd"]]
+
+
+# ------------------------------------------------------------------------------------------------ figures
+
+
+def test_perfect_predictions_give_100_from_pictures_to_figures(dataset, perfect):
+    metrics = evaluate.coco_metrics(dataset[0], run_perfect(*dataset))
+    for kind in ("bbox", "segm"):
+        assert metrics[kind]["AP"] == pytest.approx(100) and metrics[kind]["APs"] == pytest.approx(100)
+        assert metrics[kind]["APl"] is None and list(metrics[kind]) == evaluate.FIGURES
+    assert list(metrics["per_class"]) == ["red", "green", "blue"]
+    assert all(v == pytest.approx(100) for figures in metrics["per_class"].values() for v in figures.values())
+    json.dumps(metrics, allow_nan=False)  # plain floats
+
+
+@pytest.mark.skipif("COCO_MINI" not in os.environ, reason="COCO_MINI names no folder")
+def test_perfect_predictions_on_real_pictures_with_crowds():
+    path = Path(os.environ["COCO_MINI"]) / "annotations" / "instances_val2017.json"
+    assert any(a["iscrowd"] for a in json.loads(path.read_text())["annotations"])
+    results = as_results(path)
+    metrics = evaluate.coco_metrics(path, results)
+    assert metrics["bbox"]["AP"] == pytest.approx(100) and metrics["segm"]["AP"] == pytest.approx(100)
+
+
+def test_half_of_the_objects_found_gives_the_average_precision_by_hand(dataset):
+    """Red has 3 objects: the best detection is right, the second one wrong, the third right.
+
+    Precision at recall 1/3 is 1, at 2/3 it is 2/3; of the 101 recalls 0, 0.01, … the first 34 (0 to 0.33)
+    read 1, the next 33 (to 0.66) 2/3, the rest 0.
+    """
+    def only_red(content):
+        content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 3]
+
+    rewrite(dataset[0], only_red)
+    first, second, _ = as_results(dataset[0])
+    wrong = {**first, "score": 0.8, "bbox": [0, 50, 8, 8], "segmentation": rle(np.eye(64, 96))}
+    metrics = evaluate.coco_metrics(dataset[0], [{**second, "score": 0.7}, first, wrong])
+    by_hand = 100 * (34 * 1 + 33 * 2 / 3) / 101
+    assert metrics["bbox"]["AP50"] == pytest.approx(by_hand)
+    assert metrics["segm"]["AP"] == pytest.approx(by_hand)
+    assert metrics["per_class"]["red"]["segm"] == pytest.approx(by_hand)
+    assert metrics["per_class"]["blue"] == {"bbox": None, "segm": None}  # no ground truth
+
+
+def test_a_shifted_box_counts_up_to_its_iou(dataset):
+    """A box of 20 x 12 moved by 2 pixels has IoU 18/22 = 0.818: right at 0.50 … 0.80, 7 of 10 thresholds."""
+    rewrite(dataset[0], lambda c: c.update(annotations=c["annotations"][:1]))
+    result, = as_results(dataset[0])
+    x, y, w, h = result["bbox"]
+    metrics = evaluate.coco_metrics(dataset[0], [{**result, "bbox": [x + 2, y, w, h]}])
+    assert metrics["bbox"]["AP"] == pytest.approx(70) and metrics["bbox"]["AP75"] == pytest.approx(100)
+
+
+def test_mask_figures_range_objects_by_the_area_of_the_mask(dataset):
+    """A wrong detection with a medium-sized box but a small mask hurts APs of masks, not APs of boxes."""
+    results = as_results(dataset[0])
+    wrong = {**results[0], "score": 0.99, "bbox": [0, 0, 96, 64],
+             "segmentation": rle(np.pad(np.ones((4, 4)), ((60, 0), (92, 0))))}
+    metrics = evaluate.coco_metrics(dataset[0], [wrong, *results])
+    assert metrics["segm"]["APs"] < 99 and metrics["bbox"]["APs"] == pytest.approx(100)
+
+
+def test_crowd_is_neither_to_be_found_nor_punished(dataset):
+    whole = rle(np.ones((64, 128)))
+    crowd = {"id": 50, "image_id": 103, "category_id": 3, "bbox": [0, 0, 128, 64], "segmentation": whole,
+             "area": 128 * 64, "iscrowd": 1}
+    results = as_results(dataset[0])
+    rewrite(dataset[0], lambda c: c["annotations"].append(crowd))
+    assert evaluate.coco_metrics(dataset[0], results)["segm"]["AP"] == pytest.approx(100)
+    inside = {**results[0], "image_id": 103, "score": 0.99, "bbox": [80, 30, 20, 20],
+              "segmentation": rle(np.pad(np.ones((20, 20)), ((30, 14), (80, 28))))}
+    metrics = evaluate.coco_metrics(dataset[0], [inside, *results])
+    assert metrics["segm"]["AP"] == pytest.approx(100) and metrics["bbox"]["AP"] == pytest.approx(100)
+
+
+def test_boxes_alone_as_ground_truth_skip_the_masks_and_say_so(dataset, perfect, capsys):
+    def only_boxes(content):
+        for annotation in content["annotations"][2:]:
+            for key in ("segmentation", "area", "iscrowd"):
+                del annotation[key]
+
+    rewrite(dataset[0], only_boxes)
+    metrics = evaluate.coco_metrics(dataset[0], run_perfect(*dataset))
+    assert metrics["segm"] is None and metrics["bbox"]["AP"] == pytest.approx(100)
+    assert metrics["per_class"]["green"] == {"bbox": pytest.approx(100), "segm": None}
+    assert capsys.readouterr().out == "segm AP skipped: 6 of 8 annotations have no mask\n"
+    evaluate.print_tables(metrics)
+    mask_row = capsys.readouterr().out.splitlines()[3]
+    assert mask_row.split() == ["-"] * 6
+
+
+def test_no_detections_give_zeros(dataset):
+    metrics = evaluate.coco_metrics(dataset[0], [])
+    for kind in ("bbox", "segm"):
+        assert metrics[kind] == {"AP": 0, "AP50": 0, "AP75": 0, "APs": 0, "APm": None, "APl": None}
+    assert metrics["per_class"]["blue"] == {"bbox": 0, "segm": 0}
+
+
+def test_no_ground_truth_gives_none(dataset):
+    results = as_results(dataset[0])
+    rewrite(dataset[0], lambda c: c.update(annotations=[]))
+    for some in ([], results):
+        assert set(evaluate.coco_metrics(dataset[0], some)["bbox"].values()) == {None}
+
+
+def test_pycocotools_says_nothing_and_the_results_stay_as_they_are(dataset, capsys):
+    results = as_results(dataset[0])
+    before = json.dumps(results)
+    evaluate.coco_metrics(dataset[0], results)
+    assert capsys.readouterr().out == "" and json.dumps(results) == before
+
+
+def test_classes_of_one_name_are_kept_apart(dataset):
+    rewrite(dataset[0], lambda c: [category.update(name="thing") for category in c["categories"]])
+    per_class = evaluate.coco_metrics(dataset[0], [])["per_class"]
+    assert list(per_class) == ["thing (3)", "thing (17)", "thing (90)"]
+
+
+def test_tables_are_aligned(capsys):
+    figures = dict.fromkeys(evaluate.FIGURES, 12.345)
+    per_class = {"a long class name": {"bbox": 100.0, "segm": None}, "b": {"bbox": 0, "segm": 1}}
+    evaluate.print_tables({"bbox": figures, "segm": {**figures, "APl": None}, "per_class": per_class})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["box", *evaluate.FIGURES] and lines[1].split() == ["12.3"] * 6
+    assert lines[2].split() == ["mask", *evaluate.FIGURES] and lines[3].split() == ["12.3"] * 5 + ["-"]
+    assert len({len(line) for line in lines[:4]}) == 1 and len({len(line) for line in lines[4:]}) == 1
+    assert lines[5].split() == ["a", "long", "class", "name", "100.0", "-"]
+
+
+# ------------------------------------------------------------------------------------------------ results
+
+
+@pytest.mark.parametrize("info", [True, False])
+def test_results_are_accepted_by_pycocotools(dataset, perfect, tmp_path, info):
+    results = run_perfect(*dataset)
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(results))
+    if info:
+        rewrite(dataset[0], lambda c: c.update(info={"description": "made up"}))
+    truth = COCO(dataset[0]) if info else evaluate.ground_truth(dataset[0])  # the file itself holds no info
+    assert truth.dataset["info"] == ({"description": "made up"} if info else {})
+    found = truth.loadRes(str(file))
+    assert len(found.anns) == len(results) == 8
+    scorer = COCOeval(evaluate.ground_truth(dataset[0]), found, "segm")
+    scorer.evaluate()
+    scorer.accumulate()
+    scorer.summarize()
+    assert scorer.stats[0] == pytest.approx(1)
+
+
+def test_results_hold_category_ids_xywh_boxes_and_text_masks(dataset, perfect):
+    results = run_perfect(*dataset)
+    assert {r["category_id"] for r in results} == {3, 17, 90}
+    truth = {(r["image_id"], tuple(r["bbox"])): r for r in as_results(dataset[0])}
+    for result in results:
+        same = truth[result["image_id"], tuple(result["bbox"])]
+        assert result["category_id"] == same["category_id"] and result["segmentation"] == same["segmentation"]
+        assert set(result) == {"image_id", "category_id", "score", "bbox", "segmentation"}
+        assert 0.7 < result["score"] < 0.9  # the scores of read_colours
+    assert [r["image_id"] for r in results] == [100, 100, 101, 101, 102, 102, 103, 103]
+
+
+def test_masks_are_not_kept(dataset, monkeypatch):
+    """Once a picture is done nothing holds on to its dense masks."""
+    import weakref
+    alive, counts = [], []
+
+    def watched(*args):
+        counts.append(sum(reference() is not None for reference in alive))
+        answers = read_colours(*args)
+        alive.extend(weakref.ref(one.masks) for one in answers)
+        return answers
+
+    monkeypatch.setattr(evaluate, "predict", watched)
+    results = run_perfect(*dataset)
+    assert max(counts) <= 1 and len(counts) == 5  # those of the picture before, at most
+    assert all(isinstance(r["segmentation"]["counts"], str) for r in results)
+
+
+def test_evaluate_passes_its_options_on_and_restores_the_mode(dataset, monkeypatch):
+    model, seen = torch.nn.Linear(1, 1), []
+
+    def spy(model, images, sizes, original_sizes, score_threshold, rescore):
+        seen.append((model.training, torch.is_grad_enabled(), tuple(images.shape), sizes, original_sizes,
+                     score_threshold, rescore, torch.is_autocast_enabled("cpu")))
+        return read_colours(None, images[:, :, :1, :1] * 0, [(1, 1)] * len(sizes), None, 0, True)
+
+    monkeypatch.setattr(evaluate, "predict", spy)
+    annotations = CocoBoxes(*dataset)
+    for training in (True, False):
+        model.train(training)
+        evaluate.evaluate(model, annotations, min_size=32, max_size=48, score_threshold=0.4, rescore=False,
+                          batch_size=3, workers=0, amp_dtype=torch.bfloat16, progress=False)
+        assert model.training is training
+    shape, sizes = (3, 3, 64, 64), [(32, 48), (48, 32), (32, 32)]  # padded to a multiple of 32
+    assert seen[0] == (False, False, shape, sizes, SIZES[:3], 0.4, False, True) and len(seen) == 4
+
+    def broken(*args):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(evaluate, "predict", broken)
+    with pytest.raises(RuntimeError):
+        evaluate.evaluate(model.train(), annotations, workers=0, progress=False)
+    assert model.training
+
+
+def one_process(rank, port, json_path, image_dir, out):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    assert evaluate.start_distributed(torch.device("cpu")) == (rank, 2, torch.device("cpu"))
+    evaluate.predict = read_colours
+    answers = [run_perfect(json_path, image_dir, batch_size=size) for size in (1, 2, 8)]
+    Path(f"{out}.{rank}").write_text(json.dumps(answers))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_results_of_one(dataset, perfect, tmp_path):
+    """Five pictures over two processes, with batches of 1, of 2 (whose padding differs) and of all."""
+    alone = [run_perfect(*dataset, batch_size=size) for size in (1, 2, 8)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = (port, *map(str, dataset), str(tmp_path / "answers"))
+    torch.multiprocessing.spawn(one_process, arguments, nprocs=2)
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"answers.{rank}").read_text()) == alone
+
+
+def test_without_torchrun_there_is_one_process(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert evaluate.start_distributed(torch.device("cpu")) == (0, 1, torch.device("cpu"))
+
+
+# ---------------------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.manual_seed(0)
+    model = dict(backbone="r18-slim", num_classes=3, channels=64, frozen=False)
+    classes = [{"id": 3, "name": "red"}, {"id": 17, "name": "green"}, {"id": 90, "name": "blue"}]
+    weights = build_model(**model).state_dict()
+    save({"model": model, "classes": classes, "method": "boxteacher", "iteration": 7, "student": weights,
+          "teacher": weights, "config": {"test_min_size": 64, "test_max_size": 128}}, path)
+    return path
+
+
+def command(checkpoint, dataset, *more) -> list[str]:
+    return ["--ckpt", str(checkpoint), "--val-json", str(dataset[0]), "--val-images", str(dataset[1]),
+            "--workers", "0", "--device", "cpu", *map(str, more)]
+
+
+def fails(arguments, capsys) -> str:
+    """Run main, which must end with status 1 and one line on stderr; returns that line."""
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main(arguments)
+    captured = capsys.readouterr().err
+    assert exit.value.code == 1 and captured.count("\n") == 1 and captured.startswith("error: ")
+    return captured
+
+
+def test_command_line_writes_results_metrics_and_sheet(checkpoint, dataset, perfect, tmp_path, capsys):
+    results, metrics, picture = (tmp_path / "new" / name for name in ("results.json", "ap.json", "sheet.png"))
+    more = "--results", results, "--metrics", metrics, "--sheet", picture
+    evaluate.main(command(checkpoint, dataset, *more))
+    assert json.loads(results.read_text()) == run_perfect(*dataset)
+    assert json.loads(metrics.read_text()) == evaluate.coco_metrics(dataset[0], run_perfect(*dataset))
+    out = capsys.readouterr().out
+    assert out.startswith("box ") and "\nmask " in out and "\nclass AP" in out and f"sheet: {picture}" in out
+    assert Image.open(picture).format == "PNG"
+    assert not [path for path in tmp_path.rglob("*") if "tmp" in path.name.rsplit(".", 1)[-1]]
+
+
+def test_as_a_user_runs_it_with_a_real_model(checkpoint, dataset, tmp_path):
+    """An untrained model that finds nothing above 0.999: zeros in the tables, an empty list, no traceback."""
+    results = tmp_path / "results.json"
+    arguments = command(checkpoint, dataset, "--score-threshold", "0.999", "--results", results)
+    run = subprocess.run([sys.executable, "evaluate.py", *arguments], cwd=ROOT, capture_output=True,
+                         text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == "" and json.loads(results.read_text()) == []
+    assert run.stdout.splitlines()[1].split() == ["0.0"] * 4 + ["-"] * 2
+
+
+def test_sizes_scores_and_rescoring_come_from_the_checkpoint_or_the_options(checkpoint, dataset, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **options: seen.append(options) or [])
+    state = torch.load(checkpoint, weights_only=True)
+    evaluate.main(command(checkpoint, dataset))
+    evaluate.main(command(checkpoint, dataset, "--min-size", 100, "--max-size", 200, "--rescore", "off",
+                          "--score-threshold", 0.2, "--batch-size", 4, "--amp", "bf16"))
+    save({**state, "method": "boxinst", "config": {}}, checkpoint)
+    evaluate.main(command(checkpoint, dataset))
+    evaluate.main(command(checkpoint, dataset, "--rescore", "on"))
+    assert [(s["min_size"], s["max_size"], s["rescore"], s["score_threshold"]) for s in seen] == [
+        (64, 128, True, 0.05), (100, 200, False, 0.2), (800, 1333, False, 0.05), (800, 1333, True, 0.05)]
+    assert [(s["batch_size"], s["amp_dtype"]) for s in seen[:2]] == [(1, None), (4, torch.bfloat16)]
+
+
+def test_weights_choose_between_teacher_and_student(checkpoint, dataset, monkeypatch):
+    seen = []
+
+    def first_weight(model, *_, **__):
+        seen.append(next(iter(model.parameters())).mean().item())
+        return []
+
+    monkeypatch.setattr(evaluate, "evaluate", first_weight)
+    state = torch.load(checkpoint, weights_only=True)
+    first = next(iter(build_model(**state["model"]).named_parameters()))[0]
+    state["teacher"] = {**state["teacher"], first: torch.full_like(state["teacher"][first], 7.0)}
+    save(state, checkpoint)
+    for choice in ([], ["--weights", "teacher"], ["--weights", "student"]):
+        evaluate.main(command(checkpoint, dataset, *choice))
+    assert seen[:2] == [7, 7] and seen[2] < 1
+
+
+@pytest.mark.parametrize("wrong", [
+    ["--min-size", "0"], ["--max-size", "big"], ["--score-threshold", "1.5"], ["--score-threshold", "nan"],
+    ["--batch-size", "0"], ["--workers", "-1"], ["--sheet-count", "0"], ["--rescore", "maybe"],
+    ["--amp", "fp8"], ["--weights", "ema"], ["--device", "abacus"], ["--device", "cuda:99"], ["--nonsense"]])
+def test_wrong_values_end_with_status_2(checkpoint, dataset, capsys, wrong):
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main(command(checkpoint, dataset, *wrong))
+    last_line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit.value.code == 2 and "error: " in last_line and wrong[0] in last_line
+
+
+def test_val_json_without_val_images_ends_with_status_2(checkpoint, dataset, capsys):
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main(["--ckpt", str(checkpoint), "--val-json", str(dataset[0])])
+    assert exit.value.code == 2 and "--val-images" in capsys.readouterr().err
+
+
+def test_bad_checkpoints(checkpoint, dataset, tmp_path, capsys):
+    assert str(tmp_path / "nowhere.pt") in fails(command(tmp_path / "nowhere.pt", dataset), capsys)
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[:len(whole) // 2])
+    assert str(checkpoint) in fails(command(checkpoint, dataset), capsys)
+    checkpoint.write_text("not a checkpoint")
+    assert str(checkpoint) in fails(command(checkpoint, dataset), capsys)
+
+
+def test_other_classes_are_refused_and_both_are_named(checkpoint, dataset, capsys):
+    def rename(content):
+        content["categories"][1]["name"] = "crimson"
+
+    rewrite(dataset[0], rename)
+    line = fails(command(checkpoint, dataset), capsys)
+    assert "was trained for other classes" in line and str(checkpoint) in line and str(dataset[0]) in line
+    assert "3 red" in line and "3 crimson" in line and "17 green" not in line
+
+
+def test_missing_data_is_named(checkpoint, tmp_path, capsys):
+    line = fails(["--ckpt", str(checkpoint), "--data", str(tmp_path / "nowhere")], capsys)
+    assert str(tmp_path / "nowhere" / "annotations" / "instances_val2017.json") in line
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_cannot_be_decoded_is_named(checkpoint, dataset, perfect, capsys, workers):
+    """In a worker process too, whose error arrives with a traceback in its message."""
+    picture = dataset[1] / "3.png"
+    picture.write_bytes(picture.read_bytes()[:60])
+    results = dataset[1] / "results.json"
+    line = fails([*command(checkpoint, dataset, "--results", results), "--workers", str(workers)], capsys)
+    assert str(picture) in line and "Traceback" not in line
+    assert sorted(path.name for path in dataset[1].iterdir()) == [f"{i}.png" for i in range(5)]
+
+
+@pytest.mark.parametrize("option", ["--results", "--metrics", "--sheet"])
+def test_an_unwritable_output_is_reported_before_the_evaluation(checkpoint, dataset, tmp_path, monkeypatch,
+                                                                capsys, option):
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: pytest.fail("evaluated"))
+    (tmp_path / "file").write_text("in the way")
+    line = fails(command(checkpoint, dataset, option, tmp_path / "file" / "out"), capsys)
+    assert "cannot write" in line and str(tmp_path / "file" / "out") in line
+    assert "it is a folder" in fails(command(checkpoint, dataset, option, tmp_path), capsys)
+
+
+def test_amp_by_device(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert evaluate.pick_amp("auto", cpu) is None and evaluate.pick_amp("off", cuda) is None
+    assert evaluate.pick_amp("bf16", cpu) is torch.bfloat16
+    assert evaluate.pick_amp("fp16", cuda) is torch.float16
+    for supported, dtype in [(True, torch.bfloat16), (False, torch.float16)]:
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                            lambda including_emulation=True: including_emulation or supported)
+        assert evaluate.pick_amp("auto", cuda) is dtype
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def rows_of(dataset, count=12, results=None):
+    truth = evaluate.ground_truth(dataset[0])
+    results = as_results(dataset[0]) if results is None else results
+    return visualize.sheet_rows(CocoBoxes(*dataset), truth, results, count)
+
+
+def test_rows_hold_pictures_with_objects_and_their_results(dataset):
+    rows = rows_of(dataset)
+    assert [tuple(row[0].shape[1:]) for row in rows] == SIZES[:4]  # the fifth has no object
+    for picture, boxes, labels, found, masks in rows:
+        assert picture.dtype == torch.uint8
+        assert torch.equal(found.boxes, boxes) and torch.equal(found.labels, labels)
+        assert torch.equal(found.masks, masks) and masks.shape == (2, *picture.shape[1:])
+        for label, mask in zip(labels, masks):
+            assert (picture[label][mask] > 0).all()
+    assert [tuple(row[0].shape[1:]) for row in rows_of(dataset, count=2)] == [SIZES[0], SIZES[3]]
+
+
+def test_sheet_has_three_panels_a_row(dataset, tmp_path):
+    path, panel, gap = str(tmp_path / "sheet.png"), visualize.PANEL, visualize.GAP
+    rows = rows_of(dataset, count=1)
+    visualize.sheet(rows, path, ["red", "green", "blue"])
+    image = Image.open(path)
+    assert image.size == (3 * (panel + gap) + gap, visualize.HEADER + round(panel * 64 / 96) + gap)
+    visualize.sheet(rows * 5, path)  # two rows a line, three lines
+    assert Image.open(path).size == (6 * (panel + gap) + 5 * gap,
+                                     visualize.HEADER + 3 * (round(panel * 64 / 96) + gap))
+    assert not Path(path + ".tmp").exists()
+
+
+def test_sheet_leaves_out_predictions_below_its_threshold(dataset, tmp_path):
+    def middle(score, threshold):
+        rows = rows_of(dataset, 1, as_results(dataset[0], score))
+        return np.array(visualize.panels(rows[0], None, threshold)[1])
+
+    plain = middle(0.1, 0.3)
+    assert set(np.unique((plain > 40).sum(2))) <= {0, 1}  # as in the picture: one channel an object
+    assert (plain != middle(0.5, 0.3)).any() and (plain != middle(0.1, 0.05)).any()
+
+
+def test_sheet_without_masks_and_without_detections(dataset, tmp_path):
+    rewrite(dataset[0], lambda c: [a.pop("segmentation") for a in c["annotations"]])
+    rows = visualize.sheet_rows(CocoBoxes(*dataset), evaluate.ground_truth(dataset[0]), [], 4)
+    assert all(row[4] is None and len(row[3].boxes) == 0 for row in rows)
+    visualize.sheet(rows, str(tmp_path / "sheet.png"), ["red", "green", "blue"])
+
+
+def test_instances_are_drawn_where_they_are():
+    picture = torch.full((3, 60, 80), 100, dtype=torch.uint8)
+    masks = torch.zeros(2, 60, 80, dtype=torch.bool)
+    masks[0, 20:50, 10:50], masks[1, 30:58, 40:70] = True, True  # they overlap
+    boxes = torch.tensor([[10, 20, 50, 50], [40, 30, 70, 58.0]])
+    labels, scores = torch.tensor([0, 1]), torch.tensor([0.9, 0.8])
+    drawn = visualize.draw_instances(picture, boxes, labels, scores, masks, ["a", "b"])
+    assert drawn.shape == picture.shape and drawn.dtype == torch.uint8 and (picture == 100).all()
+    changed = (drawn != 100).any(0)
+    assert changed[20:50, 10:50].all() and changed[30:58, 40:70].all()
+    assert not changed[52:, :38].any() and not changed[:, 75:].any()
+    assert drawn[:, 49, 30].tolist() == list(visualize.COLOURS[0])  # its outline
+    assert drawn[:, 40, 45].sum() > 250  # the part that both share is not black
+    nothing = visualize.draw_instances(picture, boxes[:0], torch.zeros(0, dtype=torch.int64))
+    assert torch.equal(nothing, picture)
+
+
+def test_predictions_take_the_colour_of_their_object():
+    boxes = torch.tensor([[0, 0, 10, 10], [20, 20, 40, 40.0]])
+    found = torch.tensor([[21, 20, 40, 40], [30, 20, 50, 40], [0, 1, 10, 10.0]])
+    assert visualize.matching_colours(boxes, found) == [1, 3, 0]  # the second has an IoU of 1/3: its own
+    assert visualize.matching_colours(boxes[:0], found) == [0, 1, 2]
+    assert visualize.matching_colours(boxes, found[:0]) == []

@@ -1,0 +1,177 @@
+"""Pictures for people: instances drawn over a picture, and sheets of what a model finds.
+
+`draw_instances` draws one picture. `sheet` puts three panels of each picture side by side: the input with its
+boxes, the predicted masks, the ground-truth masks. Colours tell instances apart and are the same every time;
+on a sheet a prediction takes the colour of the ground-truth object that it overlaps.
+"""
+
+import os
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from torch import Tensor
+from torch.nn.functional import interpolate, max_pool2d
+from torchvision.ops import box_iou
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+from coco import CocoBoxes
+from data import load_image
+from model import Instances
+
+COLOURS = [(230, 60, 60), (60, 150, 240), (70, 190, 80), (250, 170, 30), (170, 90, 220), (40, 200, 200),
+           (240, 110, 190), (160, 110, 60), (190, 220, 50), (110, 120, 250), (0, 130, 110), (255, 215, 90)]
+PANEL = 320  # longer side of a panel, pixels
+GAP = 6      # between panels, pixels
+HEADER = 30  # height of the line that names the panels, pixels
+BACKGROUND = (24, 24, 28)
+
+
+def draw_instances(picture: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor | None = None,
+                   masks: Tensor | None = None, names: list[str] | None = None,
+                   colours: list[int] | None = None) -> Tensor:
+    """Draw N instances over a picture (uint8, 3×H×W) and return the new picture, of the same shape.
+
+    boxes (N, 4) xyxy in pixels of the picture. With masks (N, H, W) bool each instance is a translucent fill
+    with its outline, without masks it is its box. names[label] and the score are written where there is room.
+    colours: index into COLOURS for each instance, by default its position.
+    """
+    colours = [COLOURS[c % len(COLOURS)] for c in (range(len(boxes)) if colours is None else colours)]
+    width = max(2, round(max(picture.shape[1:]) / 200))
+    if masks is None:
+        if len(boxes):
+            picture = draw_bounding_boxes(picture, boxes.round(), colors=colours, width=width)
+    else:
+        # one after the other: drawn together, torchvision paints the pixels that two masks share black
+        for mask, colour in zip(masks, colours):
+            picture = draw_segmentation_masks(picture, mask, alpha=0.45, colors=colour)
+        for mask, colour in zip(masks, colours):
+            picture = draw_segmentation_masks(picture, outline(mask, width), alpha=1.0, colors=colour)
+            picture = draw_segmentation_masks(picture, outline(~mask, 1), alpha=0.5, colors="black")
+    texts = [names[label] if names else str(label) for label in labels.tolist()]
+    if scores is not None:
+        texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores.tolist())]
+    return write_texts(picture, boxes, texts, colours)
+
+
+def outline(mask: Tensor, width: int) -> Tensor:
+    """The pixels of a mask (H, W) within `width` pixels of its outside; the picture's edge is no outside."""
+    outside = max_pool2d((~mask)[None].float(), 2 * width + 1, stride=1, padding=width)[0] > 0
+    return mask & outside
+
+
+def write_texts(picture: Tensor, boxes: Tensor, texts: list[str], colours: list[tuple]) -> Tensor:
+    """Write each text at the top left corner of its box (xyxy), unless it would cover an earlier one."""
+    image = to_pil_image(picture)
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(size=max(11, round(max(image.size) / 28)))
+    taken = []
+    for (x0, y0, x1, y1), text, colour in zip(boxes.tolist(), texts, colours):
+        left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+        w, h = right + 4, bottom + 4
+        x = max(0, min(x0, image.width - w))
+        y = y0 - h if y0 >= h else y0  # above the box, or inside it at the picture's upper edge
+        overlaps = any(x < r and l < x + w and y < b and t < y + h for l, t, r, b in taken)
+        if overlaps or w > 2.5 * (x1 - x0):
+            continue
+        taken.append((x, y, x + w, y + h))
+        draw.rectangle(taken[-1], fill=colour)
+        dark = 0.3 * colour[0] + 0.6 * colour[1] + 0.1 * colour[2] > 140
+        draw.text((x + 2, y + 1), text, fill="black" if dark else "white", font=font)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def matching_colours(boxes: Tensor, found: Tensor) -> list[int]:
+    """Colour indices of found boxes (N, 4): the object's with a box IoU above 0.5, else an unused one."""
+    if not len(boxes) or not len(found):
+        return list(range(len(boxes), len(boxes) + len(found)))
+    best, index = box_iou(found, boxes).max(dim=1)
+    return [i if b > 0.5 else len(boxes) + n for n, (b, i) in enumerate(zip(best.tolist(), index.tolist()))]
+
+
+def sheet_rows(annotations: CocoBoxes, truth: COCO, results: list[dict], count: int) -> list[tuple]:
+    """Rows for `sheet`: `count` pictures with objects, evenly spaced over the data set, and their results."""
+    label = {c["id"]: i for i, c in enumerate(annotations.classes)}
+    with_objects = [i for i in range(len(annotations)) if len(annotations.image_boxes(i)[0])]
+    choices = np.array(with_objects or range(len(annotations)))
+    rows = []
+    for i in choices[np.linspace(0, len(choices) - 1, min(count, len(choices))).round().astype(int)].tolist():
+        image_id, (height, width) = int(annotations.image_ids[i]), annotations.sizes[i].tolist()
+        objects = [a for a in truth.imgToAnns[image_id] if not a["iscrowd"]]
+        found = [r for r in results if r["image_id"] == image_id]
+        image = load_image(annotations.path(i), (height, width))
+        picture = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        instances = Instances(
+            corners(found), torch.tensor([r["score"] for r in found]),
+            torch.tensor([label[r["category_id"]] for r in found], dtype=torch.int64),
+            stack([coco_mask.decode(r["segmentation"]) for r in found], height, width))
+        masks = stack([truth.annToMask(a) for a in objects], height, width) \
+            if all(a.get("segmentation") for a in objects) else None
+        labels = torch.tensor([label[a["category_id"]] for a in objects], dtype=torch.int64)
+        rows.append((picture, corners(objects), labels, instances, masks))
+    return rows
+
+
+def corners(objects: list[dict]) -> Tensor:
+    """COCO's bbox (xywh) of N objects as (N, 4) xyxy."""
+    boxes = torch.tensor([o["bbox"] for o in objects], dtype=torch.float32).reshape(-1, 4)
+    return torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
+
+
+def stack(masks: list[np.ndarray], height: int, width: int) -> Tensor:
+    """N masks (H, W) as one bool tensor (N, H, W), N = 0 too."""
+    return torch.from_numpy(np.array(masks, dtype=bool).reshape(-1, height, width))
+
+
+def panels(row: tuple, names: list[str] | None, threshold: float) -> list[Image.Image]:
+    """The three panels of one row of `sheet`, enlarged or reduced so that the longer side is PANEL pixels."""
+    picture, boxes, labels, found, true_masks = row
+    scale = PANEL / max(picture.shape[1:])
+    size = [max(1, round(side * scale)) for side in picture.shape[1:]]
+    picture = interpolate(picture[None].float(), size, mode="bilinear", antialias=True)[0].round().byte()
+
+    def resized(masks):
+        return interpolate(masks[:, None].float(), size, mode="nearest-exact")[:, 0].bool() if len(masks) \
+            else masks.new_zeros((0, *size))
+
+    keep = found.scores >= threshold
+    true_boxes, found_boxes = boxes * scale, found.boxes[keep] * scale
+    colours = matching_colours(boxes, found.boxes[keep])
+    drawn = [
+        draw_instances(picture, true_boxes, labels, names=names),
+        draw_instances(picture, found_boxes, found.labels[keep], found.scores[keep],
+                       resized(found.masks[keep]), names, colours),
+        picture // 4 if true_masks is None
+        else draw_instances(picture, true_boxes, labels, masks=resized(true_masks), names=names)]
+    return [to_pil_image(panel) for panel in drawn]
+
+
+def sheet(rows: list[tuple], path: str, names: list[str] | None = None, threshold: float = 0.6) -> None:
+    """Write a PNG with three panels for each row, two rows beside each other when there are more than four.
+
+    A row is (picture uint8 (3, H, W), boxes (G, 4) xyxy in its pixels, labels (G,), predicted Instances at
+    its size, ground-truth masks (G, H, W) bool or None: a dark panel). Predictions below the threshold
+    are left out; rescored, as sqrt(d q), most of those below 0.6 are false.
+    """
+    per_line = 2 if len(rows) > 4 else 1
+    drawn = [panels(row, names, threshold) for row in rows]
+    lines = [drawn[i:i + per_line] for i in range(0, len(drawn), per_line)]
+    heights = [max(panel.height for row in line for panel in row) for line in lines]
+    cell = PANEL + GAP
+    canvas = Image.new("RGB", (3 * per_line * cell + (per_line - 1) * 4 * GAP + GAP,
+                               HEADER + sum(heights) + GAP * len(lines)), BACKGROUND)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=16)
+    titles = ["input and its boxes", f"predicted masks, score >= {threshold:g}", "ground-truth masks"]
+    y = HEADER
+    for line, height in zip(lines, heights):
+        for place, row in enumerate(line):
+            for column, panel in enumerate(row):
+                x = GAP + place * (3 * cell + 4 * GAP) + column * cell
+                draw.text((x + PANEL // 2, HEADER // 2), titles[column], fill="white", font=font, anchor="mm")
+                canvas.paste(panel, (x + (PANEL - panel.width) // 2, y + (height - panel.height) // 2))
+        y += height + GAP
+    canvas.save(path + ".tmp", format="PNG")
+    os.replace(path + ".tmp", path)
