@@ -1,0 +1,641 @@
+"""train.py: the plan of a run, one step, whole runs of all methods, on one process and on two.
+
+Runs are as small as they can be: 64-pixel pictures, the narrowest network. Most start from `warm`, a model
+that has seen a batch a few dozen times, since before that the teacher finds nothing and its losses are zero.
+What a run keeps in its folder, and how it goes on from there, is in test_checkpoint.py.
+"""
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from checkpoint import load, load_model
+from coco import CocoBoxes
+from data import TrainBatches
+from shapes import write_shapes
+from boxteacher import RAMPED, total_loss
+from schedule import Plan, learning_rate, make_plan, ramp_factor
+from train import Run, parse_arguments, train_step
+
+SMALL = ("--backbone r18-slim --channels 32 --backbone-weights none --min-size 64 --max-size 64 "
+         "--teacher-min-size 64 --teacher-max-size 64 --workers 0 --device cpu --batch-size 4 "
+         "--log-every 1").split()
+LOSSES = {"boxteacher": ("cls", "box", "centerness", "projection", "pairwise", "pixel", "affinity"),
+          "boxinst": ("cls", "box", "centerness", "projection", "pairwise"),
+          "condinst": ("cls", "box", "centerness", "mask")}
+
+
+# ----------------------------------------------------------- helpers, some of them for test_checkpoint.py too
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory) -> Path:
+    """12 drawn pictures of 64 x 64 pixels to train on, 3 to evaluate on."""
+    folder = tmp_path_factory.getbasetemp() / "drawn"  # found again where another module imports this fixture
+    if not folder.exists():
+        write_shapes(folder, train=12, val=3, size=64)
+    return folder
+
+
+def one_batch(annotations: CocoBoxes):
+    return TrainBatches(annotations, batch_size=4, min_sizes=[64], max_size=64, teacher_size=(64, 64))[0]
+
+
+def new_run(drawn: Path, out: Path, *options: str) -> tuple[Run, CocoBoxes]:
+    args = parse_arguments(["--data", str(drawn), "--out", str(out), *SMALL, *options])
+    annotations = CocoBoxes(drawn / "annotations/instances_train2017.json", drawn / "train2017")
+    return Run(args, annotations.classes, 0, 1, torch.device("cpu")), annotations
+
+
+@pytest.fixture(scope="session")
+def warm(drawn, tmp_path_factory) -> Path:
+    """The checkpoint of 30 steps on one batch, their losses beside it in losses.json."""
+    folder = tmp_path_factory.getbasetemp() / "warm"
+    if not (folder / "losses.json").exists():
+        folder.mkdir()
+        run, annotations = new_run(drawn, folder, "--optimizer", "adamw", "--lr", "1e-3", "--ema", "0.9",
+                                   "--clip-grad", "10", "--iters", "900", "--warmup", "0")
+        batch, history = one_batch(annotations), []
+        for iteration in range(30):
+            losses = train_step(run, [batch], iteration, False).losses
+            history.append({name: float(value) for name, value in losses.items()})
+        run.iteration = 30
+        run.save()
+        (folder / "losses.json").write_text(json.dumps(history))
+    return folder / "last.pt"
+
+
+def command(*argv) -> int:
+    """train.py in this process; its exit status."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        train.main([str(a) for a in argv])
+        return 0
+    except SystemExit as end:
+        return end.code
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def only_training(data: Path) -> list:
+    """Options for the training files of a set: nothing is evaluated then."""
+    return ["--train-json", data / "annotations/instances_train2017.json",
+            "--train-images", data / "train2017"]
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(out: Path) -> list[dict]:
+    """The lines of iterations, without what depends on the clock."""
+    return [{k: v for k, v in line.items() if not k.endswith("seconds")}
+            for line in metrics(out) if "loss" in line]
+
+
+def one_line_error(capsys) -> str:
+    """stderr, which must be one line that starts with "error:"."""
+    text = capsys.readouterr().err
+    assert text.startswith("error: ") and text.count("\n") == 1 and text.endswith("\n"), text
+    return text
+
+
+def copy_set(drawn: Path, folder: Path, change=lambda content: None) -> Path:
+    """A copy of the drawn set whose training annotations were given to `change`."""
+    shutil.copytree(drawn, folder)
+    path = folder / "annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return folder
+
+
+def without_segmentation(content: dict) -> None:
+    for annotation in content["annotations"]:
+        del annotation["segmentation"], annotation["area"]
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+# --------------------------------------------------------------------------------- functions of the iteration
+
+
+@pytest.mark.parametrize("options, expected", [
+    ("", Plan(90_000, 0.01, 1000, (60_000, 80_000), False, 10_000)),
+    ("--schedule 2x", Plan(180_000, 0.01, 1000, (120_000, 160_000), False, 10_000)),
+    ("--schedule 3x", Plan(270_000, 0.01, 1000, (210_000, 250_000), False, 10_000)),
+    ("--batch-size 8", Plan(180_000, 0.005, 1000, (120_000, 160_000), False, 20_000)),
+    ("--batch-size 32 --schedule 3x", Plan(135_000, 0.02, 1000, (105_000, 125_000), False, 5_000)),
+    ("--batch-size 8 --lr 0.02", Plan(180_000, 0.02, 1000, (120_000, 160_000), False, 20_000)),
+    ("--iters 900", Plan(900, 0.01, 45, (600, 800), False, 100)),
+    ("--iters 900 --warmup 7 --lr-decay cosine", Plan(900, 0.01, 7, (600, 800), True, 100)),
+    ("--iters 900 --batch-size 8 --optimizer adamw", Plan(900, 5e-5, 45, (600, 800), False, 100)),
+    ("--iters 5", Plan(5, 0.01, 0, (3, 4), False, 1)),
+])
+def test_plan(options, expected):
+    plan = make_plan(parse_arguments(options.split()))
+    assert plan._replace(lr=0) == expected._replace(lr=0)
+    assert plan.lr == pytest.approx(expected.lr, rel=1e-12)
+
+
+@pytest.mark.parametrize("iteration, expected", [
+    (0, 1e-5), (500, 0.01 * (0.001 + 0.999 / 2)), (1000, 0.01), (59_999, 0.01), (60_000, 0.001),
+    (79_999, 0.001), (80_000, 1e-4), (89_999, 1e-4)])
+def test_learning_rate_warms_up_and_falls_twice(iteration, expected):
+    plan = Plan(90_000, 0.01, 1000, (60_000, 80_000), False, 10_000)
+    assert learning_rate(iteration, plan) == pytest.approx(expected, rel=1e-9)
+
+
+def test_learning_rate_with_cosine_and_without_warm_up():
+    plan = Plan(100, 0.2, 0, (50, 60), True, 1)
+    assert [learning_rate(i, plan) for i in (0, 25, 50, 100)] == pytest.approx(
+        [0.2, 0.1 * (1 + math.sqrt(0.5)), 0.1, 0.0])
+    warming = plan._replace(warmup=10)
+    assert learning_rate(5, warming) == pytest.approx(0.1 * (1 + math.cos(math.pi / 20)) * 0.5005)
+
+
+def test_ramp_reaches_one_and_stays():
+    plan = Plan(90_000, 0.01, 1000, (60_000, 80_000), False, 10_000)
+    assert [ramp_factor(i, plan) for i in (0, 4999, 9999, 50_000)] == [1e-4, 0.5, 1.0, 1.0]
+
+
+def test_the_ramp_weighs_the_noisy_losses_alone():
+    losses = {"loss_cls": 1.0, "loss_projection": 2.0, "loss_mask": 4.0, "loss_pairwise": 8.0,
+              "loss_pixel": 16.0,
+              "loss_affinity": 32.0}
+    assert total_loss(losses, 0.5) == 1 + 2 + 4 + 4 + 8 + 16
+
+
+# ------------------------------------------------------------------------------------------- the command line
+
+DEFAULTS = {
+    "data": "coco", "train_json": None, "train_images": None, "val_json": None, "val_images": None,
+    "method": "boxteacher", "backbone": "r50", "channels": 256, "optimizer": "sgd",
+    "backbone_weights": "imagenet", "init": None, "schedule": "1x", "iters": None, "batch_size": 16,
+    "accumulate": 1, "lr": None, "min_size": [640, 672, 704, 736, 768, 800], "max_size": 1333,
+    "teacher_min_size": 800, "teacher_max_size": 1333, "augment": "none", "pixel_loss": "dice",
+    "lambda_pixel": 0.5, "lambda_affinity": 0.1, "score": "mask-aware", "ema": 0.999, "amp": "auto",
+    "workers": 4, "seed": 0, "out": "runs/boxteacher-r50-coco", "fresh": False, "eval_every": 10_000,
+    "checkpoint_every": 5_000, "log_every": 20}
+
+
+def test_every_option_of_the_contract_and_its_default(capsys):
+    args = vars(parse_arguments([]))
+    assert {name: args[name] for name in DEFAULTS} == DEFAULTS
+    assert args["device"] == torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(SystemExit) as end:
+        parse_arguments(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    for name in (*DEFAULTS, "device"):
+        assert f" --{name.replace('_', '-')} " in text, name
+    for default in ("coco", "boxteacher", "r50", "256", "imagenet", "1x", "16", "1333", "800", "dice",
+                    "0.999"):
+        assert f"(default: {default})" in text, default
+
+
+@pytest.mark.parametrize("option, values", [
+    ("method", "boxteacher boxinst condinst"), ("backbone", "r18 r34 r50 r101"), ("optimizer", "sgd adamw"),
+    ("schedule", "1x 2x 3x"), ("augment", "none weak strong strong-blur"),
+    ("pixel-loss", "dice bce avg none"),
+    ("score", "mask-aware cls iou mean-entropy"), ("amp", "auto off bf16 fp16")])
+def test_choices_of_the_contract(option, values):
+    for value in values.split():
+        assert getattr(parse_arguments([f"--{option}", value]), option.replace("-", "_")) == value
+
+
+def test_run_folder_is_named_after_method_backbone_and_data():
+    args = parse_arguments("--data /x/birds --method boxinst --backbone r18".split())
+    assert args.out == "runs/boxinst-r18-birds"
+    assert parse_arguments("--train-json a/b.json --train-images p".split()).out == "runs/boxteacher-r50-b"
+
+
+@pytest.mark.parametrize("options", [
+    "--method maskrcnn", "--backbone r51", "--channels 48", "--channels 0", "--optimizer adam",
+    "--schedule 4x", "--iters 0", "--iters many", "--batch-size 0", "--batch-size 16 --accumulate 3",
+    "--accumulate 0", "--lr 0", "--lr nan", "--warmup -1", "--weight-decay -1", "--weight-decay nan",
+    "--clip-grad 0", "--min-size", "--min-size 0", "--max-size -5", "--teacher-min-size x", "--augment heavy",
+    "--pixel-loss l1", "--score best", "--ema 1.5", "--lambda-pixel -1", "--lambda-affinity nan", "--amp on",
+    "--device nonsense", "--workers -1", "--seed -1", "--log-every 0", "--eval-every 0",
+    "--checkpoint-every 0", "--train-json a.json", "--val-images p", "--backbone r18-slim",
+    "--no-such-option"])
+def test_wrong_values_end_with_status_2(options, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_arguments(options.split())
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and "error: " in last and options.split()[0].removesuffix("-json") in last
+
+
+def test_batch_is_divided_among_processes(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert parse_arguments("--batch-size 8 --accumulate 2".split()).batch_size == 8
+    with pytest.raises(SystemExit) as end:
+        parse_arguments("--batch-size 12 --accumulate 2".split())
+    assert end.value.code == 2 and "--batch-size must be a multiple" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------- one step
+
+
+def test_twenty_steps_on_one_batch_lower_every_loss_of_boxes(warm):
+    history = json.loads((warm.parent / "losses.json").read_text())
+
+    def mean(name, *steps):
+        return sum(history[i][f"loss_{name}"] for i in steps) / len(steps)
+
+    for name in LOSSES["boxinst"]:
+        assert mean(name, 18, 19, 20) < 0.95 * mean(name, 0, 1, 2), name
+    for name in ("pixel", "affinity"):  # before its first masks are good enough the teacher gives none
+        assert mean(name, 0) == 0 < mean(name, 29), name
+
+
+def test_twenty_steps_on_one_batch_lower_the_losses_of_pseudo_masks(drawn, warm, tmp_path, monkeypatch):
+    """A student that has forgotten its masks learns them again from the teacher, which is held still: otherwise
+    it moves the target, and labels more boxes from step to step."""
+    monkeypatch.setattr(train.teacher_module, "update", lambda teacher, student, momentum: None)
+    run, annotations = new_run(drawn, tmp_path, "--init", str(warm), "--optimizer", "adamw", "--lr", "5e-4",
+                               "--iters", "100", "--warmup", "0", "--clip-grad", "10")
+    torch.nn.init.normal_(run.model.head.controller.weight, std=0.01)
+    batch = one_batch(annotations)
+    results = [train_step(run, [batch], 40, False) for _ in range(21)]
+    assert results[0].counts["pseudo_masks"] == results[-1].counts["pseudo_masks"] > 4
+    for name in ("cls", "box", "centerness", "projection", "pixel", "affinity"):
+        first, last = (results[i].losses[f"loss_{name}"] for i in (0, -1))
+        assert 0 < last < first, name
+
+
+@pytest.mark.parametrize("method", ["boxinst", "condinst"])
+def test_twenty_steps_of_the_other_methods_lower_every_loss(drawn, tmp_path, method):
+    run, _ = new_run(drawn, tmp_path, "--method", method, "--optimizer", "adamw", "--lr", "1e-3",
+                     "--iters", "900", "--warmup", "0", "--clip-grad", "10")
+    annotations = CocoBoxes(drawn / "annotations/instances_train2017.json", drawn / "train2017",
+                            masks=method == "condinst")
+    batch = one_batch(annotations)
+    history = [train_step(run, [batch], i, False).losses for i in range(21)]
+    assert history[0].keys() == {"loss", *(f"loss_{name}" for name in LOSSES[method])}
+    for name in history[0]:
+        assert sum(h[name] for h in history[18:]) < sum(h[name] for h in history[:3]), name
+
+
+def test_micro_steps_are_averaged(drawn, warm, tmp_path):
+    """The same batch twice as two micro-steps is that batch once, down to the last bit."""
+    runs = [new_run(drawn, tmp_path, "--init", str(warm), "--iters", "100")[0] for _ in range(2)]
+    batch = one_batch(new_run(drawn, tmp_path)[1])
+    results = [train_step(run, [batch] * count, 50, False) for run, count in zip(runs, (1, 2))]
+    assert results[0].losses == results[1].losses and results[0].counts["pseudo_masks"] > 0
+    assert results[1].counts["positives"] == 2 * results[0].counts["positives"]
+    start = torch.cat([p.flatten() for p in load_model(warm)[0].parameters()])
+    one, two = (torch.cat([p.detach().flatten() for p in run.model.parameters()]) for run in runs)
+    assert torch.equal(one, two) and not torch.equal(one, start)
+
+
+def test_ema_follows_the_student(drawn, warm, tmp_path):
+    """teacher <- alpha teacher + (1 - alpha) student after the step, alpha by the iteration and --ema."""
+    run, annotations = new_run(drawn, tmp_path, "--init", str(warm), "--iters", "100", "--ema", "0.75")
+    batch = one_batch(annotations)
+    for iteration, alpha in ((0, 0.5), (50, 0.75)):
+        before = [p.clone() for p in run.teacher.parameters()]
+        train_step(run, [batch], iteration, False)
+        for old, teacher, student in zip(before, run.teacher.parameters(), run.model.parameters()):
+            expected = alpha * old + (1 - alpha) * student.detach()
+            torch.testing.assert_close(teacher, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_teacher_starts_as_a_copy_and_is_not_optimised(drawn, warm, tmp_path):
+    run, _ = new_run(drawn, tmp_path, "--init", str(warm))
+    assert same(run.teacher.state_dict(), run.model.state_dict())
+    assert not any(p.requires_grad for p in run.teacher.parameters())
+    optimised = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    assert optimised == {id(p) for p in run.model.parameters()}
+
+
+# --------------------------------------------------------------------------------- losses that are not finite
+
+
+def spoil(monkeypatch, bad: set[int], how: str = "loss") -> list[tuple]:
+    """Make the loss, or the gradient alone, of the calls in `bad` not finite; -> the weights before each."""
+    original, step, calls, seen = train.compute_losses, train.train_step, [], []
+
+    def compute_losses(student, *rest):
+        losses, counts = original(student, *rest)
+        calls.append(None)
+        if len(calls) - 1 in bad:
+            parameter = next(student.parameters())
+            zero = (parameter * 0).sum().sqrt()                             # its gradient is nan
+            losses["loss_cls"] = losses["loss_cls"] + (math.nan if how == "loss" else zero)
+        return losses, counts
+
+    def train_step(run, *rest):
+        seen.append((weights(run.model), weights(run.teacher)))
+        return step(run, *rest)
+
+    monkeypatch.setattr(train, "compute_losses", compute_losses)
+    monkeypatch.setattr(train, "train_step", train_step)
+    return seen
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(drawn, warm, tmp_path, monkeypatch, how):
+    before = spoil(monkeypatch, {1}, how)
+    out = tmp_path / "out"
+    assert command(*only_training(drawn), "--out", out, *SMALL, "--iters", 4, "--init", warm) == 0
+    lines = losses_of(out)
+    assert [line["skipped_steps"] for line in lines] == [0, 1, 0, 0]
+    assert all(same(*pair) for pair in zip(before[1], before[2]))          # batch norm statistics included
+    assert not any(same(*pair) for pair in zip(before[0], before[1]))
+    assert not any(same(*pair) for pair in zip(before[2], before[3]))
+    assert not (out / "nonfinite.json").exists()
+    assert "NaN" not in (out / "metrics.jsonl").read_text()            # no JSON: other readers stop at it
+
+
+def test_a_skipped_step_does_not_spoil_the_line_it_is_part_of(drawn, warm, tmp_path, monkeypatch):
+    spoil(monkeypatch, {1})
+    options = ["--iters", 4, "--init", warm, "--log-every", 4]
+    assert command(*only_training(drawn), "--out", tmp_path / "out", *SMALL, *options) == 0
+    (line,) = losses_of(tmp_path / "out")
+    assert line["skipped_steps"] == 1 and 0 < line["loss"] < 10 and line["positives"] > 0
+
+
+def test_two_in_a_row_go_on(drawn, tmp_path, monkeypatch):
+    spoil(monkeypatch, {0, 1, 3, 4})
+    assert command(*only_training(drawn), "--out", tmp_path / "out", *SMALL, "--iters", 6) == 0
+    assert [line["skipped_steps"] for line in losses_of(tmp_path / "out")] == [1, 1, 0, 1, 1, 0]
+
+
+def test_three_in_a_row_end_the_run(drawn, tmp_path, monkeypatch, capsys):
+    before = spoil(monkeypatch, {2, 3, 4})
+    out = tmp_path / "out"
+    status = command(*only_training(drawn), "--out", out, *SMALL, "--iters", 8, "--checkpoint-every", 1)
+    assert status == 1
+    message = one_line_error(capsys)
+    assert "three times in a row at iteration 4" in message and str(out / "nonfinite.json") in message
+    report = json.loads((out / "nonfinite.json").read_text())
+    (seen,) = report["processes"]
+    assert report["iter"] == 4 and len(seen["image_ids"]) == 4 and set(seen["image_ids"]) <= set(range(1, 13))
+    assert seen["losses"].keys() == {"loss", *(f"loss_{name}" for name in LOSSES["boxteacher"])}
+    assert not math.isfinite(float(seen["losses"]["loss_cls"])) and math.isfinite(float(seen["losses"]["loss_box"]))
+    last = load(out / "last.pt")
+    assert last["iteration"] == 4
+    assert same(last["student"], before[2][0]) and same(last["teacher"], before[2][1])
+
+
+# ------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.mark.parametrize("method", LOSSES)
+def test_a_run_from_the_data_to_the_evaluation(drawn, warm, tmp_path, capsys, method):
+    out = tmp_path / "out"
+    status = command("--data", drawn, "--out", out, *SMALL, "--method", method, "--iters", 4,
+                     "--eval-every", 2, "--init", warm)
+    text = capsys.readouterr().out
+    assert status == 0 and all(part in text for part in ("mask", "AP50", "4/4", "learning rate 0.0025"))
+    lines = metrics(out)
+    assert [(line["iter"], "eval" in line) for line in lines] == [
+        (1, False), (2, False), (2, True), (3, False), (4, False), (4, True)]
+    for line in lines:
+        if "eval" in line:
+            assert line["eval"].keys() == {"bbox", "segm", "per_class"}
+            assert line["eval"]["segm"]["AP"] is not None
+        else:
+            assert {"lr", "loss", "seconds", "data_seconds", "positives", "pseudo_masks"} <= line.keys()
+            assert {k for k in line if k.startswith("loss_")} == {f"loss_{name}" for name in LOSSES[method]}
+            total = sum(line[f"loss_{name}"] * (line["ramp"] if f"loss_{name}" in RAMPED else 1)
+                        for name in LOSSES[method])
+            assert line["loss"] == pytest.approx(total, rel=1e-5) and line["positives"] > 0 < line["seconds"]
+            assert (line["pseudo_masks"] > 0) == (method == "boxteacher")
+    config = json.loads((out / "config.json").read_text())
+    assert config["method"] == method and config["batch_size"] == 4 and config["plan"]["iterations"] == 4
+    model, info = load_model(out / "final.pt")
+    assert info["iteration"] == 4 and info["method"] == method and model.num_classes == 6
+    assert (info["config"]["test_min_size"], info["config"]["test_max_size"]) == (64, 64)
+
+
+def test_boxes_alone_suffice_unless_masks_are_to_be_learnt(drawn, warm, tmp_path, capsys):
+    data = copy_set(drawn, tmp_path / "set", without_segmentation)
+    for method in ("boxteacher", "boxinst"):
+        options = ["--method", method, "--iters", 1, "--init", warm]
+        assert command(*only_training(data), "--out", tmp_path / method, *SMALL, *options) == 0
+    lines = losses_of(tmp_path / "boxteacher")
+    options = ["--iters", 1, "--init", warm]
+    assert command(*only_training(drawn), "--out", tmp_path / "with", *SMALL, *options) == 0
+    assert losses_of(tmp_path / "with") == lines
+    capsys.readouterr()
+    options = ["--iters", 1, "--method", "condinst"]
+    assert command(*only_training(data), "--out", tmp_path / "c", *SMALL, *options) == 1
+    assert "no usable segmentation" in one_line_error(capsys) and not (tmp_path / "c").exists()
+
+
+def test_an_undecodable_picture_is_named_and_skipped(drawn, tmp_path, capsys):
+    data = copy_set(drawn, tmp_path / "set")
+    broken = data / "train2017/000000000005.jpg"
+    os.truncate(broken, broken.stat().st_size // 2)
+    assert command(*only_training(data), "--out", tmp_path / "out", *SMALL, "--iters", 6) == 0
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 1 and str(broken) in warnings[0]
+    assert "another picture takes its place" in warnings[0]
+    assert len(losses_of(tmp_path / "out")) == 6
+
+
+def test_too_many_undecodable_pictures_end_the_run(drawn, tmp_path, capsys):
+    data = copy_set(drawn, tmp_path / "set")
+    for broken in sorted((data / "train2017").iterdir())[1:]:
+        os.truncate(broken, broken.stat().st_size // 2)
+    assert command(*only_training(data), "--out", tmp_path / "out", *SMALL, "--iters", 8) == 1
+    assert "error: 11 pictures cannot be decoded" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("method", LOSSES)
+def test_pictures_and_batches_without_boxes_train_on(drawn, tmp_path, method):
+    def change(content):
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] == 3]
+
+    data = copy_set(drawn, tmp_path / "set", change)
+    assert command(*only_training(data), "--out", tmp_path / "out", *SMALL, "--method", method, "--iters", 6,
+                   "--batch-size", 2) == 0
+    lines = losses_of(tmp_path / "out")
+    assert sorted(line["positives"] > 0 for line in lines) == [False] * 5 + [True]   # one epoch of 6 batches
+    for line in lines:
+        assert all(math.isfinite(value) for value in line.values()) and line["skipped_steps"] == 0
+        if not line["positives"]:
+            assert line["loss_cls"] > 0 and line["loss"] == pytest.approx(line["loss_cls"])
+
+
+def test_bfloat16_is_close_to_float32(drawn, warm, tmp_path):
+    for amp in ("off", "bf16"):
+        # 96 pixels: on a CPU torch miscomputes the gradient of a strided bfloat16 convolution over a single
+        # cell, which is what P6 of 64 pixels is
+        options = ["--amp", amp, "--iters", 3, "--init", warm, "--lr", "1e-4",
+                   "--min-size", 96, "--max-size", 96, "--teacher-min-size", 96, "--teacher-max-size", 96]
+        assert command(*only_training(drawn), "--out", tmp_path / amp, *SMALL, *options) == 0
+    for full, half in zip(losses_of(tmp_path / "off"), losses_of(tmp_path / "bf16")):
+        assert half["loss"] != full["loss"] and half["loss"] == pytest.approx(full["loss"], rel=0.05)
+        for name in LOSSES["boxinst"]:
+            assert half[f"loss_{name}"] == pytest.approx(full[f"loss_{name}"], rel=0.1, abs=0.02), name
+
+
+def no_pictures(content):
+    content["images"], content["annotations"] = [], []
+
+
+def no_boxes(content):
+    content["annotations"] = []
+
+
+def wrong_size(content):
+    content["images"][3]["width"] = 65
+
+
+def other_classes(content):
+    content["categories"][0]["name"] = "blob"
+
+
+@pytest.mark.parametrize("change, part", [
+    (no_pictures, "instances_train2017.json has no images"), (no_boxes, "has no usable box to train on"),
+    (wrong_size, "000000000004.jpg is 64 x 64 pixels"), (other_classes, "other categories")])
+def test_bad_data_is_one_line_and_leaves_no_run_folder(drawn, tmp_path, capsys, change, part):
+    data = copy_set(drawn, tmp_path / "set", change)
+    assert command("--data", data, "--out", tmp_path / "out", *SMALL, "--iters", 2) == 1
+    assert part in one_line_error(capsys) and not (tmp_path / "out").exists()
+
+
+def test_missing_folder_as_a_user_sees_it(tmp_path):
+    script = Path(train.__file__)
+    answer = subprocess.run([sys.executable, script, "--data", "nowhere", "--out", "out"], cwd=tmp_path,
+                            text=True, capture_output=True)
+    assert answer.returncode == 1 and answer.stderr.count("\n") == 1 and answer.stdout == ""
+    assert "nowhere/annotations/instances_train2017.json is missing" in answer.stderr
+    assert "cocodataset.org" in answer.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_backbone_weights_that_do_not_fit_are_one_line(drawn, tmp_path, capsys):
+    files = {name: tmp_path / name for name in ("missing", "text", "foreign", "list")}
+    files["text"].write_text("no weights")
+    torch.save({"conv1.weight": torch.zeros(3)}, files["foreign"])
+    torch.save([1, 2], files["list"])
+    for path in files.values():
+        options = ["--backbone", "r18", "--backbone-weights", path, "--iters", 1]
+        assert command(*only_training(drawn), "--out", tmp_path / "out", *SMALL, *options) == 1
+        assert str(path) in one_line_error(capsys)
+
+
+def test_an_unwritable_run_folder_is_one_line(drawn, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert command(*only_training(drawn), "--out", tmp_path / "file/out", *SMALL, "--iters", 1) == 1
+    assert "cannot write" in one_line_error(capsys)
+
+
+# ---------------------------------------------------------------------------------------------- two processes
+
+# Runs train.main for each list of options in a file, under torchrun, and compares the weights of the two
+# processes after each; in the last run the second process alone meets a loss that is not finite, then a
+# signal to stop. All runs share one process group: torch hangs now and then where a group is started anew
+# under the same torchrun.
+DRIVER = """
+import faulthandler, json, sys
+import torch, torch.distributed as dist
+import train
+
+faulthandler.dump_traceback_later(120, exit=True)  # a process that waits for ever says where
+torch.set_num_threads(1)
+destroy, original, step = dist.destroy_process_group, train.compute_losses, train.train_step
+group = train.start_distributed(torch.device("cpu"))
+calls, runs = [], json.loads(open(sys.argv[1]).read())
+
+class Run(train.Run):
+    def __init__(self, *rest):
+        super().__init__(*rest)
+        train.last_run = self
+
+def compute_losses(*rest):
+    losses, counts = original(*rest)
+    calls.append(None)
+    if dist.get_rank() == 1 and len(calls) == 2:
+        losses["loss_cls"] = losses["loss_cls"] * float("nan")
+    return losses, counts
+
+def train_step(run, batches, iteration, stop):
+    return step(run, batches, iteration, dist.get_rank() == 1 and iteration == 3)
+
+def compare():
+    for model in (train.last_run.model, train.last_run.teacher):
+        for name, value in (model.state_dict() if model else {}).items():
+            if "num_batches" not in name:
+                low, high = value.clone(), value.clone()
+                dist.all_reduce(low, dist.ReduceOp.MIN)
+                dist.all_reduce(high, dist.ReduceOp.MAX)
+                assert torch.equal(low, high), f"{name} differs between the processes"
+
+train.Run, train.start_distributed, dist.destroy_process_group = Run, lambda device: group, compare
+for number, options in enumerate(runs, 1):
+    if number == len(runs):
+        train.compute_losses, train.train_step = compute_losses, train_step
+    try:
+        train.main(options)
+    except SystemExit as end:
+        assert end.code == 143 and number == len(runs) and train.last_run.iteration == 4, end.code
+del train.last_run  # nothing that uses the group may outlive it
+dist.barrier()
+destroy()
+"""
+
+
+def torchrun(*argv, timeout: int = 300) -> subprocess.CompletedProcess:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train.__file__).parent)}
+    return subprocess.run([*launch, *map(str, argv)], env=environment, text=True, capture_output=True,
+                          timeout=timeout)
+
+
+def largest_difference(one: list[dict], two: list[dict]) -> float:
+    """Relative, over all losses of all iterations."""
+    assert len(one) == len(two) > 0
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys()
+        assert a["positives"] == b["positives"] and a["pseudo_masks"] == b["pseudo_masks"]
+    return max(abs(a[name] - b[name]) / max(abs(a[name]), 1e-3)
+               for a, b in zip(one, two) for name in a if name.startswith("loss"))
+
+
+def test_two_processes_are_one_process_with_the_same_batch(drawn, warm, tmp_path):
+    """From scratch (batch norm over both), with pseudo masks, and for all methods with no box on one."""
+    def change(content):
+        content["images"] = content["images"][:2]
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] == 1]
+
+    half = copy_set(drawn, tmp_path / "half", change)  # of two pictures one is empty: a process has no box
+    runs = {"scratch": [*only_training(drawn), *SMALL, "--iters", 5],
+            "warm": [*only_training(drawn), *SMALL, "--iters", 5, "--init", warm,
+                     "--accumulate", 2, "--batch-size", 8]}
+    for method in LOSSES:
+        runs[method] = [*only_training(half), *SMALL, "--iters", 3, "--init", warm, "--method", method,
+                        "--batch-size", 2]
+    for name, options in runs.items():
+        assert command(*options, "--out", tmp_path / "one" / name) == 0
+    lists = [[*map(str, options), "--out", str(tmp_path / "two" / name)] for name, options in runs.items()]
+    lists.append([*map(str, runs["scratch"]), "--out", str(tmp_path / "two/nan")])
+    (tmp_path / "driver.py").write_text(DRIVER)
+    (tmp_path / "runs.json").write_text(json.dumps(lists))
+    answer = torchrun(tmp_path / "driver.py", tmp_path / "runs.json")
+    assert answer.returncode == 0, answer.stderr[-6000:]
+    for name in runs:
+        one, two = losses_of(tmp_path / "one" / name), losses_of(tmp_path / "two" / name)
+        difference = largest_difference(one, two)
+        print(f"{name}: one and two processes differ by {difference:.2e} of a loss")
+        assert difference < 1e-3, name
+    assert losses_of(tmp_path / "one/warm")[0]["pseudo_masks"] > 0
+    assert [line["skipped_steps"] for line in losses_of(tmp_path / "two/nan")] == [0, 1, 0, 0]

@@ -1,0 +1,538 @@
+"""Train BoxTeacher from boxes alone (paper Sec. 3), or its two bounds: BoxInst and CondInst.
+
+    python train.py --data shapes --backbone r18-slim --backbone-weights none --channels 64 ...   (see `make demo`)
+    torchrun --nproc_per_node=8 train.py --backbone r50 --schedule 3x --augment strong            COCO, one machine
+    torchrun --nnodes=2 --node_rank=N --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...
+
+One iteration: the losses of a batch (boxteacher.py), a step of the optimiser, the EMA of the teacher.
+
+Everything that changes over a run (pictures, learning rate, EMA momentum, ramps) is a function of the iteration, so
+a run that is stopped, killed or started on other processes goes on from its last checkpoint as if nothing had been.
+"""
+import argparse
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import platform
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import checkpoint
+import teacher as teacher_module
+from boxteacher import compute_losses, total_loss
+from checkpoint import CheckpointError
+from coco import CocoBoxes, DataError, datasets
+from data import AUGMENTATIONS, Batch, TrainBatches, check_sizes, positive
+from evaluate import (coco_metrics, evaluate, output_file, pick_amp, pick_device, print_tables, probability,
+                      start_distributed)
+from model import CondInst, build_model, load_backbone
+from schedule import RECIPES, SCHEDULES, learning_rate, make_plan, ramp_factor
+
+
+class TrainingError(Exception):
+    """The run cannot go on; the message is one line for a person."""
+
+
+# ------------------------------------------------------------------------------------------------ one iteration
+
+
+class StepResult(NamedTuple):
+    losses: dict[str, Tensor]   # means over the micro-steps, "loss" the total
+    counts: dict[str, Tensor]   # sums over the micro-steps
+    norm: Tensor                # of the gradient, before clipping
+    skipped: bool               # loss or gradient not finite on some process: nothing was updated
+    broken: bool                # skipped, and not because fp16's scaler is still looking for its scale
+    stop: bool                  # some process was asked to stop
+
+
+def train_step(run: "Run", batches: list[Batch], iteration: int, stop_asked: bool) -> StepResult:
+    """One optimiser step over the micro-batches, then the teacher's EMA."""
+    args, plan = run.args, run.plan
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(iteration, plan)
+    losses, counts = {}, {}
+    statistics = [x.clone() for x in run.statistics]
+    for number, batch in enumerate(batches, 1):
+        last = number == len(batches)
+        if isinstance(run.student, DistributedDataParallel):
+            run.student.require_backward_grad_sync = last  # gradients meet once a step, not once a micro-step
+        part, count = compute_losses(run.student, run.teacher, batch, args, run.autocast())
+        part["loss"] = total_loss(part, ramp_factor(iteration, plan))
+        run.scaler.scale(part["loss"] / len(batches)).backward()
+        for name, value in part.items():
+            losses[name] = losses.get(name, 0) + value.detach() / len(batches)
+        for name, value in count.items():
+            counts[name] = counts.get(name, 0) + value
+
+    run.scaler.unscale_(run.optimizer)
+    norm = nn.utils.clip_grad_norm_(run.parameters, args.clip_grad or math.inf)
+    bad = ~losses["loss"].isfinite() | ~norm.isfinite()
+    # with fp16 a gradient may overflow while the loss is finite: the scaler then scales less, down to 1 in earnest
+    excused = run.scaler.is_enabled() and run.scaler.get_scale() > 1
+    broken = ~losses["loss"].isfinite() if excused else bad
+    flags = torch.stack([bad, broken, torch.tensor(stop_asked, device=bad.device)]).float()
+    if run.world_size > 1:
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    skipped, broken, stop = flags.bool().tolist()
+    if not skipped:
+        run.scaler.step(run.optimizer)
+        if run.teacher is not None:
+            alpha = teacher_module.ema_momentum(iteration + 1, args.ema)
+            teacher_module.update(run.teacher, run.model, alpha)
+    else:
+        for now, before in zip(run.statistics, statistics):
+            now.copy_(before)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return StepResult(losses, counts, norm, skipped, broken, stop)
+
+
+# ------------------------------------------------------------------------------------------------------ the run
+
+
+class Run:
+    """What a run owns: the models, the optimiser, where it stands."""
+
+    def __init__(self, args: argparse.Namespace, classes: list[dict], rank: int, world_size: int, device: torch.device):
+        self.args, self.classes, self.plan = args, classes, make_plan(args)
+        self.rank, self.world_size, self.device = rank, world_size, device
+        self.out, self.iteration = Path(args.out), 0
+        self.amp_dtype = pick_amp(args.amp, device)
+        self.spec = {"backbone": args.backbone, "num_classes": len(classes), "channels": args.channels,
+                     "frozen": args.backbone_weights != "none"}
+
+        state = checkpoint.load_latest(self.out)
+        torch.manual_seed(args.seed)
+        self.model = build_model(**self.spec)
+        if state is None and args.init:
+            checkpoint.initialise(self.model, classes, args.init)
+        elif state is None and args.backbone_weights != "none":
+            try:
+                load_backbone(self.model.backbone, args.backbone, args.backbone_weights)
+            except Exception as error:  # the file may be anything
+                reason = str(error).strip().split("\n")[0]
+                raise CheckpointError(f"--backbone-weights {args.backbone_weights}: {reason}") from None
+        self.model.to(device).train()
+        self.teacher = teacher_module.make_teacher(self.model) if args.method == "boxteacher" else None
+        # batch norm's averages, which the forward pass moves before a loss is known to be finite
+        self.statistics = [x for model in (self.model, self.teacher) if model for module in model.modules()
+                           if isinstance(module, nn.BatchNorm2d) for x in module.buffers()]
+
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.decay = args.weight_decay if args.weight_decay is not None else RECIPES[args.optimizer][1]
+        if args.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(self.parameters, self.plan.lr, momentum=0.9, weight_decay=self.decay)
+        else:
+            self.optimizer = torch.optim.AdamW(self.parameters, self.plan.lr, weight_decay=self.decay)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
+        if state is not None:
+            self.resume(state)
+        self.student = self.model
+        if world_size > 1:
+            devices = [device] if device.type == "cuda" else None
+            self.student = DistributedDataParallel(self.model, devices, broadcast_buffers=False,
+                                                   gradient_as_bucket_view=True)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def evaluated(self) -> CondInst:
+        return self.teacher or self.model
+
+    def resume(self, state: dict) -> None:
+        """Go on from a checkpoint of the same model; other options may differ and are named."""
+        old = state["config"]
+        for key, was, here in (("model", state["model"], self.spec), ("classes", state["classes"], self.classes),
+                               ("method", state["method"], self.args.method),
+                               ("optimizer", old["optimizer"], self.args.optimizer)):
+            if was != here:
+                raise CheckpointError(f"{self.out} holds a run with another {key} ({str(was)[:120]}, now "
+                                      f"{str(here)[:120]}); choose another --out, or --fresh to move it aside")
+        changed = [f"{k} {old.get(k)} -> {v}" for k, v in self.config().items() if old.get(k) != v and k != "fresh"]
+        self.model.load_state_dict(state["student"])
+        if self.teacher is not None:
+            self.teacher.load_state_dict(state["teacher"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.decay
+        if state["scaler"]:  # empty where the run had no fp16 so far
+            self.scaler.load_state_dict(state["scaler"])
+        self.iteration = state["iteration"]
+        if self.rank == 0:
+            print(f"resumed {self.out} at iteration {self.iteration}")
+            if changed:
+                print("changed since: " + ", ".join(changed))
+
+    def config(self) -> dict:
+        """Every option as plain types; the teacher's size is also the size to test at."""
+        plain = (int, float, str, list, type(None))
+        options = {k: v if isinstance(v, plain) else str(v) for k, v in vars(self.args).items()}
+        return options | {"test_min_size": self.args.teacher_min_size, "test_max_size": self.args.teacher_max_size}
+
+    def save(self) -> None:
+        """last.pt, and final.pt at the end. Only the first process writes; all have the same state."""
+        if self.rank == 0:
+            state = {"model": self.spec, "classes": self.classes, "method": self.args.method, "config": self.config(),
+                     "iteration": self.iteration, "torch": str(torch.__version__), "student": self.model.state_dict(),
+                     "teacher": None if self.teacher is None else self.teacher.state_dict()}
+            if self.iteration >= self.plan.iterations:  # first: where last.pt is complete, final.pt shall be there
+                checkpoint.save(state, self.out / "final.pt")
+            checkpoint.save(state | {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()},
+                            self.out / "last.pt", self.out / "previous.pt")
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def logged_iteration(line: str) -> float:
+    """The iteration of a line of metrics.jsonl; infinite where the process was killed in the midst of writing it."""
+    try:
+        return json.loads(line)["iter"]
+    except ValueError:
+        return math.inf
+
+
+class Log:
+    """metrics.jsonl and the progress bar, on the first process; sums stay on the device between two lines."""
+
+    def __init__(self, run: Run):
+        self.run, self.path = run, run.out / "metrics.jsonl"
+        self.bar = self.file = None
+        if run.rank == 0:
+            # a killed run may have logged past its checkpoint: those iterations come again
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            kept = [line for line in lines if logged_iteration(line) <= run.iteration]
+            whole = self.path.with_suffix(".tmp")
+            whole.write_text("".join(line + "\n" for line in kept))
+            os.replace(whole, self.path)
+            self.file = self.path.open("a", buffering=1)
+            self.bar = tqdm(total=run.plan.iterations, initial=run.iteration, disable=None, smoothing=0.1, unit="it")
+        self.reset()
+
+    def reset(self) -> None:
+        self.losses, self.counts, self.steps, self.skipped = {}, {}, 0, 0
+        self.start, self.waited = time.perf_counter(), 0.0
+
+    def step(self, result: StepResult, waited: float) -> None:
+        self.steps, self.waited, self.skipped = self.steps + 1, self.waited + waited, self.skipped + result.skipped
+        for sums, values in ((self.losses, result.losses), (self.counts, result.counts)):
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0) + (torch.zeros_like(value) if result.skipped else value)
+        if self.bar is not None:
+            self.bar.update()
+
+    def write(self) -> None:
+        """One line: means since the last one, over all processes (counts: sums over them, per iteration).
+
+        Skipped steps have no part in them; where all were skipped the means are null.
+        """
+        run = self.run
+        values = torch.stack([v.float() for v in (*self.losses.values(), *self.counts.values())])
+        values /= self.steps - self.skipped
+        if run.world_size > 1:
+            dist.all_reduce(values)
+            values[:len(self.losses)] /= run.world_size
+        values = dict(zip((*self.losses, *self.counts), values.tolist()))
+        seconds = (time.perf_counter() - self.start) / self.steps
+        line = {"iter": run.iteration, "lr": learning_rate(run.iteration - 1, run.plan),
+                "ramp": ramp_factor(run.iteration - 1, run.plan),
+                **{name: v if math.isfinite(v) else None for name, v in values.items()}, "skipped_steps": self.skipped,
+                "seconds": seconds, "data_seconds": self.waited / self.steps}
+        if run.rank == 0:
+            self.file.write(json.dumps(line) + "\n")
+            text = " ".join(f"{name.removeprefix('loss_')} {values[name]:.3f}" for name in self.losses)
+            if self.bar.disable:
+                left = time.strftime("%H:%M:%S", time.gmtime(seconds * (run.plan.iterations - run.iteration)))
+                print(f"{run.iteration}/{run.plan.iterations} {text} | {seconds:.3f} s/it, {left} left", flush=True)
+            else:
+                self.bar.set_postfix_str(text)
+        self.reset()
+
+    def evaluation(self, metrics: dict) -> None:
+        self.file.write(json.dumps({"iter": self.run.iteration, "eval": metrics}) + "\n")
+        self.reset()  # its time is not that of an iteration
+
+
+def run_evaluation(run: Run, log: Log, annotations: CocoBoxes) -> None:
+    results = evaluate(run.evaluated(), annotations, min_size=run.args.teacher_min_size,
+                       max_size=run.args.teacher_max_size, rescore=run.args.method == "boxteacher",
+                       workers=run.args.workers, device=run.device, amp_dtype=run.amp_dtype)
+    if run.rank == 0:
+        metrics = coco_metrics(annotations.json_path, results)
+        print_tables(metrics)
+        log.evaluation(metrics)
+
+
+class StopSignals:
+    """SIGTERM or SIGINT: remember it, so that the step in hand is finished and saved. A second one ends at once."""
+
+    def __init__(self):
+        self.asked = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.ask)
+
+    def ask(self, number: int, frame) -> None:
+        self.asked = number
+        signal.signal(number, signal.SIG_DFL)
+
+
+def ignore_signals(worker: int) -> None:
+    """In loading processes: torchrun, Slurm and Ctrl-C signal all processes, but the step in hand needs its batch."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def check_skipped(batches: list[Batch], broken: set[str], pictures: int) -> None:
+    """Name each undecodable picture once; TrainingError when there are more than 1 % (at least 10), or 100."""
+    for note in {note for batch in batches for note in batch.skipped} - broken:
+        print(f"warning: {note}; another picture takes its place", file=sys.stderr, flush=True)
+        broken.add(note)
+    if len(broken) > min(100, max(10, pictures // 100)):
+        raise TrainingError(f"{len(broken)} pictures cannot be decoded, the last: {note}")
+
+
+def report_nonfinite(run: Run, batches: list[Batch], result: StepResult) -> None:
+    """Write what each process saw to nonfinite.json and end the run. The checkpoint before it stays as it is."""
+    seen = {"rank": run.rank, "image_ids": [i for batch in batches for i in batch.image_ids],
+            "gradient_norm": str(float(result.norm)),
+            "losses": {name: str(float(value)) for name, value in result.losses.items()}}  # JSON has no NaN
+    everyone = [seen]
+    if run.world_size > 1:
+        everyone = [None] * run.world_size
+        dist.all_gather_object(everyone, seen)
+    path = run.out / "nonfinite.json"
+    if run.rank == 0:
+        path.write_text(json.dumps({"iter": run.iteration, "lr": learning_rate(run.iteration, run.plan),
+                                    "processes": everyone}, indent=1))
+    raise TrainingError(f"loss or gradient not finite three times in a row at iteration {run.iteration}: image ids and "
+                        f"losses are in {path}; a smaller --lr, a longer --warmup or --clip-grad 10 usually help")
+
+
+def train(run: Run, batches: TrainBatches, validation: CocoBoxes | None) -> int:
+    """The loop from run.iteration to the end. Returns the signal that stopped it, or 0."""
+    args, plan, k = run.args, run.plan, run.args.accumulate
+    loader = DataLoader(batches, batch_size=None, sampler=range(run.iteration * k, plan.iterations * k),
+                        num_workers=args.workers, collate_fn=TrainBatches.collate, worker_init_fn=ignore_signals,
+                        pin_memory=run.device.type == "cuda")
+    log, signals, broken, bad_in_a_row = Log(run), StopSignals(), set(), 0
+    micro_batches = iter(loader)
+    while run.iteration < plan.iterations:
+        waiting = time.perf_counter()
+        now = [batch.to(run.device) for batch in itertools.islice(micro_batches, k)]
+        waited = time.perf_counter() - waiting
+        check_skipped(now, broken, len(batches.annotations))
+
+        result = train_step(run, now, run.iteration, bool(signals.asked))
+        bad_in_a_row = bad_in_a_row + 1 if result.broken else 0
+        if bad_in_a_row == 3:
+            report_nonfinite(run, now, result)
+        run.iteration += 1
+
+        done = result.stop or run.iteration == plan.iterations
+        log.step(result, waited)
+        if run.iteration % args.log_every == 0 or done:
+            log.write()
+        if run.iteration % args.checkpoint_every == 0 or done:
+            run.save()
+        if result.stop:
+            return signals.asked or signal.SIGTERM
+        if validation is not None and (run.iteration % args.eval_every == 0 or done):
+            run_evaluation(run, log, validation)
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+
+def not_negative(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    return int(text)
+
+
+def not_negative_float(text: str) -> float:
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return float(text)
+
+
+def positive_float(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return float(text)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train instance segmentation from boxes.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="coco", help="coco, shapes (both under datasets/), or a folder in COCO layout")
+    add("--train-json", metavar="FILE", help="annotations to train on, in place of those of --data; boxes suffice")
+    add("--train-images", metavar="DIR", help="the pictures of --train-json")
+    add("--val-json", metavar="FILE", help="annotations to evaluate on; none: no evaluation with --train-json")
+    add("--val-images", metavar="DIR", help="the pictures of --val-json")
+    add("--min-size", type=positive, nargs="+", default=[640, 672, 704, 736, 768, 800], metavar="PIXELS",
+        help="shorter sides to draw from, pixels")
+    add("--max-size", type=positive, default=1333, metavar="PIXELS", help="longest side, pixels")
+    add("--augment", choices=AUGMENTATIONS, default="none", help="colour augmentation of the student's view (Table 9)")
+    add("--workers", type=not_negative, default=4, help="loading processes of each process")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--method", choices=["boxteacher", "boxinst", "condinst"], default="boxteacher",
+        help="boxinst: box losses only; condinst: the masks of the annotations")
+    add("--backbone", choices=["r18-slim", "r18", "r34", "r50", "r101"], default="r50",
+        help="r18-slim is half as wide and has no ImageNet weights")
+    add("--channels", type=positive, default=256, help="width of FPN and heads, a multiple of 32")
+    add("--backbone-weights", default="imagenet", metavar="imagenet|none|FILE",
+        help="FILE: a state dict of torchvision's ResNet; none: from scratch, all of it learns")
+    add("--init", metavar="CKPT", help="start from these weights (not the class layer where classes differ)")
+
+    add = parser.add_argument_group("teacher and losses").add_argument
+    add("--teacher-min-size", type=positive, default=800, metavar="PIXELS",
+        help="shorter side for the teacher and for tests, pixels")
+    add("--teacher-max-size", type=positive, default=1333, metavar="PIXELS",
+        help="longest side for the teacher and for tests, pixels")
+    add("--ema", type=probability, default=0.999, help="the teacher's momentum")
+    add("--score", choices=teacher_module.SCORES, default="mask-aware", help="weight of a pseudo mask (Table 5)")
+    add("--pixel-loss", choices=["dice", "bce", "avg", "none"], default="dice", help="on pseudo masks (Table 3)")
+    add("--lambda-pixel", type=not_negative_float, default=0.5, help="its weight (Eq. 2)")
+    add("--lambda-affinity", type=not_negative_float, default=0.1, help="weight of the affinity loss (Eq. 2)")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--schedule", choices=SCHEDULES, default="1x", help="90k, 180k or 270k iterations of 16 pictures")
+    add("--iters", type=positive, help="number of iterations, in place of --schedule")
+    add("--batch-size", type=positive, default=16,
+        help="pictures per optimiser step, over all processes and micro-steps")
+    add("--accumulate", type=positive, default=1, help="micro-steps per optimiser step")
+    add("--optimizer", choices=RECIPES, default="sgd", help="sgd with momentum 0.9, or adamw")
+    add("--lr", type=positive_float, help="peak learning rate; None: 0.01 (sgd) or 1e-4 (adamw) x batch size / 16")
+    add("--lr-decay", choices=["steps", "cosine"], default="steps",
+        help="steps: to a tenth where the schedule says, with --iters after 2/3 and 8/9")
+    add("--warmup", type=not_negative, help="iterations of linear warm-up; None: 1000, at most a twentieth of the run")
+    add("--ramp", type=positive, help="iterations in which the pairwise and pseudo-mask losses reach their full "
+        "weight; None: 10000 of 16 pictures, at most a ninth of the run")
+    add("--weight-decay", type=not_negative_float, help="None: 1e-4 (sgd) or 0.05 (adamw)")
+    add("--clip-grad", type=positive_float, help="largest norm of the gradient; None: any")
+    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
+        help="auto: bf16 or else fp16 on CUDA, off on CPU")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--device", type=pick_device, default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1")
+    add("--seed", type=not_negative, default=0,
+        help="of the first weights, the order of pictures and their augmentation")
+    add("--out", metavar="DIR", help="run folder; None: runs/<method>-<backbone>-<data>")
+    add("--fresh", action="store_true", help="move an earlier run in OUT aside instead of going on with it")
+    add("--eval-every", type=positive, default=10000, help="iterations")
+    add("--checkpoint-every", type=positive, default=5000, help="iterations")
+    add("--log-every", type=positive, default=20, help="iterations")
+
+    args = parser.parse_args(argv)
+    if args.channels % 32:
+        parser.error("--channels must be a multiple of 32")
+    if args.batch_size % (args.accumulate * int(os.environ.get("WORLD_SIZE", 1))):
+        parser.error("--batch-size must be a multiple of --accumulate times the number of processes")
+    if args.backbone == "r18-slim" and args.backbone_weights == "imagenet":
+        parser.error("--backbone r18-slim has no ImageNet weights: add --backbone-weights none")
+    for one, two in (("train_json", "train_images"), ("val_json", "val_images")):
+        if (getattr(args, one) is None) != (getattr(args, two) is None):
+            parser.error(f"--{one} and --{two} go together".replace("_", "-"))
+    data = Path(args.train_json).stem if args.train_json else Path(args.data).name
+    args.out = args.out or f"runs/{args.method}-{args.backbone}-{data}"
+    return args
+
+
+def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoBoxes, CocoBoxes | None]:
+    """Both splits, checked; evaluation is left out where only training files were named."""
+    train_files, val_files = datasets(args.data, args.train_json, args.train_images, args.val_json, args.val_images)
+    annotations = CocoBoxes(*train_files, masks=args.method == "condinst")
+    validation = CocoBoxes(*val_files) if args.val_json or not args.train_json else None
+    for split in (annotations, validation):
+        if rank == 0 and split is not None:
+            check_sizes(split)
+    if validation is not None and validation.classes != annotations.classes:
+        raise DataError(f"{val_files[0]} has other categories than {train_files[0]}: "
+                        "both must list the same ids and names")
+    return annotations, validation
+
+
+def training_batches(args: argparse.Namespace, annotations: CocoBoxes, rank: int, world_size: int) -> TrainBatches:
+    teacher_size = (args.teacher_min_size, args.teacher_max_size) if args.method == "boxteacher" else None
+    return TrainBatches(annotations, batch_size=args.batch_size // args.accumulate, min_sizes=args.min_size,
+                        max_size=args.max_size, teacher_size=teacher_size, augment=args.augment, seed=args.seed,
+                        rank=rank, world_size=world_size)
+
+
+def open_out(args: argparse.Namespace, rank: int) -> None:
+    """Make the run folder; with --fresh an earlier one becomes OUT.1, OUT.2, ..."""
+    out = Path(args.out)
+    if rank == 0:
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, with the same arguments
+        if args.fresh and out.exists() and not restarted:
+            aside = next(p for i in itertools.count(1) if not (p := out.with_name(f"{out.name}.{i}")).exists())
+            out.rename(aside)
+            print(f"moved {out} to {aside}")
+        output_file(str(out / "last.pt"))
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def describe(run: Run, annotations: CocoBoxes) -> None:
+    """The first lines of a run, and config.json."""
+    plan, gpu = run.plan, torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
+    print(f"python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
+          f"{run.world_size} x {gpu}, autocast {run.amp_dtype or 'off'}")
+    print(f"{run.args.method}, {run.args.backbone}: {len(annotations)} pictures, {len(annotations.boxes)} boxes, "
+          f"{len(run.classes)} classes -> {run.out}")
+    print(f"{plan.iterations} iterations of {run.args.batch_size} pictures, learning rate {plan.lr:g} after "
+          f"{plan.warmup} of warm-up, {'cosine' if plan.cosine else f'a tenth at {plan.drops}'}; "
+          f"ramp of noisy losses {plan.ramp}")
+    (run.out / "config.json").write_text(json.dumps(run.config() | {"plan": plan._asdict()}, indent=1))
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    try:
+        rank, world_size, device = start_distributed(args.device)
+        annotations, validation = open_data(args, rank)
+        batches = training_batches(args, annotations, rank, world_size)  # raises before anything is written
+        open_out(args, rank)
+        run = Run(args, annotations.classes, rank, world_size, device)
+        if rank == 0:
+            describe(run, annotations)
+        stopped_by = 0
+        if run.iteration < run.plan.iterations:
+            stopped_by = train(run, batches, validation)
+        else:
+            if not (run.out / "final.pt").exists():  # a run that is to be shorter than it already is
+                run.save()
+            if rank == 0:
+                print(f"{run.out} is complete: {run.iteration} iterations; evaluate.py --ckpt {run.out / 'final.pt'}")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except (DataError, CheckpointError, TrainingError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        for child in multiprocessing.active_children():
+            child.kill()  # loading processes ignore SIGTERM: an exit that waits for them would wait for ever
+    if stopped_by:
+        if rank == 0:
+            print(f"stopped at iteration {run.iteration}, saved: the same command goes on from there")
+        sys.exit(128 + stopped_by)
+
+
+if __name__ == "__main__":
+    main()
