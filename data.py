@@ -7,6 +7,7 @@ evaluation. Their boxes come from coco.py. Boxes are xyxy in pixels, sizes (heig
     python data.py shapes datasets/shapes      # writes the small embedded data set
 """
 import argparse
+import signal
 import sys
 from typing import NamedTuple
 
@@ -339,6 +340,13 @@ class TestImages(torch.utils.data.Dataset):
     @staticmethod
     def collate(samples: list[Sample]) -> Batch:
         return collate(samples, canvas_of([sample.image.shape[1:] for sample in samples]), None)
+
+
+def ignore_signals(worker: int) -> None:
+    """For a training run's loading processes: torchrun, Slurm and Ctrl-C signal them too, but the step or the
+    evaluation in hand is finished first and needs their batches."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ------------------------------------------------------------------------------------------ command line

@@ -36,7 +36,7 @@ FIGURES = ["AP", "AP50", "AP75", "APs", "APm", "APl"]  # the first six numbers o
 def evaluate(model: torch.nn.Module, annotations: CocoBoxes, *, min_size: int = 800, max_size: int = 1333,
              score_threshold: float = 0.05, rescore: bool = True, batch_size: int = 1, workers: int = 2,
              device: torch.device | str = "cpu", amp_dtype: torch.dtype | None = None,
-             progress: bool = True) -> list[dict]:
+             progress: bool = True, worker_init_fn=None) -> list[dict]:
     """Detections of every picture, in the pictures' order, in COCO's results format (see `coco_results`).
 
     min_size and max_size are the input's shorter and longest side in pixels. Under torch.distributed each
@@ -49,7 +49,8 @@ def evaluate(model: torch.nn.Module, annotations: CocoBoxes, *, min_size: int = 
     indices = range(len(annotations))
     batches = [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)][rank::world_size]
     loader = DataLoader(TestImages(annotations, min_size, max_size), batch_sampler=batches,
-                        collate_fn=TestImages.collate, num_workers=workers, pin_memory=device.type == "cuda")
+                        collate_fn=TestImages.collate, num_workers=workers, worker_init_fn=worker_init_fn,
+                        pin_memory=device.type == "cuda")
     silent = True if rank or not progress else None  # None: silent only where stderr is no terminal
     was_training = model.training
     model.eval()

@@ -35,7 +35,7 @@ import teacher as teacher_module
 from boxteacher import compute_losses, total_loss
 from checkpoint import CheckpointError
 from coco import CocoBoxes, DataError, datasets
-from data import AUGMENTATIONS, Batch, TrainBatches, check_sizes, positive
+from data import AUGMENTATIONS, Batch, TrainBatches, check_sizes, ignore_signals, positive
 from evaluate import (coco_metrics, evaluate, output_file, pick_amp, pick_device, print_tables, probability,
                       start_distributed)
 from model import CondInst, build_model, load_backbone
@@ -268,7 +268,8 @@ class Log:
 def run_evaluation(run: Run, log: Log, annotations: CocoBoxes) -> None:
     results = evaluate(run.evaluated(), annotations, min_size=run.args.teacher_min_size,
                        max_size=run.args.teacher_max_size, rescore=run.args.method == "boxteacher",
-                       workers=run.args.workers, device=run.device, amp_dtype=run.amp_dtype)
+                       workers=run.args.workers, device=run.device, amp_dtype=run.amp_dtype,
+                       worker_init_fn=ignore_signals)
     if run.rank == 0:
         metrics = coco_metrics(annotations.json_path, results)
         print_tables(metrics)
@@ -286,12 +287,6 @@ class StopSignals:
     def ask(self, number: int, frame) -> None:
         self.asked = number
         signal.signal(number, signal.SIG_DFL)
-
-
-def ignore_signals(worker: int) -> None:
-    """In loading processes: torchrun, Slurm and Ctrl-C signal all processes, but the step in hand needs its batch."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def check_skipped(batches: list[Batch], broken: set[str], pictures: int) -> None:
@@ -340,15 +335,16 @@ def train(run: Run, batches: TrainBatches, validation: CocoBoxes | None) -> int:
             report_nonfinite(run, now, result)
         run.iteration += 1
 
-        done = result.stop or run.iteration == plan.iterations
         log.step(result, waited)
-        if run.iteration % args.log_every == 0 or done:
+        done = result.stop or run.iteration == plan.iterations
+        pause = done or (validation is not None and run.iteration % args.eval_every == 0)  # log and save before it
+        if run.iteration % args.log_every == 0 or pause:
             log.write()
-        if run.iteration % args.checkpoint_every == 0 or done:
+        if run.iteration % args.checkpoint_every == 0 or pause:
             run.save()
         if result.stop:
             return signals.asked or signal.SIGTERM
-        if validation is not None and (run.iteration % args.eval_every == 0 or done):
+        if pause and validation is not None:
             run_evaluation(run, log, validation)
     return 0
 
@@ -435,9 +431,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="of the first weights, the order of pictures and their augmentation")
     add("--out", metavar="DIR", help="run folder; None: runs/<method>-<backbone>-<data>")
     add("--fresh", action="store_true", help="move an earlier run in OUT aside instead of going on with it")
-    add("--eval-every", type=positive, default=10000, help="iterations")
-    add("--checkpoint-every", type=positive, default=5000, help="iterations")
-    add("--log-every", type=positive, default=20, help="iterations")
+    add("--eval-every", type=positive, default=10000, help="iterations between evaluations; one more at the end")
+    add("--checkpoint-every", type=positive, default=5000, help="iterations between checkpoints")
+    add("--log-every", type=positive, default=20, help="iterations between log lines")
 
     args = parser.parse_args(argv)
     if args.channels % 32:
@@ -499,7 +495,8 @@ def describe(run: Run, annotations: CocoBoxes) -> None:
     print(f"{plan.iterations} iterations of {run.args.batch_size} pictures, learning rate {plan.lr:g} after "
           f"{plan.warmup} of warm-up, {'cosine' if plan.cosine else f'a tenth at {plan.drops}'}; "
           f"ramp of noisy losses {plan.ramp}")
-    (run.out / "config.json").write_text(json.dumps(run.config() | {"plan": plan._asdict()}, indent=1))
+    if run.iteration < plan.iterations:  # else these options train nothing
+        (run.out / "config.json").write_text(json.dumps(run.config() | {"plan": plan._asdict()}, indent=1))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,6 +1,6 @@
 """Does learning from boxes find the masks? Train on one batch of four real pictures, compare with the hidden masks.
 
-    python tests/overfit.py ../coco-mini --out runs/overfit [--pictures ID ID ID ID] [any option of train.py]
+    python tests/overfit.py datasets/coco --out runs/overfit [--pictures ID ID ID ID] [any option of train.py]
 
 Hands train.py the boxes of four pictures (`segmentation` removed), then prints each loss at the start and at the
 end, and the mean IoU with the hidden masks of (a) the boxes, filled, and (b) the masks that the trained model gives
@@ -76,7 +76,7 @@ def main(folder: str, out: str, pictures: list[int], options: list[str]) -> None
 
     start = time.time()
     train.main(["--train-json", str(boxes_json), "--train-images", str(images), "--out", f"{out}/run",
-                "--batch-size", str(len(pictures)), "--log-every", "10", *options])
+                "--batch-size", str(len(pictures)), "--log-every", "10", "--fresh", *options])
     seconds = time.time() - start
 
     model, info = load_model(f"{out}/run/final.pt")
