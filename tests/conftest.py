@@ -1,5 +1,6 @@
 """What the tests share: the path to the modules, golden numbers, real pictures where there are any, small
-helpers."""
+helpers. `python -m pytest -q tests -k golden` ends with the golden table: how far ours is from the authors' program.
+"""
 import os
 import sys
 from pathlib import Path
@@ -42,6 +43,16 @@ def relative_error(actual, expected) -> float:
     return float((actual - expected).abs().max() / (expected.abs().max() or 1.0))
 
 
+CHECKED: dict[tuple[str, float], float] = {}  # (part, tolerance): the largest error so far, for the golden table
+
+
+def check(part: str, actual, expected, tolerance: float) -> None:
+    """Ours is within the tolerance of the golden numbers; 0 is for what must be the same, such as indices."""
+    error = relative_error(actual, expected)
+    CHECKED[part, tolerance] = max(error, CHECKED.get((part, tolerance), 0.0))  # first: max(nan, 0.0) is nan
+    assert error <= tolerance, f"golden {part}: error {error:.2g}, tolerance {tolerance:g}"
+
+
 def head_maps(d: dict, name: str) -> list[torch.Tensor]:
     """The five levels of an output of the FCOS head in a golden file, as leaves that collect gradients."""
     return [d[f"{name}_{level}"].clone().requires_grad_() for level in range(5)]
@@ -54,6 +65,18 @@ def predictions_of(logits: list, ltrb: list, centerness: list) -> Predictions:
     locations = make_locations([x.shape[-2:] for x in logits], torch.device("cpu"))
     return Predictions(flat[0], flat[1], flat[2].squeeze(-1), torch.zeros(batch, cells, 233),
                        torch.zeros(batch, 16, *logits[0].shape[-2:]), locations)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The golden table, where golden numbers were compared."""
+    if not CHECKED:
+        return
+    width = max(len(part) for part, _ in CHECKED)
+    terminalreporter.section("golden table: distance from the authors' program")
+    terminalreporter.line(f"{'part':<{width}}  {'tolerance':>9}  {'largest error':>13}")
+    for (part, tolerance), error in sorted(CHECKED.items()):
+        shown = "exact" if tolerance == error == 0 else f"{error:.2g}"
+        terminalreporter.line(f"{part:<{width}}  {tolerance:>9g}  {shown:>13}")
 
 
 def pytest_configure(config):

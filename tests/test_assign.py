@@ -1,10 +1,12 @@
 """assign.py: FCOS targets, the choice of at most 64 instances, Alg. 1, boxes as masks."""
+import inspect
+
 import pytest
 import torch
 from torchvision.ops import box_iou
 
 from assign import assign_masks, box_masks, fcos_targets, select_instances
-from conftest import relative_error
+from conftest import check, relative_error
 from model import STRIDES, make_locations
 
 CPU = torch.device("cpu")
@@ -28,15 +30,16 @@ def targets_of(boxes: list, labels: list, height: int = 128, width: int = 128):
 def test_golden_01_targets(golden):
     d = golden("01_fcos_targets")
     locations = locations_of(*d["image_hw"].tolist())
-    assert torch.equal(locations.xy, torch.cat([d[f"locations_{i}"].reshape(-1, 2) for i in range(5)]))
+    check("01 locations", locations.xy, torch.cat([d[f"locations_{i}"].reshape(-1, 2) for i in range(5)]), 0)
+    check("01 strides", locations.stride.unique(), d["strides"], 0)
     boxes, labels = ([d[f"{name}_{b}"] for b in range(3)] for name in ("boxes", "classes"))
     targets = fcos_targets(locations, boxes, labels, 80)
     expected = {name: torch.cat([d[f"{name}_{i}"].flatten(1, 2) for i in range(5)], 1)
                 for name in ("labels", "ltrb", "gt_index")}
-    assert torch.equal(targets.labels, expected["labels"])
-    assert torch.equal(targets.boxes, expected["gt_index"])
-    assert relative_error(targets.ltrb, expected["ltrb"]) <= 1e-5
-    assert (targets.labels < 80).sum() == d["num_pos"]
+    check("01 labels", targets.labels, expected["labels"], 0)
+    check("01 boxes of locations", targets.boxes, expected["gt_index"], 0)
+    check("01 ltrb", targets.ltrb, expected["ltrb"], 1e-5)
+    check("01 number of positives", (targets.labels < 80).sum(), d["num_pos"], 0)
 
 
 def test_one_box_by_hand():
@@ -114,7 +117,9 @@ def test_golden_13_selection(golden):
     for image in d["im_inds"].unique():
         boxes = torch.where(d["im_inds"] == image, d["gt_inds"], -1)
         chosen += select_instances(d["logits"], d["ctr"], boxes).tolist()
-    assert sorted(chosen) == sorted(d["selected_rows"].tolist())
+    check("13 chosen locations", sorted(chosen), d["selected_rows"].sort().values, 0)
+    check("13 limit of a picture", inspect.signature(select_instances).parameters["limit"].default,
+          d["budget_per_image"], 0)
 
 
 @pytest.mark.parametrize("num_boxes", [1, 3, 20, 64, 100, 300])
@@ -168,15 +173,15 @@ def test_golden_10_assignment(golden, case):
     free and a worse prediction takes it over. We follow `paper_*`, where a box once taken stays taken."""
     every, end = golden("10_assignment"), f"_{case}"
     d = {key.removesuffix(end): x for key, x in every.items() if key.endswith(end)}
-    assert relative_error(box_iou(d["pred_boxes"], d["gt_boxes"]), d["iou"]) <= 1e-5
+    check("10 IoU", box_iou(d["pred_boxes"], d["gt_boxes"]), d["iou"], 1e-5)
     thresholds = float(d["iou_thr"]), float(d["score_thr"])
     match = assign_masks(d["iou"], d["pred_scores"], *thresholds)
-    assert match.tolist() == d["paper_assigned"].tolist()
-    weight = torch.where(match >= 0, d["pred_mask_score"][match], 0.0)
-    assert relative_error(weight, d["paper_weight"]) <= 1e-5
-    released = listing(d["iou"], d["pred_scores"], *thresholds, taken_from=1)
-    assert released == d["released_assigned"].tolist()
-    assert (released != match.tolist()) == bool(every["quirk_changes_answer"][case])
+    released = torch.tensor(listing(d["iou"], d["pred_scores"], *thresholds, taken_from=1))
+    for name, part, assigned in (("paper", "Alg. 1", match), ("released", "Alg. 1 with the quirk", released)):
+        check(f"10 {part}", assigned, d[f"{name}_assigned"], 0)
+        weight = torch.where(assigned >= 0, d["pred_mask_score"][assigned], 0.0)
+        check(f"10 {part}, weights", weight, d[f"{name}_weight"], 1e-5)
+    check("10 the quirk matters", not torch.equal(released, match), every["quirk_changes_answer"][case], 0)
 
 
 @pytest.mark.parametrize("iou, scores, expected", [
@@ -221,10 +226,10 @@ def test_assignment_follows_the_listing(seed):
 @pytest.mark.parametrize("image", [0, 1])
 @pytest.mark.parametrize("name, prefix", [("07_color_similarity", ""), ("08_pseudo_losses", "bin_"),
                                           ("08_pseudo_losses", "soft_")])
-def test_golden_box_masks(golden, name, prefix, image):
+def test_golden_07_08_box_masks(golden, name, prefix, image):
     d = golden(name)
     masks = box_masks(d[f"{prefix}boxes_{image}"], 32, 40)
-    assert torch.equal(masks.byte(), d[f"{prefix}box_bitmasks_{image}"])
+    check(f"{name[:2]} boxes as masks", masks, d[f"{prefix}box_bitmasks_{image}"], 0)
 
 
 def test_box_mask_by_hand():
