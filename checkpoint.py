@@ -1,8 +1,9 @@
 """Checkpoints: one dictionary of plain types, written so that a crash at any moment leaves a good one.
 
     format      "boxteacher-1"
-    model       what build_model needs: backbone, num_classes, channels, frozen
-    classes     [{"id": category id, "name": str}], label i is classes[i]
+    model       the arguments of build_model: backbone, num_classes, channels, frozen, and where they are not the
+                default mask_channels and stride_in_1x1
+    classes     [{"id": category id, "name": str}], label i is classes[i]; None where a foreign file has no names
     method      boxteacher, boxinst or condinst
     config      every option of the run, and the sizes to test at
     iteration   finished iterations
@@ -10,19 +11,28 @@
     teacher     state dict, or None where the method has no teacher
     optimizer, scaler   state dicts; in last.pt only, what a resume needs beyond the above
 
-All load with weights_only=True: loading never runs code from the file.
+All load with weights_only=True: loading never runs code from the file. The checkpoints that BoxTeacher's authors and
+AdelaiDet released load as if they were ours (pretrained.py).
+
+    python checkpoint.py CKPT                 says what a file is
+    python checkpoint.py CKPT --convert OUT   writes it in our format, without what only a resume needs
 """
+import argparse
 import os
-import warnings
+import re
+import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 from coco import warn
 from model import CondInst, build_model
+from pretrained import read, read_backbone, read_checkpoint, why_unused
 
 FORMAT = "boxteacher-1"
+RESUME_ONLY = ("optimizer", "scaler")
 
 
 class CheckpointError(Exception):
@@ -47,19 +57,23 @@ def save(state: dict, path: str | Path, previous: str | Path | None = None) -> N
 
 
 def load(path: str | Path) -> dict:
-    """Read a checkpoint onto the CPU. Raises CheckpointError where it is missing, damaged or something else."""
+    """Read a checkpoint, ours or a released one, onto the CPU. A released one also has "dropped", the keys left out.
+
+    Raises CheckpointError where it is missing, damaged or something else.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what a foreign file might be: the error says enough
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read(path)
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint at {path}") from None
     except Exception as error:  # torch raises many kinds for a damaged or foreign file
         reason = str(error).strip().split("\n")[0][:120]
         raise CheckpointError(f"{path} is not a readable checkpoint (truncated, or not one at all): {reason}") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is a PyTorch file but not a checkpoint of this project ({FORMAT})")
-    return state
+    if isinstance(state, dict) and state.get("format") == FORMAT:
+        return state
+    try:
+        return read_checkpoint(state)
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from None
 
 
 def load_latest(folder: str | Path) -> dict | None:
@@ -87,17 +101,21 @@ def load_model(path: str | Path, weights: str | None = None) -> tuple[CondInst, 
     weights = weights or ("teacher" if state["teacher"] is not None else "student")
     if state[weights] is None:
         raise CheckpointError(f"{path} holds no teacher (method {state['method']}); use --weights student")
-    model = build_model(**state["model"])
-    model.load_state_dict(state[weights])
-    return model.eval(), {key: value for key, value in state.items() if key not in ("student", "teacher", "optimizer")}
+    try:
+        model = build_model(**state["model"])
+        model.load_state_dict(state[weights])
+    except (KeyError, TypeError, RuntimeError, AttributeError) as error:  # a file of our format that was tampered with
+        raise CheckpointError(f"{path}: the weights do not fit its own model: {str(error).splitlines()[-1].strip()}") \
+            from None
+    return model.eval(), {key: value for key, value in state.items() if key not in ("student", "teacher", *RESUME_ONLY)}
 
 
-def initialise(model: CondInst, classes: list[dict], path: str | Path) -> None:
-    """Start `model` from the weights in a checkpoint; its class layer only where the classes are the same.
+def initialise(model: CondInst, classes: list[dict], state: dict, path: str | Path) -> None:
+    """Start `model` from a checkpoint's weights (`state`, as `load` gave it); its class layer only where the classes
+    are the same.
 
     Any other difference in shape is a CheckpointError that names the first parameter.
     """
-    state = load(path)
     weights = dict(state["teacher"] or state["student"])
     if state["classes"] != classes:
         warn(f"{path} was trained for other classes: its class layer is left out")
@@ -117,3 +135,75 @@ def initialise(model: CondInst, classes: list[dict], path: str | Path) -> None:
     if missing:
         raise misfit(f"{missing[0]} is missing")
     model.load_state_dict(weights, strict=False)
+
+
+def load_backbone(name: str, source: str) -> tuple[dict, bool]:
+    """read_backbone, with all that may be wrong with a download or a file as a CheckpointError of one line."""
+    try:
+        return read_backbone(name, source)
+    except Exception as error:  # the file may be anything
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"--backbone-weights {source}: {reason}") from None
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+
+def describe(path: str | Path, state: dict) -> str:
+    """What a checkpoint is, one line a fact."""
+    spec, released, config = state["model"], "dropped" in state, state["config"]
+    origin = "BoxTeacher, as its authors released it" if state["teacher"] else "AdelaiDet"
+    reports = "sqrt(detection score x mask quality)" if state["method"] == "boxteacher" else "the detection score"
+    backbone = spec["backbone"] + ", stride in the first 1x1 convolution" * spec.get("stride_in_1x1", False)
+    if released:
+        backbone += ", made for BGR pixels less their mean: the first convolution now reads ours"
+    parameters = sum(p.numel() for p in build_model(**spec).parameters())
+    classes = state["classes"] or []
+    names = ", ".join(c["name"] for c in classes[:5]) + ", ..." * (len(classes) > 5) or "no names in the file"
+    facts = {"file": path,
+             "format": origin if released else FORMAT + " (this project)",
+             "method": f"{state['method']}: evaluation reports {reports}",
+             "backbone": backbone,
+             "channels": f"{spec['channels']}, mask branch {spec.get('mask_channels', 16)}",
+             "classes": f"{spec['num_classes']}: {names}",
+             "weights": f"{parameters / 1e6:.1f} million parameters in each of: "
+                        + ", ".join(part for part in ("teacher", "student") if state[part] is not None),
+             "iteration": "not said" if state["iteration"] is None else state["iteration"],
+             "test size": f"{config.get('test_min_size') or 800}, at most {config.get('test_max_size') or 1333} pixels",
+             "resume": "yes, as last.pt of a run" if "optimizer" in state else "no, weights only",
+             "dropped": dropped_keys(state)}
+    return "\n".join(f"{name:11}{fact}" for name, fact in facts.items())
+
+
+def dropped_keys(state: dict) -> str:
+    """What of a released file is knowingly left out, one line a kind of key: how many, numbers as *, and why."""
+    found = Counter((re.sub(r"\d+", "*", key), why_unused(re.sub("^(teacher|student)[.]", "", key)) or "no weights")
+                    for key in state.get("dropped", []))
+    return ("\n" + " " * 11).join(f"{n} x {key}: {why}" for (key, why), n in found.items()) or "nothing"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Say what a checkpoint is; convert a released one.")
+    parser.add_argument("ckpt", metavar="CKPT", help="a checkpoint of this project, BoxTeacher or AdelaiDet")
+    parser.add_argument("--convert", metavar="OUT", help="write it there in this project's format, without the "
+                        "optimiser's state; OUT must not exist yet")
+    args = parser.parse_args(argv)
+    try:
+        if args.convert and os.path.exists(args.convert):
+            raise CheckpointError(f"{args.convert} exists already: choose another name")
+        state = load(args.ckpt)
+        print(describe(args.ckpt, state))
+        if args.convert:
+            os.makedirs(os.path.dirname(args.convert) or ".", exist_ok=True)
+            save({key: value for key, value in state.items() if key not in ("dropped", *RESUME_ONLY)}, args.convert)
+            print(f"written    {args.convert}")
+    except OSError as error:
+        print(f"error: cannot write {args.convert}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(1)
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,18 @@ import sys
 import numpy as np
 from pycocotools import mask as coco_mask
 
+# the 80 classes of COCO: their ids go to 90, with gaps
+COCO_NAMES = (
+    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "
+    "parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, "
+    "handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, "
+    "surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, "
+    "broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, "
+    "mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, "
+    "teddy bear, hair drier, toothbrush").split(", ")
+COCO_IDS = sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
+COCO_CLASSES = [{"id": number, "name": name} for number, name in zip(COCO_IDS, COCO_NAMES)]
+
 GET_DATA = ("put train2017/, val2017/ and annotations/ of cocodataset.org into datasets/coco, "
             "or make the small set: python data.py shapes datasets/shapes")
 

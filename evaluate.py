@@ -234,8 +234,17 @@ def write_json(path: str | None, content: list | dict) -> None:
     os.replace(path + ".tmp", path)
 
 
-def check_classes(checkpoint: str, trained: list[dict], json_path: str, classes: list[dict]) -> None:
-    """CheckpointError where the checkpoint's classes (ids and names, in order) are not the data set's."""
+def check_classes(checkpoint: str, info: dict, json_path: str, classes: list[dict]) -> None:
+    """CheckpointError where the checkpoint's classes (ids and names, in order) are not the data set's.
+
+    A released checkpoint of other classes than COCO's does not name them: then their number must be the same.
+    """
+    trained, number = info["classes"], info["model"]["num_classes"]
+    if trained is None:
+        if number != len(classes):
+            raise CheckpointError(f"checkpoint {checkpoint} was trained for {number} classes; {json_path} has "
+                                  f"{len(classes)}")
+        return
     ours, theirs = ([f"{c['id']} {c['name']}" for c in some] for some in (trained, classes))
     if ours == theirs:
         return
@@ -253,7 +262,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Box and mask AP of a checkpoint.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--ckpt", required=True, metavar="FILE", help="checkpoint to evaluate")
+    add("--ckpt", required=True, metavar="FILE", help="a checkpoint of this project, or one that was released by "
+        "BoxTeacher's authors or with AdelaiDet (BoxInst, CondInst)")
     add("--data", default="coco", help="coco, shapes (under datasets/), or a folder in COCO layout")
     add("--val-json", metavar="FILE", help="annotations in COCO format, in place of those of --data")
     add("--val-images", metavar="DIR", help="the pictures of --val-json")
@@ -291,7 +301,7 @@ def run(args: argparse.Namespace) -> None:
     _, (json_path, image_dir) = datasets(args.data, val_json=args.val_json, val_images=args.val_images)
     model, info = load_model(args.ckpt, args.weights)
     annotations = CocoBoxes(json_path, image_dir)
-    check_classes(args.ckpt, info["classes"], json_path, annotations.classes)
+    check_classes(args.ckpt, info, json_path, annotations.classes)
     if rank == 0:
         check_sizes(annotations)
     config = info.get("config") or {}

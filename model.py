@@ -2,9 +2,9 @@
 
 Read from top to bottom as a picture travels through it:
 
-    pixels -> ResNet (C3-C5) -> FPN (P3-P7) -> FCOS head -> class, ltrb, centerness, controller at each location
-                                   |
-                                   +-> mask branch -> mask features at stride 8
+    pixels -> backbone (C3-C5) -> FPN (P3-P7) -> FCOS head -> class, ltrb, centerness, controller at each location
+                                     |
+                                     +-> mask branch -> mask features at stride 8
     controller + mask features -> dynamic mask head -> mask logits at stride 4
     all of it -> detect -> paste -> Instances of the picture
 
@@ -15,12 +15,11 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
-from torchvision.ops import FrozenBatchNorm2d, batched_nms
+from torchvision.ops import batched_nms
+
+from backbone import BatchNorm, make_backbone
 
 STRIDES = (8, 16, 32, 64, 128)                     # of P3 ... P7, pixels
 SIZES_OF_INTEREST = (64, 128, 256, 512, 1024)      # scale of the relative coordinates at P3 ... P7, pixels
@@ -70,124 +69,7 @@ class Instances(NamedTuple):
     masks: Tensor   # (N, H, W) bool
 
 
-# ------------------------------------------------------------------------------------------------ backbone
-
-
-class SumOverProcesses(torch.autograd.Function):
-    """The sum of a tensor over all processes; every process's copy feeds all losses, so gradients are summed too."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return SumOverProcesses.forward(ctx, gradient)
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation whose statistics are those of the whole batch, however many processes hold it.
-
-    torch.nn.SyncBatchNorm does the same on GPUs only. On one process this is nn.BatchNorm2d.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
-            return super().forward(x)
-        var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
-        n = x.new_full((1,), x.numel() // x.shape[1], dtype=torch.float32)
-        total, local_mean = SumOverProcesses.apply(torch.cat([n, n * mean])), mean
-        # squares about the common mean: the mean of x^2 less the squared mean loses a small variance to rounding
-        mean = total[1:] / total[0]
-        var = SumOverProcesses.apply(n * (var + (local_mean - mean).square())) / total[0]
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * total[0] / (total[0] - 1), self.momentum)
-        scale = self.weight * (var + self.eps).rsqrt()
-        shift = self.bias - mean * scale
-        return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
-
-
-class ResNet(nn.Module):
-    """torchvision's ResNet up to C5; forward gives [C3, C4, C5] at strides 8, 16, 32.
-
-    frozen: BatchNorm is a constant and stem and first stage do not learn: the recipe for ImageNet weights.
-    Otherwise (from scratch) everything learns. Any module with this forward and `channels` can take its place.
-    """
-
-    def __init__(self, name: str, frozen: bool):
-        super().__init__()
-        norm = FrozenBatchNorm2d if frozen else BatchNorm
-        if name == "r18-slim":
-            net = slim_resnet18(norm)
-        else:
-            net = getattr(torchvision.models, name.replace("r", "resnet"))(weights=None, norm_layer=norm)
-        self.body = nn.ModuleDict({
-            "stem": nn.Sequential(net.conv1, net.bn1, nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)),
-            "c2": net.layer1, "c3": net.layer2, "c4": net.layer3, "c5": net.layer4})
-        self.channels = [self._width(self.body[level]) for level in ("c3", "c4", "c5")]
-        if frozen:
-            self.body["stem"].requires_grad_(False)
-            self.body["c2"].requires_grad_(False)
-
-    @staticmethod
-    def _width(stage: nn.Sequential) -> int:
-        block = stage[-1]
-        return (block.conv2 if isinstance(block, BasicBlock) else block.conv3).out_channels
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        maps = []
-        for stage in self.body.values():
-            x = stage(x)
-            maps.append(x)
-        return maps[2:]
-
-
-def load_backbone(backbone: ResNet, name: str, weights: str) -> None:
-    """Fill a ResNet with torchvision's weights: "imagenet" (downloaded once), or a file with their state dict.
-
-    Raises OSError where they cannot be had, ValueError where they do not fit.
-    """
-    if weights == "imagenet":
-        found = torchvision.models.get_model_weights(name.replace("r", "resnet")).IMAGENET1K_V1
-        try:
-            state = found.get_state_dict(progress=False)
-        except OSError as error:
-            raise OSError(f"cannot download ImageNet weights ({error}); fetch {found.url} elsewhere and name the file "
-                          "with --backbone-weights FILE, or learn from scratch with --backbone-weights none") from None
-    else:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    places = {"conv1": "stem.0", "bn1": "stem.1", "layer1": "c2", "layer2": "c3", "layer3": "c4", "layer4": "c5"}
-    try:
-        state = {places[first] + "." + rest: value for key, value in state.items()
-                 for first, _, rest in [key.partition(".")] if first != "fc"}
-        backbone.body.load_state_dict(state)
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{weights} does not hold the weights of torchvision's {name}: "
-                         f"{str(error).splitlines()[-1].strip()}") from None
-
-
-def slim_resnet18(norm) -> nn.Module:
-    """ResNet-18 at half its width (32 to 256 channels): small enough to learn from scratch on a CPU."""
-
-    def stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-        shortcut = None
-        if inputs != outputs:
-            shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), norm(outputs))
-        return nn.Sequential(BasicBlock(inputs, outputs, stride, shortcut, norm_layer=norm),
-                             BasicBlock(outputs, outputs, norm_layer=norm))
-
-    net = nn.Module()
-    net.conv1, net.bn1 = nn.Conv2d(3, 32, 7, 2, 3, bias=False), norm(32)
-    net.layer1, net.layer2 = stage(32, 32, 1), stage(32, 64, 2)
-    net.layer3, net.layer4 = stage(64, 128, 2), stage(128, 256, 2)
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return net
+# ------------------------------------------------------------------------------------------ pyramid and heads
 
 
 class FPN(nn.Module):
@@ -210,9 +92,6 @@ class FPN(nn.Module):
         p3, p4, p5 = (output(x) for output, x in zip(self.output, maps))
         p6 = self.p6(p5)
         return [p3, p4, p5, p6, self.p7(F.relu(p6))]
-
-
-# ---------------------------------------------------------------------------------------------- heads
 
 
 def tower(channels: int, depth: int = 4) -> nn.Sequential:
@@ -391,9 +270,13 @@ def make_locations(level_sizes: list[tuple[int, int]], device: torch.device) -> 
     return Locations(torch.cat(xy).float(), torch.cat(stride).float(), torch.cat(level))
 
 
-def build_model(backbone: str, num_classes: int, channels: int = 256, frozen: bool = True) -> CondInst:
-    """A CondInst with random weights. backbone: r18-slim (from scratch only), r18, r34, r50 or r101."""
-    return CondInst(ResNet(backbone, frozen), num_classes, channels)
+def build_model(backbone: str, num_classes: int, channels: int = 256, frozen: bool = True, mask_channels: int = 16,
+                stride_in_1x1: bool = False) -> CondInst:
+    """A CondInst with random weights. backbone, frozen and stride_in_1x1: see backbone.py.
+
+    These arguments are what a checkpoint keeps as "model", to build the same network again.
+    """
+    return CondInst(make_backbone(backbone, frozen, stride_in_1x1), num_classes, channels, mask_channels)
 
 
 # -------------------------------------------------------------------------------------------- inference

@@ -32,13 +32,14 @@ from tqdm import tqdm
 
 import checkpoint
 import teacher as teacher_module
+from backbone import BACKBONES
 from boxteacher import compute_losses, total_loss
 from checkpoint import CheckpointError
 from coco import CocoBoxes, DataError, datasets
 from data import AUGMENTATIONS, Batch, TrainBatches, check_sizes, ignore_signals, positive
 from evaluate import (coco_metrics, evaluate, output_file, pick_amp, pick_device, print_tables, probability,
                       start_distributed)
-from model import CondInst, build_model, load_backbone
+from model import CondInst, build_model
 from schedule import RECIPES, SCHEDULES, learning_rate, make_plan, ramp_factor
 
 
@@ -114,17 +115,21 @@ class Run:
         self.spec = {"backbone": args.backbone, "num_classes": len(classes), "channels": args.channels,
                      "frozen": args.backbone_weights != "none"}
 
-        state = checkpoint.load_latest(self.out)
+        # weights to go on from or to start with, and the conventions of the network that they are made for
+        state, start, backbone = checkpoint.load_latest(self.out), None, None
+        if state is None and args.init:
+            start = checkpoint.load(args.init)
+        elif state is None and args.backbone_weights != "none":
+            backbone, self.spec["stride_in_1x1"] = checkpoint.load_backbone(args.backbone, args.backbone_weights)
+        its = (state or start or {"model": {}})["model"]
+        self.spec |= {key: its[key] for key in ("mask_channels", "stride_in_1x1") if key in its}
+
         torch.manual_seed(args.seed)
         self.model = build_model(**self.spec)
-        if state is None and args.init:
-            checkpoint.initialise(self.model, classes, args.init)
-        elif state is None and args.backbone_weights != "none":
-            try:
-                load_backbone(self.model.backbone, args.backbone, args.backbone_weights)
-            except Exception as error:  # the file may be anything
-                reason = str(error).strip().split("\n")[0]
-                raise CheckpointError(f"--backbone-weights {args.backbone_weights}: {reason}") from None
+        if start is not None:
+            checkpoint.initialise(self.model, classes, start, args.init)
+        elif backbone is not None:
+            self.model.backbone.load_state_dict(backbone, strict=False)
         self.model.to(device).train()
         self.teacher = teacher_module.make_teacher(self.model) if args.method == "boxteacher" else None
         # batch norm's averages, which the forward pass moves before a loss is known to be finite
@@ -389,12 +394,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("model").add_argument
     add("--method", choices=["boxteacher", "boxinst", "condinst"], default="boxteacher",
         help="boxinst: box losses only; condinst: the masks of the annotations")
-    add("--backbone", choices=["r18-slim", "r18", "r34", "r50", "r101"], default="r50",
+    add("--backbone", choices=BACKBONES, default="r50",
         help="r18-slim is half as wide and has no ImageNet weights")
     add("--channels", type=positive, default=256, help="width of FPN and heads, a multiple of 32")
     add("--backbone-weights", default="imagenet", metavar="imagenet|none|FILE",
-        help="FILE: a state dict of torchvision's ResNet; none: from scratch, all of it learns")
-    add("--init", metavar="CKPT", help="start from these weights (not the class layer where classes differ)")
+        help="imagenet: torchvision's; FILE: torchvision's too, detectron2's R-50.pkl or R-101.pkl of MSRA, or the "
+        "Swin authors' .pth, the last two as BoxTeacher uses them; none: from scratch, all of it learns")
+    add("--init", metavar="CKPT", help="start from these weights (not the class layer where classes differ); also "
+        "released ones of BoxTeacher or AdelaiDet")
 
     add = parser.add_argument_group("teacher and losses").add_argument
     add("--teacher-min-size", type=positive, default=800, metavar="PIXELS",
@@ -413,7 +420,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=positive, default=16,
         help="pictures per optimiser step, over all processes and micro-steps")
     add("--accumulate", type=positive, default=1, help="micro-steps per optimiser step")
-    add("--optimizer", choices=RECIPES, default="sgd", help="sgd with momentum 0.9, or adamw")
+    add("--optimizer", choices=RECIPES, help="sgd with momentum 0.9, or adamw; None: adamw for swin, else sgd")
     add("--lr", type=positive_float, help="peak learning rate; None: 0.01 (sgd) or 1e-4 (adamw) x batch size / 16")
     add("--lr-decay", choices=["steps", "cosine"], default="steps",
         help="steps: to a tenth where the schedule says, with --iters after 2/3 and 8/9")
@@ -436,6 +443,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--log-every", type=positive, default=20, help="iterations between log lines")
 
     args = parser.parse_args(argv)
+    args.optimizer = args.optimizer or ("adamw" if args.backbone.startswith("swin") else "sgd")
     if args.channels % 32:
         parser.error("--channels must be a multiple of 32")
     if args.batch_size % (args.accumulate * int(os.environ.get("WORLD_SIZE", 1))):

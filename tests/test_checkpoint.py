@@ -70,8 +70,8 @@ def unusable_files(folder: Path) -> dict[str, str]:
     damaged = {f"cut{share}.pt": "truncated" for share in (0, 1, 50, 99)}
     return damaged | {"missing.pt": "no checkpoint at", "text.pt": "not a readable",
                       "code.pkl": "not a readable",
-                      "code.pt": "not a readable", "foreign.pt": "not a checkpoint of this project",
-                      "list.pt": "not a checkpoint of this project", "folder.pt": "not a readable"}
+                      "code.pt": "not a readable", "foreign.pt": "no checkpoint of this project",
+                      "list.pt": "no checkpoint of this project", "folder.pt": "not a readable"}
 
 
 def test_files_that_are_no_checkpoints_are_one_line_and_run_no_code(tmp_path):
@@ -154,7 +154,7 @@ def test_initialise_takes_all_weights_where_classes_are_the_same(tmp_path, capsy
     state = state_of()
     save(state, tmp_path / "a.pt")
     model = build_model(**state["model"])
-    initialise(model, CLASSES, tmp_path / "a.pt")
+    initialise(model, CLASSES, load(tmp_path / "a.pt"), tmp_path / "a.pt")
     assert same(model.state_dict(), state["teacher"]) and capsys.readouterr().err == ""
 
 
@@ -165,7 +165,7 @@ def test_initialise_leaves_the_class_layer_out_where_classes_differ(tmp_path, ca
     torch.manual_seed(99)
     model = build_model("r18-slim", len(classes), 32, False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    initialise(model, classes, tmp_path / "a.pt")
+    initialise(model, classes, load(tmp_path / "a.pt"), tmp_path / "a.pt")
     for name, value in model.state_dict().items():
         expected = before if name.startswith("head.class_logits.") else state["teacher"]
         assert torch.equal(value, expected[name]), name
@@ -178,7 +178,7 @@ def test_initialise_refuses_another_network_in_one_line(tmp_path):
     for model in (build_model("r18-slim", 2, 64, False), build_model("r18", 2, 32, False),
                   build_model("r18-slim", 2, 32, True)):
         with pytest.raises(CheckpointError, match="does not fit this model: .*--backbone") as error:
-            initialise(model, CLASSES, tmp_path / "a.pt")
+            initialise(model, CLASSES, load(tmp_path / "a.pt"), tmp_path / "a.pt")
         assert "\n" not in str(error.value)
 
 
@@ -236,7 +236,7 @@ def wait_for_lines(out: Path, count: int) -> None:
 def test_killed_at_a_random_moment_and_started_again(drawn, warm, straight, tmp_path, capsys):
     out = tmp_path / "out"
     process = launch(options_of(drawn, warm, out))
-    wait_for_lines(out, random.randint(1, 4))
+    wait_for_lines(out, random.randint(2, 5))  # the second line is written when the first checkpoint is
     time.sleep(random.uniform(0, 1.5) * metrics(out)[-1]["seconds"])
     process.kill()
     process.communicate()

@@ -1,0 +1,537 @@
+"""pretrained.py and the command line of checkpoint.py: files in every layout that others released, good and bad."""
+import json
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+
+import checkpoint
+import evaluate
+import pretrained
+import train
+from backbone import BACKBONES, DeformConv, WindowAttention, make_backbone
+from checkpoint import CheckpointError, load, load_model, save
+from coco import COCO_CLASSES
+from conftest import relative_error
+from model import PIXEL_MEAN, build_model, predict
+from pretrained import read_backbone, read_checkpoint
+from released_files import BOTTOM_UP, LAYOUTS, SWIN_B, deformable, network, released
+from weights import picture
+
+
+@pytest.fixture(scope="module")
+def r50() -> dict:
+    """A released R-50 file's content; tests may replace entries, not change tensors."""
+    return released("boxteacher_r50")
+
+
+@pytest.fixture(scope="module")
+def r50_path(r50, tmp_path_factory):
+    path = tmp_path_factory.mktemp("r50") / "boxteacher_r50.pth"
+    torch.save(r50, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Two of golden's pictures, 128 x 160 and 96 x 160, in COCO layout with COCO's classes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    images, annotations = [], []
+    for split in ("train2017", "val2017"):
+        (folder / split).mkdir()
+    (folder / "annotations").mkdir()
+    for number, (h, w) in enumerate([(128, 160), (96, 160)]):
+        image, boxes, labels = picture(h, w, 3, str(number))
+        for split in ("train2017", "val2017"):
+            Image.fromarray(np.ascontiguousarray(image[::-1].transpose(1, 2, 0))).save(folder / split / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "height": h, "width": w})
+        for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels.tolist()):
+            annotations.append({"id": len(annotations) + 1, "image_id": number, "bbox": [x0, y0, x1 - x0, y1 - y0],
+                                "category_id": COCO_CLASSES[label]["id"], "area": (x1 - x0) * (y1 - y0), "iscrowd": 0})
+    content = {"images": images, "annotations": annotations, "categories": COCO_CLASSES}
+    for split in ("train2017", "val2017"):
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    return folder
+
+
+def evaluated(path, pictures, tmp_path, *more) -> list[dict]:
+    results = tmp_path / "results.json"
+    evaluate.main([str(x) for x in ("--ckpt", path, "--data", pictures, "--results", results, "--workers", 0,
+                                    "--min-size", 128, "--device", "cpu", *more)])
+    return json.loads(results.read_text())
+
+
+def refused(main, arguments, capsys) -> str:
+    """The one line with which a command refuses, without "error: "."""
+    with pytest.raises(SystemExit) as end:
+        main([str(x) for x in arguments])
+    line = capsys.readouterr().err
+    assert end.value.code == 1 and line.startswith("error: ") and line.count("\n") == 1, line
+    return line.removeprefix("error: ").rstrip()
+
+
+# ---------------------------------------------------------------------------------------- released checkpoints
+
+BACKBONE_OF = {"boxteacher_r50": "r50", "boxteacher_r101": "r101", "boxteacher_r101_dcn": "r101-dcn",
+               "boxteacher_swin_b": "swin-b", "boxinst_r50": "r50", "condinst_r50": "r50"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_released_layout_is_inspected_and_evaluated(layout, pictures, tmp_path, capsys):
+    """The file through both commands; what is special to it ends up in the network and in the scores."""
+    content = released(layout)
+    path = tmp_path / f"{layout}.pth"
+    torch.save(content, path)
+    checkpoint.main([str(path)])
+    printed = capsys.readouterr().out
+    method = layout.split("_")[0]
+    msra = BACKBONE_OF[layout] in ("r50", "r101")
+    facts = {line[:11].strip(): line[11:] for line in printed.replace("\n" + " " * 11, "; ").splitlines()}
+    assert facts["dropped"].endswith("1 x optimizer: no weights")
+    assert facts["method"].startswith(f"{method}: ") and facts["iteration"] == "90000"
+    assert facts["backbone"].startswith(BACKBONE_OF[layout] + ",") and "BGR" in facts["backbone"]
+    assert ("first 1x1" in facts["backbone"]) == msra
+    assert facts["classes"].startswith("80: person, bicycle, ") and "sizes_of_interest" in facts["dropped"]
+    assert facts["weights"].endswith("teacher, student" if method == "boxteacher" else ": student")
+    assert ("mask_branch.logits" in facts["dropped"]) == ("semantic" in facts["dropped"]) == (method == "condinst")
+
+    results = evaluated(path, pictures, tmp_path)
+    assert len(results) == 200 and len({r["segmentation"]["counts"] for r in results}) > 100
+    assert {r["category_id"] for r in results} <= {c["id"] for c in COCO_CLASSES}
+    off = evaluated(path, pictures, tmp_path, "--rescore", "off")
+    assert (results == off) == (method != "boxteacher")  # the score form follows the file
+
+    model, info = load_model(path)
+    spec = info["model"]
+    assert spec["mask_channels"] == (8 if method == "condinst" else 16) and spec["stride_in_1x1"] == msra
+    assert model.head.controller.out_channels == (169 if method == "condinst" else 233)
+    own = sum(p.numel() for p in model.parameters()) + sum(x.numel() for x in model.buffers() if x.dim() > 0)
+    own -= 6 + sum(m.relative_position_index.numel() for m in model.modules() if isinstance(m, WindowAttention))
+    networks = 2 if method == "boxteacher" else 1
+    used = sum(value.numel() for key, value in content["model"].items() if key not in info["dropped"] and value.dim())
+    assert used == networks * own  # not a number of the file is lost
+
+
+def test_teacher_and_student_keep_apart(r50, r50_path):
+    bias = "proposal_generator.fcos_head.cls_logits.bias"
+    teacher, student = (load_model(r50_path, which)[0].head.class_logits.bias for which in ("teacher", "student"))
+    assert torch.equal(teacher, r50["model"][f"teacher.{bias}"])
+    assert torch.equal(student, r50["model"][f"student.{bias}"]) and not torch.equal(teacher, student)
+    assert torch.equal(load_model(r50_path)[0].head.class_logits.bias, teacher)
+
+
+def test_pixels_folded_into_the_first_convolution_change_nothing(r50, r50_path):
+    """RGB over std into ours = BGR less its mean into theirs."""
+    model, _ = load_model(r50_path)
+    image = torch.from_numpy(picture(64, 96, 4)[0].astype(np.float32))[None]  # BGR
+    theirs = F.conv2d(image - torch.tensor(PIXEL_MEAN).flip(0).view(3, 1, 1),
+                      r50["model"][f"teacher.{BOTTOM_UP}stem.conv1.weight"], stride=2, padding=3)
+    ours = model.backbone.body["stem"][0](model.normalise(image.flip(1), [(64, 96)]))
+    assert relative_error(ours, theirs) <= 1e-6
+
+
+def without_prefix(content: dict) -> dict:
+    return {"model": {key.removeprefix("teacher."): value for key, value in content["model"].items()
+                      if key.startswith("teacher.")}}
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_bare_state_dict_and_the_old_file_format_load_as_well(r50, tmp_path, wrapped):
+    content = without_prefix(r50)
+    path = tmp_path / "old.pth"
+    torch.save(content if wrapped else content["model"], path, _use_new_zipfile_serialization=False)
+    state = load(path)
+    assert (state["method"], state["teacher"], state["iteration"]) == ("boxinst", None, 0)
+
+
+def test_numbers_of_numpy_and_half_precision_are_admitted(r50, tmp_path):
+    content = without_prefix(r50)
+    weights = {key: value.half() if value.is_floating_point() else value.numpy()
+               for key, value in content["model"].items()}
+    bias = "controller.bias"
+    weights[bias] = weights[bias].numpy()
+    torch.save({"model": weights, "best": np.float64(32.6), "order": np.arange(3)}, tmp_path / "a.pth")
+    state = load(tmp_path / "a.pth")
+    expected = read_checkpoint(content)["student"]
+    assert all(x.dtype in (torch.float32, torch.int64) for x in state["student"].values())
+    assert max(relative_error(x, expected[name]) for name, x in state["student"].items()) < 2e-3
+
+
+@pytest.mark.parametrize("layout", ["boxteacher_r50", "boxteacher_swin_b"])
+def test_every_key_counts(layout):
+    """A key that is left out, misshapen or unknown is named; those known to be of no use may be absent."""
+    content = released(layout)["model"]
+    dropped = set(read_checkpoint({"model": content})["dropped"])
+    keys = [key for key in content if key.startswith("student.")]
+    for key in keys[::29] + [key for key in keys if "bottom_up" not in key][::9]:
+        rest = {k: v for k, v in content.items() if k != key}
+        if key in dropped:
+            assert read_checkpoint({"model": rest})
+            continue
+        for wrong in (rest, content | {key: torch.zeros(2, 3, 5, 7, 9)}):
+            with pytest.raises(ValueError, match=key.removeprefix("student.").replace(".", "[.]")) as error:
+                read_checkpoint({"model": wrong})
+            assert "missing" in str(error.value) or "(2, 3, 5, 7, 9)" in str(error.value)
+    for extra in ("student.backbone.bottom_up.res6.0.conv1.weight", "teacher.mask_branch.tower.5.weight", "pixel_mean"):
+        with pytest.raises(ValueError, match=extra.split(".", 1)[-1]):
+            read_checkpoint({"model": content | {extra: torch.zeros(3)}})
+    with pytest.raises(ValueError, match="no array of numbers"):
+        read_checkpoint({"model": content | {keys[0]: "text"}})
+
+
+def test_backbones_that_we_do_not_have_are_named(r50):
+    content = without_prefix(r50)["model"]
+    shallow = {key: value for key, value in content.items() if ".res4.5." not in key}
+    with pytest.raises(ValueError, match="backbone is none of r50, r101, r101-dcn, swin-t, swin-s and swin-b"):
+        read_checkpoint({"model": shallow})
+
+
+# ------------------------------------------------------------------------------------------------ bad files
+
+
+class Code:
+    """Unpickled without care, it makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_bad_files_are_refused_in_one_line_and_run_nothing(r50, r50_path, pictures, tmp_path, capsys):
+    ran = tmp_path / "ran"
+    whole = r50_path.read_bytes()
+    (tmp_path / "truncated.pth").write_bytes(whole[:len(whole) * 2 // 3])
+    torch.save({"epoch": 3, "state_dict": {"conv1.weight": torch.zeros(3)}}, tmp_path / "foreign.pth")
+    torch.save({"model": r50["model"] | {"student.x": Code(ran)}}, tmp_path / "code.pth")
+    torch.save({"model": r50["model"], "optimizer": Code(ran)}, tmp_path / "code_beside.pth")
+    (tmp_path / "code.pkl").write_bytes(pickle.dumps({"model": {"stem.conv1.weight": Code(ran)}}))
+    cls = "proposal_generator.fcos_head.cls_logits."
+    fewer = {key: value[:7] if cls in key else value for key, value in r50["model"].items()}
+    torch.save({"model": fewer}, tmp_path / "seven.pth")
+    for name, part in (("truncated.pth", "not a readable checkpoint (truncated"), ("foreign.pth", "no checkpoint of"),
+                       ("code.pth", "not a readable"), ("code_beside.pth", "not a readable"),
+                       ("code.pkl", "wants to run"), ("seven.pth", "trained for 7 classes"),
+                       ("no.pth", "no checkpoint at")):
+        path = tmp_path / name
+        line = refused(evaluate.main, ["--ckpt", path, "--data", pictures, "--device", "cpu"], capsys)
+        assert str(path) in line and part in line
+        if name != "seven.pth":
+            assert part in refused(checkpoint.main, [path], capsys)
+    assert not ran.exists()
+
+
+def test_a_pickle_may_hold_arrays_and_nothing_else(tmp_path):
+    path = tmp_path / "a.pkl"
+    arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": [np.float64(2.5), "text"]}
+    for protocol in range(6):
+        path.write_bytes(pickle.dumps(arrays, protocol))
+        back = pretrained.read(path)
+        assert np.array_equal(back["a"], arrays["a"]) and back["b"] == arrays["b"]
+    for wrong in (print, np.load, np.ndarray.tofile, torch.zeros(2), Code(tmp_path / "ran")):
+        path.write_bytes(pickle.dumps({"a": wrong}))
+        with pytest.raises(pickle.UnpicklingError, match="only arrays are admitted"):
+            pretrained.read(path)
+    assert not (tmp_path / "ran").exists()
+
+
+# ----------------------------------------------------------------------------- deformable convolution, backbones
+
+
+def naive_deformable(x, offset_mask, weight, stride):
+    """Tap k of cell (i, j) reads x at its place + (dy, dx), linearly between cells, zero outside, times its share."""
+    offset, share = offset_mask[:18].unflatten(0, (9, 2)), offset_mask[18:].sigmoid()
+    c, height, width = x.shape
+    out = torch.zeros(weight.shape[0], *offset_mask.shape[1:])
+    for i in range(out.shape[1]):
+        for j in range(out.shape[2]):
+            for k in range(9):
+                y = i * stride - 1 + k // 3 + float(offset[k, 0, i, j])
+                x0 = j * stride - 1 + k % 3 + float(offset[k, 1, i, j])
+                value = torch.zeros(c)
+                for row in (math.floor(y), math.floor(y) + 1):
+                    for column in (math.floor(x0), math.floor(x0) + 1):
+                        if 0 <= row < height and 0 <= column < width:
+                            value += (1 - abs(y - row)) * (1 - abs(x0 - column)) * x[:, row, column]
+                out[:, i, j] += share[k, i, j] * (weight[:, :, k // 3, k % 3] @ value)
+    return out
+
+
+def test_a_deformable_block_from_the_released_keys_by_hand():
+    """res3.0 of R-101-DCN: offsets, modulation, and the stride in the 3x3."""
+    weights = network("boxteacher_r101_3x", deformable)
+    state = read_checkpoint({"model": weights})
+    model = build_model(**state["model"]).eval()
+    model.load_state_dict(state["student"])
+
+    def norm(x, key):
+        mean, var, weight, bias = (weights[f"{block}{key}.norm.{name}"].view(-1, 1, 1)
+                                   for name in ("running_mean", "running_var", "weight", "bias"))
+        return (x - mean) / (var + 1e-5).sqrt() * weight + bias
+
+    block = BOTTOM_UP + "res3.0."
+    x = torch.randn(256, 9, 12, generator=torch.Generator().manual_seed(0)).relu()
+    out = norm(F.conv2d(x, weights[block + "conv1.weight"]), "conv1").relu()
+    offsets = F.conv2d(out, weights[block + "conv2_offset.weight"], weights[block + "conv2_offset.bias"], stride=2,
+                       padding=1)
+    out = norm(naive_deformable(out, offsets, weights[block + "conv2.weight"], 2), "conv2").relu()
+    out = norm(F.conv2d(out, weights[block + "conv3.weight"]), "conv3")
+    out = (out + norm(F.conv2d(x, weights[block + "shortcut.weight"], stride=2), "shortcut")).relu()
+    with torch.no_grad():
+        ours = model.backbone.body["c3"][0](x[None])[0]
+    assert offsets[:18].abs().mean() > 0.3 and relative_error(ours, out) <= 1e-5
+
+
+def test_a_new_deformable_convolution_is_half_a_plain_one():
+    plain = torch.nn.Conv2d(6, 8, 3, 2, 1, bias=False)
+    x = torch.randn(2, 6, 9, 11)
+    assert relative_error(DeformConv(plain)(x), (plain(x) / 2).detach()) <= 1e-6
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(DeformConv(plain)(x), (plain(x).float() / 2).detach()) <= 0.02
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_backbones_give_three_maps_and_learn_from_c3_on(name):
+    frozen = name != "r18-slim"
+    backbone = make_backbone(name, frozen).train()
+    maps = backbone(torch.randn(1, 3, 64, 96))
+    assert [tuple(x.shape) for x in maps] == [(1, w, 64 // s, 96 // s) for w, s in zip(backbone.channels, (8, 16, 32))]
+    sum(x.square().mean() for x in maps).backward()
+    early = ("body.stem", "body.c2", "features.0.", "features.1.", "features.2.")
+    for parameter, p in backbone.named_parameters():
+        assert p.requires_grad == (p.grad is not None) == (not (frozen and parameter.startswith(early))), parameter
+
+
+def test_window_attention_is_torchvisions_but_shifts_single_windows_too():
+    ours = WindowAttention(64, [7, 7], [3, 3], 2)
+    theirs = torchvision.models.swin_transformer.ShiftedWindowAttention(64, [7, 7], [3, 3], 2)
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    for size, same in (((8, 15), True), ((14, 14), True), ((20, 9), True), ((7, 9), False), ((5, 20), False)):
+        x = torch.randn(2, *size, 64)
+        assert (relative_error(ours(x), theirs(x)) <= 1e-5) == same
+
+
+# ------------------------------------------------------------------------------------------- ImageNet backbones
+
+
+def msra_file(path, weights: dict) -> None:
+    """A detectron2 .pkl in the names of Caffe2; the batch norms are a factor and a term, their statistics merged in."""
+    parts = {"conv1": "branch2a", "conv2": "branch2b", "conv3": "branch2c", "shortcut": "branch1"}
+    blobs = {"fc1000_w": np.zeros((1000, 2048), np.float32), "fc1000_b": np.zeros(1000, np.float32),
+             "conv1_b": np.zeros(64, np.float32), "conv1_w_momentum": np.zeros(3, np.float32)}
+    for key, value in weights.items():
+        words = key.removeprefix(BOTTOM_UP).split(".")
+        if words[-1].startswith("running"):
+            continue
+        norm = {"weight": "bn_s", "bias": "bn_b"}[words[-1]] if "norm" in words else "w"
+        stem = "res_conv1_" if "norm" in words else "conv1_"
+        blobs[stem + norm if words[0] == "stem" else f"{words[0]}_{words[1]}_{parts[words[2]]}_{norm}"] = value.numpy()
+    path.write_bytes(pickle.dumps(blobs, protocol=2))
+
+
+def merged(weights: dict) -> dict:
+    """The backbone's part of a released network, with mean 0 and variance 1 (less the norm's eps) in its norms."""
+    backbone = {key: value for key, value in weights.items() if key.startswith(BOTTOM_UP)}
+    return {key: torch.zeros_like(value) if key.endswith("running_mean") else
+            torch.ones_like(value) - 1e-5 if key.endswith("running_var") else value for key, value in backbone.items()}
+
+
+@pytest.mark.parametrize("names", ["caffe2", "detectron2"])
+def test_msra_weights_are_those_of_a_released_network(r50, tmp_path, names):
+    """A network that starts with the .pkl computes what one does that was released with these weights."""
+    weights = without_prefix(r50)["model"]
+    backbone, path = merged(weights), tmp_path / "R-50.pkl"
+    if names == "caffe2":
+        msra_file(path, backbone)
+    else:
+        arrays = {key.removeprefix(BOTTOM_UP): value.numpy() for key, value in backbone.items()}
+        path.write_bytes(pickle.dumps({"model": arrays, "__author__": "MSRA", "matching_heuristics": True}))
+    state, stride_in_1x1 = read_backbone("r50", path)
+    expected = read_checkpoint({"model": weights | backbone})["student"]
+    assert stride_in_1x1
+    assert set(state) == {name.removeprefix("backbone.") for name in expected if name.startswith("backbone.")}
+    assert all(torch.equal(value, expected["backbone." + name]) for name, value in state.items())
+
+
+def test_torchvisions_weights_in_detectron2s_names_keep_torchvisions_conventions(r50, tmp_path):
+    arrays = {key.removeprefix(BOTTOM_UP): value.numpy() for key, value in without_prefix(r50)["model"].items()
+              if key.startswith(BOTTOM_UP)}
+    (tmp_path / "R-50.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "torchvision"}))
+    state, stride_in_1x1 = read_backbone("r50", tmp_path / "R-50.pkl")
+    assert not stride_in_1x1 and np.array_equal(state["body.stem.0.weight"], arrays["stem.conv1.weight"])
+
+
+def test_deformable_networks_start_from_plain_weights(tmp_path):
+    """MSRA R-101 for r101-dcn: the offsets start at zero and the stride stays in the 3x3."""
+    weights = network("boxteacher_r101_3x")
+    msra_file(tmp_path / "R-101.pkl", merged(weights))
+    state, stride_in_1x1 = read_backbone("r101-dcn", str(tmp_path / "R-101.pkl"))
+    backbone = make_backbone("r101-dcn", True)
+    assert not stride_in_1x1 and set(backbone.state_dict()) - set(state) == {
+        name for name in backbone.state_dict() if ".offset." in name}
+    backbone.load_state_dict(state, strict=False)
+    assert not any(x.any() for name, x in backbone.state_dict().items() if ".offset." in name)
+    assert read_backbone("r101", str(tmp_path / "R-101.pkl"))[1]
+
+
+def test_swin_weights_are_those_of_a_released_network(tmp_path):
+    weights = network(SWIN_B)
+    file = {key.removeprefix(BOTTOM_UP): value for key, value in weights.items()
+            if key.startswith(BOTTOM_UP) and not key.startswith((BOTTOM_UP + "norm1", BOTTOM_UP + "norm2",
+                                                                 BOTTOM_UP + "norm3"))}
+    file |= {"norm.weight": torch.ones(1024), "norm.bias": torch.ones(1024), "head.weight": torch.ones(1000, 1024),
+             "head.bias": torch.ones(1000), "layers.0.blocks.1.attn_mask": torch.zeros(64, 49, 49)}
+    torch.save({"model": file}, tmp_path / "swin.pth")
+    state, _ = read_backbone("swin-b", tmp_path / "swin.pth")
+    expected = read_checkpoint({"model": weights})["student"]
+    assert set(state) == {name.removeprefix("backbone.") for name in expected
+                          if name.startswith("backbone.") and ".norms." not in name}
+    assert all(torch.equal(value, expected["backbone." + name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize("name, theirs", [("r18", "resnet18"), ("r50", "resnet50"), ("swin-t", "swin_t")])
+def test_torchvisions_weights_give_torchvisions_maps(name, theirs, tmp_path):
+    torch.manual_seed(0)
+    net = getattr(torchvision.models, theirs)(weights=None).eval()
+    torch.save(net.state_dict(), tmp_path / "a.pth")
+    state, stride_in_1x1 = read_backbone(name, tmp_path / "a.pth")
+    backbone = make_backbone(name, True).eval()
+    missing = backbone.load_state_dict(state, strict=False).missing_keys
+    x = torch.randn(1, 3, 256, 288)  # C5 of more than one window
+    with torch.no_grad():
+        ours = backbone(x)[2]
+        if name.startswith("swin"):
+            expected = F.layer_norm(net.features(x), [768]).permute(0, 3, 1, 2)
+        else:
+            expected = net.layer4(net.layer3(net.layer2(net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(x))))))))
+    assert not stride_in_1x1 and all(name.startswith("norms.") for name in missing)
+    assert relative_error(ours, expected) <= 1e-5
+
+
+def test_imagenet_means_torchvisions_download(monkeypatch):
+    asked = []
+    net = torchvision.models.resnet18(weights=None)
+
+    class Weights:
+        url = "the address"
+
+        def get_state_dict(self, progress):
+            if len(asked) > 1:
+                raise OSError("no route")
+            return net.state_dict()
+
+    class Known:
+        IMAGENET1K_V1 = Weights()
+
+    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda name: asked.append(name) or Known)
+    state, _ = read_backbone("r18", "imagenet")
+    assert torch.equal(state["body.c5.1.conv2.weight"], net.layer4[1].conv2.weight)
+    with pytest.raises(CheckpointError, match="imagenet: cannot download .*no route.*fetch the address elsewhere"):
+        checkpoint.load_backbone("swin-b", "imagenet")
+    with pytest.raises(CheckpointError, match="cannot download"):
+        checkpoint.load_backbone("r101-dcn", "imagenet")
+    assert asked == ["resnet18", "swin_b", "resnet101"]
+
+
+def test_wrong_backbone_files_name_the_key(r50, tmp_path):
+    backbone = merged(without_prefix(r50)["model"])
+    msra_file(tmp_path / "R-50.pkl", backbone)
+    msra_file(tmp_path / "short.pkl", {key: x for key, x in backbone.items() if "res3.1.conv2.weight" not in key})
+    torch.save({"patch_embed.proj.weight": torch.zeros(3)}, tmp_path / "swin.pth")
+    (tmp_path / "code.pkl").write_bytes(pickle.dumps({"conv1_w": Code(tmp_path / "ran")}))
+    for name, file, part in (("r101", "R-50.pkl", "res4.6.conv1.weight"), ("r18", "R-50.pkl", "res2.0.conv1.weight"),
+                             ("r50", "short.pkl", "res3.1.conv2.weight"), ("swin-b", "R-50.pkl", "is missing"),
+                             ("swin-t", "swin.pth", "patch_embed.proj.weight has the shape"),
+                             ("r50", "code.pkl", "wants to run"), ("r50", "no.pth", "No such file")):
+        with pytest.raises(CheckpointError, match=part) as error:
+            checkpoint.load_backbone(name, str(tmp_path / file))
+        assert "\n" not in str(error.value) and file in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
+# ------------------------------------------------------------------------------- inspect, convert, train, go on
+
+
+def same_detections(one, two) -> bool:
+    return all(torch.equal(a, b) for x, y in zip(one, two) for a, b in zip(x, y))
+
+
+def detections(path):
+    model, _ = load_model(path)
+    images = torch.from_numpy(picture(96, 128, 3)[0][::-1].copy())[None]
+    return predict(model, images, [(96, 128)], [(96, 128)], score_threshold=0.001)
+
+
+def test_converting_a_released_file_changes_no_bit(r50_path, tmp_path, capsys):
+    out = tmp_path / "ours.pt"
+    checkpoint.main([str(r50_path), "--convert", str(out)])
+    assert f"written    {out}\n" in capsys.readouterr().out
+    before, after = load(r50_path), load(out)
+    assert after["format"] == checkpoint.FORMAT and "dropped" not in after
+    assert all(torch.equal(before[part][name], x) for part in ("teacher", "student") for name, x in after[part].items())
+    assert len(detections(out)[0].boxes) == 100 and same_detections(detections(r50_path), detections(out))
+    checkpoint.main([str(out)])
+    again = capsys.readouterr().out
+    assert "boxteacher-1 (this project)" in again and "stride in the first 1x1" in again and "90000" in again
+    assert "exists already" in refused(checkpoint.main, [r50_path, "--convert", out], capsys)
+    assert "cannot write" in refused(checkpoint.main, [r50_path, "--convert", out / "a.pt"], capsys)
+    checkpoint.main([str(out), "--convert", str(tmp_path / "new" / "folder" / "a.pt")])
+    assert (tmp_path / "new" / "folder" / "a.pt").exists()
+
+
+def train_options(pictures, out, *more) -> list[str]:
+    return [str(x) for x in ("--data", pictures, "--out", out, "--min-size", 64, "--max-size", 96, "--teacher-min-size",
+                             64, "--teacher-max-size", 96, "--batch-size", 2, "--workers", 0, "--device", "cpu",
+                             "--log-every", 1, *more)]
+
+
+def test_round_trip_of_a_trained_model(pictures, tmp_path, capsys):
+    """Trained, saved, inspected, converted, loaded: the same detections, bit for bit."""
+    options = "--backbone", "r18-slim", "--backbone-weights", "none", "--channels", 32, "--iters", 3
+    train.main(train_options(pictures, tmp_path / "run", *options))
+    last, out = tmp_path / "run" / "last.pt", tmp_path / "converted.pt"
+    checkpoint.main([str(last), "--convert", str(out)])
+    printed = capsys.readouterr().out
+    assert "iteration  3\n" in printed and "yes, as last.pt" in printed and "dropped    nothing" in printed
+    assert "optimizer" in load(last) and "optimizer" not in load(out)
+    for which in ("final.pt", "last.pt"):
+        assert same_detections(detections(tmp_path / "run" / which), detections(out))
+    assert len(detections(out)[0].boxes) > 0
+
+
+@pytest.mark.parametrize("layout", ["boxteacher_r50", "condinst_r50"])
+def test_fine_tuning_keeps_the_conventions_of_a_released_file(layout, pictures, tmp_path, capsys):
+    """--init: stride place and mask channels come with the weights; the run goes on, and its result is evaluated."""
+    path, out = tmp_path / "released.pth", tmp_path / "run"
+    torch.save(released(layout), path)
+    options = train_options(pictures, out, "--init", path, "--lr", 1e-6)
+    train.main([*options, "--iters", "1"])
+    path.unlink()  # not needed to go on
+    train.main([*options, "--iters", "2"])
+    printed = capsys.readouterr()
+    assert f"resumed {out} at iteration 1" in printed.out and printed.err == ""
+    state = load(out / "final.pt")
+    assert state["model"]["stride_in_1x1"] and state["model"]["mask_channels"] == (8 if "cond" in layout else 16)
+    expected = read_checkpoint(released(layout))
+    expected = expected["teacher"] or expected["student"]
+    frozen = [name for name in expected if name.startswith(("backbone.body.stem", "backbone.body.c2"))]
+    assert frozen and all(torch.equal(state["teacher"][name], expected[name]) for name in frozen)
+    assert relative_error(state["teacher"]["head.controller.weight"], expected["head.controller.weight"]) < 1e-3
+    assert len(evaluated(out / "final.pt", pictures, tmp_path)) > 50
+
+
+def test_training_from_the_msra_file_keeps_its_stride_place(r50, pictures, tmp_path, capsys):
+    msra_file(tmp_path / "R-50.pkl", merged(without_prefix(r50)["model"]))
+    options = train_options(pictures, tmp_path / "run", "--backbone-weights", tmp_path / "R-50.pkl")
+    train.main([*options, "--iters", "1"])
+    train.main([*options, "--iters", "2"])
+    assert "at iteration 1" in capsys.readouterr().out
+    model, info = load_model(tmp_path / "run" / "final.pt")
+    block = model.backbone.body["c3"][0]
+    assert info["model"]["stride_in_1x1"] and block.conv1.stride == (2, 2) and block.conv2.stride == (1, 1)
