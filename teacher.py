@@ -13,9 +13,9 @@ from torchvision.ops import box_iou, clip_boxes_to_image
 
 from assign import assign_masks, box_masks
 from data import Batch
-from model import CondInst, Predictions, detect, mask_logits
+from model import CondInst, Predictions, detect, mask_logits, paste_masks
 
-SCORES = ("mask-aware", "cls", "iou", "mean-entropy")  # Table 5
+SCORES = ("mask-aware", "cls", "iou", "mean-entropy")  # Table 5; "released", see released_masks, is a way of its own
 
 
 class PseudoLabels(NamedTuple):
@@ -69,11 +69,15 @@ def pseudo_labels(predictions: Predictions, batch: Batch, score: str = "mask-awa
         able = (iou >= 0.5).any(1)
         found, iou = type(found)(*(x[able] for x in found)), iou[able]
 
-        p = mask_logits(picture, [found.rows]).sigmoid()
-        p = to_student_grid(p, teacher_size, size, height, width)                                   # (N', h, w)
-        h, w = (size[0] + 1) // 4, (size[1] + 1) // 4  # cells within the picture: padding has no part in a score
-        s = SCORE_FUNCTIONS[score](found.scores, p[:, :h, :w], box_masks(found.boxes, h, w), iou)
-        match = assign_masks(iou, s).to(boxes.device)                                               # (G,)
+        logits = mask_logits(picture, [found.rows])
+        if score == "released":
+            p, order, s = released_masks(logits, found.scores, teacher_size, size, height, width)
+            match = assign_masks(iou, order, score_threshold=0.0).to(boxes.device)                  # (G,)
+        else:
+            p = to_student_grid(logits.sigmoid(), teacher_size, size, height, width)                # (N', h, w)
+            h, w = (size[0] + 1) // 4, (size[1] + 1) // 4  # cells within the picture: padding has no part in a score
+            s = SCORE_FUNCTIONS[score](found.scores, p[:, :h, :w], box_masks(found.boxes, h, w), iou)
+            match = assign_masks(iou, s).to(boxes.device)
         given = match >= 0
         mask = p.new_zeros(len(boxes), height, width)
         mask[given] = p[match[given]]
@@ -103,6 +107,21 @@ def to_student_grid(p: Tensor, teacher_size: tuple[int, int], size: tuple[int, i
     return F.grid_sample(p[None], grid, mode="bilinear", padding_mode="border", align_corners=True)[0]
 
 
+def released_masks(logits: Tensor, c: Tensor, teacher_size: tuple[int, int], size: tuple[int, int], height: int,
+                   width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the authors' program makes of the teacher's masks, in place of Eq. 1: `--score released`.
+
+    logits (N, h', w') of the teacher, c (N,) the detector's confidence. Masks are pasted into the student's picture,
+    made binary there and sampled at stride 4. With q the mean probability of the whole mask, predictions take turns
+    by sqrt(c q), none too low for one, and a mask weighs sqrt(sqrt(c) q). Returns masks (N, height, width) of 0 and
+    1, the order (N,) and the weights (N,).
+    """
+    masks, q = paste_masks(logits, teacher_size, size)
+    masks = masks[:, 2::4, 2::4].to(logits)
+    masks = F.pad(masks, (0, width - masks.shape[2], 0, height - masks.shape[1]))
+    return masks, (c * q).sqrt(), (c.sqrt() * q).sqrt()
+
+
 # ------------------------------------------------------------------- scores of pseudo masks (Eq. 1 and Table 5)
 # Each takes the detector's confidence c (N,), mask probabilities p (N, h, w), the predicted boxes as masks
 # (N, h, w) and the IoU with the ground truth (N, G), and gives (N,) within 0 ... 1.
@@ -112,7 +131,7 @@ def mask_aware_score(c: Tensor, p: Tensor, box: Tensor, iou: Tensor) -> Tensor:
     """Eq. 1: sqrt(c * mean probability of the mask's pixels (p > 0.5) inside the box).
 
     The box is the predicted one: the score orders Alg. 1, before any ground-truth box is known to be its own.
-    (The authors' code has no box here, and weights a mask with sqrt(sqrt(c) * mean).)
+    (The authors' program differs: released_masks.)
     """
     positive = (p > 0.5) & box
     quality = (p * positive).sum((1, 2)) / positive.sum((1, 2)).clamp(min=1)

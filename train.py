@@ -409,7 +409,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--teacher-max-size", type=positive, default=1333, metavar="PIXELS",
         help="longest side for the teacher and for tests, pixels")
     add("--ema", type=probability, default=0.999, help="the teacher's momentum")
-    add("--score", choices=teacher_module.SCORES, default="mask-aware", help="weight of a pseudo mask (Table 5)")
+    add("--score", choices=[*teacher_module.SCORES, "released"], default="mask-aware",
+        help="weight of a pseudo mask (Table 5); released: the authors' program's, with its binary masks")
     add("--pixel-loss", choices=["dice", "bce", "avg", "none"], default="dice", help="on pseudo masks (Table 3)")
     add("--lambda-pixel", type=not_negative_float, default=0.5, help="its weight (Eq. 2)")
     add("--lambda-affinity", type=not_negative_float, default=0.1, help="weight of the affinity loss (Eq. 2)")

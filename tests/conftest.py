@@ -20,7 +20,7 @@ def golden():
     """golden("01_fcos_targets") -> {name: tensor}, numbers of the authors' program; integers become int64."""
     def load(name: str) -> dict[str, torch.Tensor]:
         with np.load(Path(__file__).parent / "golden" / f"{name}.npz") as file:
-            arrays = {key: torch.from_numpy(np.array(file[key])) for key in file.files}
+            arrays = {key: torch.from_numpy(file[key]) for key in file.files if file[key].dtype.kind != "U"}
         return {key: x.long() if x.dtype in (torch.int32, torch.int64) else x for key, x in arrays.items()}
     return load
 

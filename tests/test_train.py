@@ -213,7 +213,7 @@ def test_every_option_of_the_contract_and_its_default(capsys):
     ("method", "boxteacher boxinst condinst"), ("optimizer", "sgd adamw"),
     ("backbone", "r18 r34 r50 r101 r101-dcn swin-t swin-s swin-b"), ("schedule", "1x 2x 3x"),
     ("augment", "none weak strong strong-blur"), ("pixel-loss", "dice bce avg none"),
-    ("score", "mask-aware cls iou mean-entropy"), ("amp", "auto off bf16 fp16")])
+    ("score", "mask-aware cls iou mean-entropy released"), ("amp", "auto off bf16 fp16")])
 def test_choices_of_the_contract(option, values):
     for value in values.split():
         assert getattr(parse_arguments([f"--{option}", value]), option.replace("-", "_")) == value
