@@ -168,9 +168,9 @@ class WindowAttention(ShiftedWindowAttention):
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5)                                  # each (B, windows, heads, 49, C')
         bias = self.get_relative_position_bias()                                 # (1, heads, 49, 49)
         if shift:  # the roll brought the first rows and columns beside the last: these do not see each other
-            y, x = torch.arange(h, device=x.device), torch.arange(w, device=x.device)
-            y, x = (y >= h - n).int() + (y >= h - shift), (x >= w - n).int() + (x >= w - shift)
-            region = to_windows((3 * y[:, None] + x)[None, ..., None])[0]        # (windows, 49, 1)
+            row, column = torch.arange(h, device=x.device), torch.arange(w, device=x.device)
+            row, column = (row >= h - n).int() + (row >= h - shift), (column >= w - n).int() + (column >= w - shift)
+            region = to_windows((3 * row[:, None] + column)[None, ..., None])[0]  # (windows, 49, 1)
             bias = bias - 100.0 * (region != region.transpose(1, 2))[:, None]    # (windows, heads, 49, 49)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
         x = self.proj(x.transpose(2, 3).flatten(3))                              # (B, windows, 49, C)

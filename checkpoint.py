@@ -1,8 +1,8 @@
 """Checkpoints: one dictionary of plain types, written so that a crash at any moment leaves a good one.
 
     format      "boxteacher-1"
-    model       the arguments of build_model: backbone, num_classes, channels, frozen, and where they are not the
-                default mask_channels and stride_in_1x1
+    model       the arguments of build_model: backbone, num_classes, channels, frozen, and, where the weights it
+                began with have conventions of their own, mask_channels and stride_in_1x1
     classes     [{"id": category id, "name": str}], label i is classes[i]; None where a foreign file has no names
     method      boxteacher, boxinst or condinst
     config      every option of the run, and the sizes to test at
@@ -19,19 +19,19 @@ AdelaiDet released load as if they were ours (pretrained.py).
 """
 import argparse
 import os
-import re
 import sys
 import zipfile
-from collections import Counter
 from pathlib import Path
 
 import torch
 
 from coco import warn
 from model import CondInst, build_model
-from pretrained import read, read_backbone, read_checkpoint, why_unused
+from pretrained import read, read_backbone, read_checkpoint, summary
 
 FORMAT = "boxteacher-1"
+ENTRIES = {"model": dict, "classes": (list, type(None)), "method": str, "config": dict,
+           "iteration": (int, type(None)), "student": dict, "teacher": (dict, type(None))}
 RESUME_ONLY = ("optimizer", "scaler")
 
 
@@ -47,10 +47,14 @@ def save(state: dict, path: str | Path, previous: str | Path | None = None) -> N
     """
     path = Path(path)
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save({"format": FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     if previous is not None and zipfile.is_zipfile(path):  # a truncated one must not take the place of a good one
         os.replace(path, previous)
     os.replace(temporary, path)
@@ -65,15 +69,22 @@ def load(path: str | Path) -> dict:
         state = read(path)
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint at {path}") from None
-    except Exception as error:  # torch raises many kinds for a damaged or foreign file
-        reason = str(error).strip().split("\n")[0][:120]
-        raise CheckpointError(f"{path} is not a readable checkpoint (truncated, or not one at all): {reason}") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is not a readable checkpoint: {first_line(error)}") from None
     if isinstance(state, dict) and state.get("format") == FORMAT:
+        wrong = [key for key, kind in ENTRIES.items() if key not in state or not isinstance(state[key], kind)]
+        if wrong:
+            raise CheckpointError(f"{path} says it is a checkpoint of this project, but its {wrong[0]!r} is not as it "
+                                  "should be")
         return state
     try:
         return read_checkpoint(state)
-    except ValueError as error:
-        raise CheckpointError(f"{path} cannot be used: {error}") from None
+    except Exception as error:  # the file may be anything
+        raise CheckpointError(f"{path} cannot be used: {first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:240]
 
 
 def load_latest(folder: str | Path) -> dict | None:
@@ -84,7 +95,10 @@ def load_latest(folder: str | Path) -> dict | None:
     found = [path for path in (Path(folder) / "last.pt", Path(folder) / "previous.pt") if path.exists()]
     for path in found:
         try:
-            return load(path)
+            state = load(path)
+            if "optimizer" not in state:
+                raise CheckpointError(f"{path} holds weights alone, no run to go on with (they go to --init)")
+            return state
         except CheckpointError as error:
             warn(f"{error}; trying the previous one")
     if found:
@@ -95,19 +109,26 @@ def load_latest(folder: str | Path) -> dict | None:
 def load_model(path: str | Path, weights: str | None = None) -> tuple[CondInst, dict]:
     """Build the model of a checkpoint, with the weights of "teacher", "student", or None: teacher where there is one.
 
-    Returns (model in eval mode on the CPU, the rest of the checkpoint: classes, method, config, iteration, ...).
+    Returns (model in eval mode on the CPU, the rest of the checkpoint: classes, method, config, iteration, ..., and
+    which "weights" these are).
     """
     state = load(path)
     weights = weights or ("teacher" if state["teacher"] is not None else "student")
     if state[weights] is None:
         raise CheckpointError(f"{path} holds no teacher (method {state['method']}); use --weights student")
+    info = {key: value for key, value in state.items() if key not in ("student", "teacher", *RESUME_ONLY)}
+    return network(path, state, weights).eval(), info | {"weights": weights}
+
+
+def network(path: str | Path, state: dict, weights: str) -> CondInst:
+    """The network of a checkpoint with its "teacher" or "student" weights; CheckpointError where they do not fit."""
     try:
         model = build_model(**state["model"])
         model.load_state_dict(state[weights])
-    except (KeyError, TypeError, RuntimeError, AttributeError) as error:  # a file of our format that was tampered with
-        raise CheckpointError(f"{path}: the weights do not fit its own model: {str(error).splitlines()[-1].strip()}") \
-            from None
-    return model.eval(), {key: value for key, value in state.items() if key not in ("student", "teacher", *RESUME_ONLY)}
+    except Exception as error:  # only where a file was tampered with
+        reason = str(error).strip().splitlines()[-1].strip()[:240]
+        raise CheckpointError(f"{path}: the {weights}'s weights do not fit the model it names: {reason}") from None
+    return model
 
 
 def initialise(model: CondInst, classes: list[dict], state: dict, path: str | Path) -> None:
@@ -116,48 +137,53 @@ def initialise(model: CondInst, classes: list[dict], state: dict, path: str | Pa
 
     Any other difference in shape is a CheckpointError that names the first parameter.
     """
-    weights = dict(state["teacher"] or state["student"])
-    if state["classes"] != classes:
-        warn(f"{path} was trained for other classes: its class layer is left out")
+    weights, own = dict(state["teacher"] or state["student"]), model.state_dict()
+    same_classes = state["classes"] == classes
+    if not same_classes:
         weights = {name: w for name, w in weights.items() if not name.startswith("head.class_logits.")}
-
-    def misfit(why: str) -> CheckpointError:
-        its = state["model"]
-        norm = "ImageNet weights or a file" if its["frozen"] else "--backbone-weights none"
-        return CheckpointError(f"{path} does not fit this model: {why}; it was made with --backbone {its['backbone']} "
-                               f"--channels {its['channels']} and {norm}")
-
-    own = model.state_dict()
-    for name, value in weights.items():
-        if name not in own or own[name].shape != value.shape:
-            raise misfit(f"{name} {tuple(value.shape)}")
-    missing = [name for name in own if name not in weights and not name.startswith("head.class_logits.")]
-    if missing:
-        raise misfit(f"{missing[0]} is missing")
+    its = state["model"]
+    made = (f"--backbone {its['backbone']} --channels {its['channels']} "
+            + ("without --backbone-weights none" if its["frozen"] else "--backbone-weights none"))
+    wrong = [f"{name} {tuple(value.shape)}" for name, value in weights.items()
+             if name not in own or own[name].shape != value.shape]
+    wrong += [f"{name} is missing" for name in own
+              if name not in weights and not name.startswith("head.class_logits.")]
+    if wrong:
+        raise CheckpointError(f"{path} does not fit this model: it was made with {made} (the first difference: "
+                              f"{wrong[0]})")
+    if not same_classes:
+        warn(f"{path} " + ("does not name its classes" if state["classes"] is None else "was trained for other classes")
+             + ": its class layer is left out")
     model.load_state_dict(weights, strict=False)
 
 
 def load_backbone(name: str, source: str) -> tuple[dict, bool]:
-    """read_backbone, with all that may be wrong with a download or a file as a CheckpointError of one line."""
+    """Weights for a backbone and its stride_in_1x1, see read_backbone; says what of them is left out.
+
+    All that may be wrong with a download or a file is a CheckpointError.
+    """
     try:
-        return read_backbone(name, source)
+        weights, stride_in_1x1, dropped = read_backbone(name, source)
     except Exception as error:  # the file may be anything
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"--backbone-weights {source}: {reason}") from None
+        raise CheckpointError(f"--backbone-weights {source}: {first_line(error)}") from None
+    if dropped and os.environ.get("RANK", "0") == "0":
+        print(f"--backbone-weights {source}: left out {'; '.join(summary(dropped))}")
+    return weights, stride_in_1x1
 
 
 # ------------------------------------------------------------------------------------------------- command line
 
 
 def describe(path: str | Path, state: dict) -> str:
-    """What a checkpoint is, one line a fact."""
+    """What a checkpoint is, one line a fact. Raises CheckpointError where its weights do not fit."""
     spec, released, config = state["model"], "dropped" in state, state["config"]
     origin = "BoxTeacher, as its authors released it" if state["teacher"] else "AdelaiDet"
     reports = "sqrt(detection score x mask quality)" if state["method"] == "boxteacher" else "the detection score"
     backbone = spec["backbone"] + ", stride in the first 1x1 convolution" * spec.get("stride_in_1x1", False)
     if released:
         backbone += ", made for BGR pixels less their mean: the first convolution now reads ours"
-    parameters = sum(p.numel() for p in build_model(**spec).parameters())
+    present = [part for part in ("teacher", "student") if state[part] is not None]
+    parameters = [sum(p.numel() for p in network(path, state, part).parameters()) for part in present][0]
     classes = state["classes"] or []
     names = ", ".join(c["name"] for c in classes[:5]) + ", ..." * (len(classes) > 5) or "no names in the file"
     facts = {"file": path,
@@ -166,20 +192,20 @@ def describe(path: str | Path, state: dict) -> str:
              "backbone": backbone,
              "channels": f"{spec['channels']}, mask branch {spec.get('mask_channels', 16)}",
              "classes": f"{spec['num_classes']}: {names}",
-             "weights": f"{parameters / 1e6:.1f} million parameters in each of: "
-                        + ", ".join(part for part in ("teacher", "student") if state[part] is not None),
+             "weights": f"{parameters / 1e6:.1f} million parameters in each of: {', '.join(present)}",
              "iteration": "not said" if state["iteration"] is None else state["iteration"],
              "test size": f"{config.get('test_min_size') or 800}, at most {config.get('test_max_size') or 1333} pixels",
              "resume": "yes, as last.pt of a run" if "optimizer" in state else "no, weights only",
-             "dropped": dropped_keys(state)}
+             "dropped": ("\n" + " " * 11).join(summary(state.get("dropped", {}))) or "nothing"}
     return "\n".join(f"{name:11}{fact}" for name, fact in facts.items())
 
 
-def dropped_keys(state: dict) -> str:
-    """What of a released file is knowingly left out, one line a kind of key: how many, numbers as *, and why."""
-    found = Counter((re.sub(r"\d+", "*", key), why_unused(re.sub("^(teacher|student)[.]", "", key)) or "no weights")
-                    for key in state.get("dropped", []))
-    return ("\n" + " " * 11).join(f"{n} x {key}: {why}" for (key, why), n in found.items()) or "nothing"
+def convert(state: dict, path: str) -> None:
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        save({key: value for key, value in state.items() if key not in ("dropped", *RESUME_ONLY)}, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save calls a full disk
+        raise CheckpointError(f"cannot write {path}: {first_line(error)}") from None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -194,12 +220,8 @@ def main(argv: list[str] | None = None) -> None:
         state = load(args.ckpt)
         print(describe(args.ckpt, state))
         if args.convert:
-            os.makedirs(os.path.dirname(args.convert) or ".", exist_ok=True)
-            save({key: value for key, value in state.items() if key not in ("dropped", *RESUME_ONLY)}, args.convert)
+            convert(state, args.convert)
             print(f"written    {args.convert}")
-    except OSError as error:
-        print(f"error: cannot write {args.convert}: {error.strerror or error}", file=sys.stderr)
-        sys.exit(1)
     except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

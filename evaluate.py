@@ -306,10 +306,15 @@ def run(args: argparse.Namespace) -> None:
         check_sizes(annotations)
     config = info.get("config") or {}
     rescore = info["method"] == "boxteacher" if args.rescore == "auto" else args.rescore == "on"
+    min_size = args.min_size or config.get("test_min_size") or 800
+    max_size = args.max_size or config.get("test_max_size") or 1333
+    if rank == 0:
+        print(f"{info['method']} {info['model']['backbone']}, {info['weights']}'s weights, scores "
+              f"{'rescored by masks' if rescore else 'of the detector'}: {len(annotations)} pictures at "
+              f"{min_size}/{max_size} pixels", flush=True)
     results = evaluate(
         model.to(device), annotations, rescore=rescore, score_threshold=args.score_threshold,
-        min_size=args.min_size or config.get("test_min_size") or 800,
-        max_size=args.max_size or config.get("test_max_size") or 1333,
+        min_size=min_size, max_size=max_size,
         batch_size=args.batch_size, workers=args.workers, device=device, amp_dtype=pick_amp(args.amp, device))
     if rank == 0:
         write_json(args.results, results)

@@ -12,12 +12,14 @@ The released programs differ from ours in more than names. What becomes of it:
     CondInst's mask branch has 8 channels, not 16                                     build_model's mask_channels
     BoxTeacher reports sqrt(detection score x mask quality), the others the former    "method", read by evaluate.py
 
-Every key of a file finds its place in the network or is one that we know we can do without (UNUSED).
+Every key of a file finds its place in the network or is one that we know we can do without (UNUSED); any other, like a
+missing or misshapen one, is an error that names it.
 """
 import _codecs
 import pickle
 import re
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -31,42 +33,116 @@ from model import PIXEL_STD, build_model
 
 # ------------------------------------------------------------------------------------------------- reading files
 
-# What a pickled array is made of. Taken from numpy itself: their modules have changed names between its versions.
-ARRAY_PARTS = {"ndarray": np.ndarray, "dtype": np.dtype, "_reconstruct": np.zeros(1).__reduce__()[0],
-               "scalar": np.float64().__reduce__()[0], "_frombuffer": np.zeros(1).__reduce_ex__(5)[0],
-               "encode": _codecs.encode}
+class PickledType:
+    """Stands for numpy's dtype in a pickle: numbers of up to 8 bytes and nothing else."""
+
+    def __init__(self, code: str, *_):
+        if not re.fullmatch(r"[biuf][1248]", str(code)):
+            raise ValueError(f"only arrays of numbers are admitted, not of {ascii(code):.40}")
+        self.code = str(code)
+
+    def __setstate__(self, state: tuple) -> None:
+        if state[1] not in ("<", ">", "|", "="):
+            raise ValueError("an array has no byte order")
+        self.code = state[1] + self.code
+
+
+class PickledArray:
+    """Stands for numpy's array in a pickle."""
+
+    def __init__(self, *_):
+        self.array = np.zeros(0)
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, kind, fortran, data = state
+        self.array = array_of(data, kind, shape, "F" if fortran else "C")
+
+
+def array_of(data: bytes | str, kind: PickledType, shape: tuple = (), order: str = "C") -> np.ndarray:
+    data = data.encode("latin1") if isinstance(data, str) else data  # str: written by Python 2
+    array = np.frombuffer(data, kind.code).reshape(shape, order=order)
+    return array.astype(array.dtype.newbyteorder("="))
+
+
+def latin1(text: str, encoding: str) -> bytes:  # how protocol 2 writes bytes
+    return text.encode("latin1")
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Admits numpy arrays and plain containers; anything else a pickle might call is refused."""
+    """Reads numpy arrays and plain containers; anything else that a pickle might call is refused.
+
+    Arrays are put together here: numpy's own unpickling trusts a file's word about memory.
+    """
+
+    PARTS = {"ndarray": PickledArray, "dtype": PickledType, "_reconstruct": PickledArray,
+             "scalar": lambda kind, data: array_of(data, kind)[()],
+             "_frombuffer": lambda data, kind, shape, order: array_of(data, kind, shape, order), "encode": latin1,
+             "bytes": bytes}
 
     def find_class(self, module: str, name: str):
-        if module.split(".")[0] not in ("numpy", "_codecs") or name not in ARRAY_PARTS:
-            raise pickle.UnpicklingError(f"it wants to run {module}.{name}, and only arrays are admitted")
-        return ARRAY_PARTS[name]
+        places = ("numpy", "_codecs", "__builtin__", "builtins")
+        if module.split(".")[0] not in places or name not in self.PARTS:
+            raise ValueError(f"it wants to run {ascii(module + '.' + name):.80}; only arrays are admitted")
+        return self.PARTS[name]
+
+
+def unpacked(content):
+    """The same with PickledArray replaced by arrays."""
+    if isinstance(content, dict):
+        return {key: unpacked(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [unpacked(value) for value in content]
+    return content.array if isinstance(content, PickledArray) else content
 
 
 def read(path: str | Path):
-    """The content of a .pth or .pt (PyTorch) or .pkl (detectron2's arrays) file. Raises what the readers raise."""
-    if str(path).endswith(".pkl"):
+    """The content of a .pth or .pt (PyTorch) or .pkl (detectron2's arrays) file. Raises ValueError, which says why not.
+
+    weights_only=True: PyTorch builds tensors and plain types, and here numpy's arrays and numbers, which released files
+    hold here and there. Nothing else in a file is run.
+    """
+    if Path(path).is_dir():
+        raise ValueError("it is a folder: name a file in it")
+    try:
         with open(path, "rb") as file:
-            return ArrayUnpickler(file, encoding="latin1").load()
-    # released files hold a number of numpy here and there
-    admitted = [(part, f"{place}.{name}") for name, part in ARRAY_PARTS.items()
-                for place in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")]
+            start = file.read(1)
+            file.seek(0)
+            if start in (b"", b"<"):
+                raise ValueError("it is empty" if start == b"" else "it is a web page, not what was to be downloaded")
+            return read_arrays(file) if str(path).endswith(".pkl") else read_torch(file)
+    except (FileNotFoundError, ValueError):
+        raise
+    except Exception as error:  # torch and pickle raise many kinds for a damaged or foreign file
+        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it wants to run {foreign[1]}; only arrays are admitted" if foreign else str(error)
+        raise ValueError(f"it is truncated, or something else: {reason}" if not foreign else reason) from None
+
+
+def read_arrays(file):
+    return unpacked(ArrayUnpickler(file, encoding="latin1").load())
+
+
+def read_torch(file):
+    parts = {"ndarray": np.ndarray, "dtype": np.dtype, "_reconstruct": np.zeros(1).__reduce__()[0],
+             "scalar": np.float64().__reduce__()[0], "encode": _codecs.encode}
+    admitted = [(part, f"{place}.{name}") for name, part in parts.items()
+                for place in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "_codecs")]
     admitted += {type(np.dtype(kind)) for kind in "?bhilqBHILQefd"}
     with warnings.catch_warnings(), torch.serialization.safe_globals(admitted):
         warnings.simplefilter("ignore")  # of what a foreign file might be: the error says enough
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def tensors(state: dict) -> dict[str, Tensor]:
-    """All values as tensors, floats as float32. Raises ValueError for one that is no array of numbers."""
+    """All values as tensors, floats as float32. Raises ValueError for a key or a value that is not a weight's."""
     result = {}
     for key, value in state.items():
-        if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
-            value = torch.from_numpy(value)
-        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+        if not re.fullmatch(r"[\w.]{1,200}", str(key)):
+            raise ValueError(f"{ascii(key):.100} is no name of a weight")
+        if isinstance(value, np.ndarray) and value.dtype.kind in "fiub" and value.dtype.itemsize <= 8:
+            value = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.is_quantized \
+                or value.is_complex():
             raise ValueError(f"{key} is no array of numbers but {type(value).__name__}")
         result[str(key)] = value.float() if value.is_floating_point() else value
     return result
@@ -127,20 +203,19 @@ def their_name(name: str, table: list) -> str:
     return name
 
 
-UNUSED = {  # pattern of a whole key: what it is
+# What we know we can do without. Pattern of a whole key: what it is.
+UNUSED = {
     r"mask_branch\.(seg_head|logits)\..+": "the semantic branch, of use in training only",
-    r"(.+\.)?(relative_position_index|attn_mask|sizes_of_interest)": "a constant",
-    r"(.+\.)?num_batches_tracked": "a counter",
+    r"mask_head\.sizes_of_interest|backbone\.bottom_up\..+\.relative_position_index": "a constant",
     r"mask_head\._iter": "the position of the ramp",
-    r"(fc|head|fc1000)[._](weight|bias|w|b)|norm\.(weight|bias)": "the ImageNet classifier",
-    r"conv1_b|stem\.conv1\.bias": "a bias before a batch norm, which the authors' program drops as well",
-    r".+_momentum": "the state of an optimiser",
 }
-
-
-def why_unused(key: str) -> str | None:
-    """What a key is that we know we can do without; None for any other."""
-    return next((why for pattern, why in UNUSED.items() if re.fullmatch(pattern, key)), None)
+UNUSED_OF_IMAGENET = {
+    r"(stem\.)?(fc|head|fc1000)[._](weight|bias|w|b)|norm\.(weight|bias)": "the classifier",
+    r".+\.(relative_position_index|attn_mask)": "a constant",
+    r".+\.num_batches_tracked": "a counter",
+    r"conv1_b|stem\.conv1\.bias": "a bias before a batch norm, which the authors' program drops as well",
+    r"\w+_momentum": "the state of an optimiser",
+}
 
 
 def caffe2_name(key: str) -> str:
@@ -155,26 +230,36 @@ def caffe2_name(key: str) -> str:
     return f"res{block[1]}.{block[2]}.{parts[block[3]]}.{leaves.get(block[4], block[4])}" if block else key
 
 
-def translate(weights: dict[str, Tensor], table: list, expected: dict[str, Tensor],
-              optional: str = "") -> tuple[dict[str, Tensor], list[str]]:
-    """Their `weights` under our names, which are those of `expected`, and the keys that were knowingly dropped.
+def translate(weights: dict[str, Tensor], table: list, expected: dict[str, Tensor], unused: dict[str, str],
+              optional: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Their `weights` under our names, which are those of `expected`; and the keys that were dropped, with the reason.
 
-    Raises ValueError naming the key where one is missing (unless our name of it matches `optional`), has another
-    shape, or has no place in the network.
+    Raises ValueError naming the key where one is missing (unless our name of it matches `optional`, and all such are),
+    has another shape, or has no place in the network and is none of `unused`.
     """
     ours, rest = {}, dict(weights)
+    skip = re.compile(optional)
+    if any(skip.fullmatch(name) and their_name(name, table) in weights for name in expected):
+        skip = re.compile("")
     for name, parameter in expected.items():
         key = their_name(name, table)
         if key in rest:
             ours[name] = rest.pop(key)
             if ours[name].shape != parameter.shape:
                 raise ValueError(f"{key} has the shape {tuple(ours[name].shape)} instead of {tuple(parameter.shape)}")
-        elif not (optional and re.fullmatch(optional, name)):
+        elif not skip.fullmatch(name):
             raise ValueError(f"{key} {tuple(parameter.shape)} is missing")
-    for key in rest:
-        if not why_unused(key):
+    dropped = {key: next((why for pattern, why in unused.items() if re.fullmatch(pattern, key)), None) for key in rest}
+    for key, why in dropped.items():
+        if why is None:
             raise ValueError(f"{key} has no place in this network")
-    return ours, list(rest)
+    return ours, dropped
+
+
+def summary(dropped: dict[str, str]) -> list[str]:
+    """One line a kind of key that was dropped: how many, numbers in them as *, and why."""
+    found = Counter((re.sub(r"\d+", "*", key), why) for key, why in dropped.items())
+    return [f"{n} x {key}: {why}" for (key, why), n in found.items()]
 
 
 def fold_pixels(weights: dict[str, Tensor], prefix: str = "") -> None:
@@ -191,7 +276,7 @@ def fold_pixels(weights: dict[str, Tensor], prefix: str = "") -> None:
 
 
 def read_checkpoint(content) -> dict:
-    """The content of a released checkpoint as one of our own (see checkpoint.py), keys left out listed as "dropped".
+    """The content of a released checkpoint as one of our own (see checkpoint.py); "dropped": keys left out, and why.
 
     Raises ValueError naming the key that is missing, misshapen or unknown.
     """
@@ -209,20 +294,26 @@ def read_checkpoint(content) -> dict:
         raise ValueError(f"{next(iter(single))} has no place beside a teacher and a student")
     if single:
         parts = {"teacher": None, "student": single}
+    if not parts["student"]:
+        raise ValueError("it holds a teacher alone: the keys of the student are missing")
 
-    spec = network_of(parts["student"])
+    try:
+        spec = network_of(parts["student"])
+    except ValueError as error:
+        raise ValueError(str(error) if single else f"student: {error}") from None
     method = "boxteacher" if not single else "condinst" if spec["mask_channels"] == 8 else "boxinst"
     classes = COCO_CLASSES if spec["num_classes"] == len(COCO_CLASSES) else None  # the file has no names
     result = {"model": spec, "classes": classes, "method": method, "config": {},
-              "iteration": finished_iterations(content, parts["student"]), "dropped": []}
+              "iteration": finished_iterations(content, parts["student"]), "dropped": {}}
     for part, its in parts.items():
         try:
-            result[part], dropped = (None, []) if its is None else released_network(its, spec)
+            result[part], dropped = (None, {}) if its is None else released_network(its, spec)
         except ValueError as error:
             raise ValueError(str(error) if single else f"{part}: {error}") from None
-        result["dropped"] += dropped if single else [f"{part}.{key}" for key in dropped]
+        result["dropped"] |= dropped if single else {f"{part}.{key}": why for key, why in dropped.items()}
     if "model" in content:
-        result["dropped"] += [str(key) for key in content if key not in ("model", "iteration")]
+        others = (key for key in content if key not in ("model", "iteration"))
+        result["dropped"] |= {ascii(str(key))[1:-1][:40]: "no weights" for key in others}
     return result
 
 
@@ -260,13 +351,13 @@ def finished_iterations(content: dict, weights: dict[str, Tensor]) -> int | None
     return int(counter.nan_to_num()) if counter is not None and counter.numel() == 1 else None
 
 
-def released_network(weights: dict[str, Tensor], spec: dict) -> tuple[dict[str, Tensor], list[str]]:
-    """A released network's state dict under our names, and the keys that were dropped."""
+def released_network(weights: dict[str, Tensor], spec: dict) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A released network's state dict under our names, and the keys that were dropped, with the reason."""
     with torch.device("meta"):
         expected = build_model(**spec).state_dict()
     levels = len(expected.pop("head.scales"))  # theirs is one parameter a level
     expected |= {f"head.scales.{level}": torch.empty(1, device="meta") for level in range(levels)}
-    ours, dropped = translate(weights, CHECKPOINT, expected)
+    ours, dropped = translate(weights, CHECKPOINT, expected, UNUSED)
     ours["head.scales"] = torch.cat([ours.pop(f"head.scales.{level}") for level in range(levels)])
     fold_pixels(ours, "backbone.")
     return ours, dropped
@@ -275,10 +366,10 @@ def released_network(weights: dict[str, Tensor], spec: dict) -> tuple[dict[str, 
 # -------------------------------------------------------------------------------------------- ImageNet backbones
 
 
-def read_backbone(name: str, source: str) -> tuple[dict[str, Tensor], bool]:
-    """Weights for make_backbone(name, frozen=True), and its stride_in_1x1. source: a file, or "imagenet".
+def read_backbone(name: str, source: str) -> tuple[dict[str, Tensor], bool, dict[str, str]]:
+    """Weights for make_backbone(name, frozen=True), its stride_in_1x1, and keys left out. source: file or "imagenet".
 
-    "imagenet" is torchvision's, downloaded once. Files: a state dict of torchvision; detectron2's R-50.pkl and
+    "imagenet" is torchvision's, downloaded. Files: a state dict of torchvision; detectron2's R-50.pkl and
     R-101.pkl of MSRA; the Swin authors' .pth, which is used as BoxTeacher uses it, on BGR less its mean. Missing
     may be what no such file has: the offsets of deformable convolutions, the norms of Swin's outputs.
     Raises OSError where there is no file or no download, ValueError where the weights do not fit.
@@ -290,6 +381,8 @@ def read_backbone(name: str, source: str) -> tuple[dict[str, Tensor], bool]:
         weights = next((content[key] for key in ("model", "state_dict", "blobs") if key in content), content)
     if not isinstance(weights, dict):
         raise ValueError("it holds no weights")
+    if "student" in content or any("fcos_head" in str(key) for key in weights):
+        raise ValueError("it is a whole checkpoint, not a backbone: give it to --init")
     weights = {caffe2_name(key): value for key, value in tensors(weights).items()}
 
     detectron2 = any(key.startswith("stem.conv1.") for key in weights)
@@ -301,11 +394,14 @@ def read_backbone(name: str, source: str) -> tuple[dict[str, Tensor], bool]:
         weights.setdefault(key.replace("norm.weight", "norm.running_var"), torch.ones_like(weights[key]) - 1e-5)
     with torch.device("meta"):
         expected = make_backbone(name, frozen=True).state_dict()
-    weights, _ = translate(weights, table, expected, optional=r"norms\..+|.+\.offset\.\w+")
+    try:
+        weights, dropped = translate(weights, table, expected, UNUSED_OF_IMAGENET, r"norms\..+|.+\.offset\.\w+")
+    except ValueError as error:
+        raise ValueError(f"it does not hold the weights of {name}: {error}") from None
     msra = detectron2 and author != "torchvision"  # whose weights detectron2 has under its own names, too
     if msra or swin:
         fold_pixels(weights)
-    return weights, msra and name in ("r50", "r101")
+    return weights, msra and name in ("r50", "r101"), dropped
 
 
 def download(name: str) -> dict[str, Tensor]:

@@ -56,7 +56,8 @@ def label(teacher: CondInst, batch: Batch, score: str = "mask-aware") -> PseudoL
 def pseudo_labels(predictions: Predictions, batch: Batch, score: str = "mask-aware") -> PseudoLabels:
     """From the teacher's predictions on batch.teacher_images to pseudo masks for batch.boxes.
 
-    Only predictions that overlap some box enough to be assigned get a mask, at stride 4, never at full size.
+    Only predictions that overlap some box enough to be assigned get a mask, at stride 4, not at full size (which
+    `released` needs).
     """
     height, width = batch.images.shape[-2] // 4, batch.images.shape[-1] // 4
     masks, scores = [], []
@@ -72,7 +73,7 @@ def pseudo_labels(predictions: Predictions, batch: Batch, score: str = "mask-awa
         logits = mask_logits(picture, [found.rows])
         if score == "released":
             p, order, s = released_masks(logits, found.scores, teacher_size, size, height, width)
-            match = assign_masks(iou, order, score_threshold=0.0).to(boxes.device)                  # (G,)
+            match = assign_masks(iou, order).to(boxes.device)                                       # (G,)
         else:
             p = to_student_grid(logits.sigmoid(), teacher_size, size, height, width)                # (N', h, w)
             h, w = (size[0] + 1) // 4, (size[1] + 1) // 4  # cells within the picture: padding has no part in a score
@@ -113,8 +114,8 @@ def released_masks(logits: Tensor, c: Tensor, teacher_size: tuple[int, int], siz
 
     logits (N, h', w') of the teacher, c (N,) the detector's confidence. Masks are pasted into the student's picture,
     made binary there and sampled at stride 4. With q the mean probability of the whole mask, predictions take turns
-    by sqrt(c q), none too low for one, and a mask weighs sqrt(sqrt(c) q). Returns masks (N, height, width) of 0 and
-    1, the order (N,) and the weights (N,).
+    by sqrt(c q), and a mask weighs sqrt(sqrt(c) q). Returns masks (N, height, width) of 0 and 1, the order (N,) and
+    the weights (N,).
     """
     masks, q = paste_masks(logits, teacher_size, size)
     masks = masks[:, 2::4, 2::4].to(logits)

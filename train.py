@@ -10,6 +10,7 @@ Everything that changes over a run (pictures, learning rate, EMA momentum, ramps
 a run that is stopped, killed or started on other processes goes on from its last checkpoint as if nothing had been.
 """
 import argparse
+import datetime
 import itertools
 import json
 import math
@@ -116,7 +117,7 @@ class Run:
                      "frozen": args.backbone_weights != "none"}
 
         # weights to go on from or to start with, and the conventions of the network that they are made for
-        state, start, backbone = checkpoint.load_latest(self.out), None, None
+        state, start, backbone = None if args.fresh else checkpoint.load_latest(self.out), None, None
         if state is None and args.init:
             start = checkpoint.load(args.init)
         elif state is None and args.backbone_weights != "none":
@@ -128,6 +129,8 @@ class Run:
         self.model = build_model(**self.spec)
         if start is not None:
             checkpoint.initialise(self.model, classes, start, args.init)
+            if rank == 0:
+                print(f"starts from {args.init} (method {start['method']})")
         elif backbone is not None:
             self.model.backbone.load_state_dict(backbone, strict=False)
         self.model.to(device).train()
@@ -166,7 +169,8 @@ class Run:
             if was != here:
                 raise CheckpointError(f"{self.out} holds a run with another {key} ({str(was)[:120]}, now "
                                       f"{str(here)[:120]}); choose another --out, or --fresh to move it aside")
-        changed = [f"{k} {old.get(k)} -> {v}" for k, v in self.config().items() if old.get(k) != v and k != "fresh"]
+        changed = [f"{k} {old.get(k)} -> {v}" for k, v in self.config().items()
+                   if old.get(k) != v and k not in ("fresh", "init", "backbone_weights")]
         self.model.load_state_dict(state["student"])
         if self.teacher is not None:
             self.teacher.load_state_dict(state["teacher"])
@@ -180,6 +184,9 @@ class Run:
             print(f"resumed {self.out} at iteration {self.iteration}")
             if changed:
                 print("changed since: " + ", ".join(changed))
+            for option, here in (("--init", self.args.init), ("--backbone-weights", self.args.backbone_weights)):
+                if here != old[option[2:].replace("-", "_")]:
+                    print(f"{option} {here} is not used: the run goes on from its own weights; --fresh starts anew")
 
     def config(self) -> dict:
         """Every option as plain types; the teacher's size is also the size to test at."""
@@ -259,7 +266,7 @@ class Log:
             self.file.write(json.dumps(line) + "\n")
             text = " ".join(f"{name.removeprefix('loss_')} {values[name]:.3f}" for name in self.losses)
             if self.bar.disable:
-                left = time.strftime("%H:%M:%S", time.gmtime(seconds * (run.plan.iterations - run.iteration)))
+                left = datetime.timedelta(seconds=round(seconds * (run.plan.iterations - run.iteration)))
                 print(f"{run.iteration}/{run.plan.iterations} {text} | {seconds:.3f} s/it, {left} left", flush=True)
             else:
                 self.bar.set_postfix_str(text)
@@ -444,11 +451,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--log-every", type=positive, default=20, help="iterations between log lines")
 
     args = parser.parse_args(argv)
+    # torchrun starts all processes again with the same arguments when one has died: then the run goes on
+    args.fresh = args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     args.optimizer = args.optimizer or ("adamw" if args.backbone.startswith("swin") else "sgd")
     if args.channels % 32:
         parser.error("--channels must be a multiple of 32")
     if args.batch_size % (args.accumulate * int(os.environ.get("WORLD_SIZE", 1))):
         parser.error("--batch-size must be a multiple of --accumulate times the number of processes")
+    if args.init and args.backbone_weights not in ("imagenet", "none"):
+        parser.error("--backbone-weights FILE and --init exclude each other: --init brings all weights")
     if args.backbone == "r18-slim" and args.backbone_weights == "imagenet":
         parser.error("--backbone r18-slim has no ImageNet weights: add --backbone-weights none")
     for one, two in (("train_json", "train_images"), ("val_json", "val_images")):
@@ -484,8 +495,7 @@ def open_out(args: argparse.Namespace, rank: int) -> None:
     """Make the run folder; with --fresh an earlier one becomes OUT.1, OUT.2, ..."""
     out = Path(args.out)
     if rank == 0:
-        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun, with the same arguments
-        if args.fresh and out.exists() and not restarted:
+        if args.fresh and out.exists():
             aside = next(p for i in itertools.count(1) if not (p := out.with_name(f"{out.name}.{i}")).exists())
             out.rename(aside)
             print(f"moved {out} to {aside}")
@@ -514,8 +524,8 @@ def main(argv: list[str] | None = None) -> None:
         rank, world_size, device = start_distributed(args.device)
         annotations, validation = open_data(args, rank)
         batches = training_batches(args, annotations, rank, world_size)  # raises before anything is written
-        open_out(args, rank)
         run = Run(args, annotations.classes, rank, world_size, device)
+        open_out(args, rank)
         if rank == 0:
             describe(run, annotations)
         stopped_by = 0

@@ -1,10 +1,11 @@
 """Seeded files in each layout that others released: what the tests load, and a command to try them by hand.
 
-    python tests/released_files.py DIR      writes LAYOUTS as DIR/<name>.pth, 0.1 to 0.4 GB each
+    python tests/released_files.py DIR      writes LAYOUTS as DIR/<name>.pth, 1.2 GB in all
 
 The keys and shapes are those of the authors' configurations (golden/11_state_dict_keys.json), R-101-DCN and
 AdelaiDet's as released files are described; the weights come from golden/weights.py, so the networks detect something.
 """
+import argparse
 import json
 import re
 import sys
@@ -82,4 +83,6 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description="Write a seeded checkpoint in each released layout, 1.2 GB in all.")
+    parser.add_argument("dir", metavar="DIR", help="folder to write them to")
+    main(parser.parse_args().dir)

@@ -33,13 +33,19 @@ def state_of(iteration: int = 5, teacher: bool = True, classes=CLASSES, channels
             "iteration": iteration, "student": student, "teacher": other if teacher else None, **more}
 
 
+def tiny(iteration: int, **more) -> dict:
+    """The least that is a checkpoint of a run."""
+    return {"model": {}, "classes": [], "method": "boxinst", "config": {}, "iteration": iteration, "student": {},
+            "teacher": None, "optimizer": {}, **more}
+
+
 # ------------------------------------------------------------------------------------------------------ files
 
 
 def test_what_was_saved_is_loaded_and_the_one_before_is_kept(tmp_path):
     last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
     for iteration in (1, 2, 3):
-        save({"iteration": iteration, "x": torch.arange(iteration)}, last, previous)
+        save(tiny(iteration, x=torch.arange(iteration)), last, previous)
     assert load(last)["x"].tolist() == [0, 1, 2] and load(previous)["iteration"] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
     assert load_latest(tmp_path)["iteration"] == 3
@@ -57,7 +63,7 @@ class Code:
 
 def unusable_files(folder: Path) -> dict[str, str]:
     """name: a part of the message."""
-    save({"iteration": 1, "x": torch.zeros(1000)}, folder / "good.pt")
+    save(tiny(1, x=torch.zeros(1000)), folder / "good.pt")
     content = (folder / "good.pt").read_bytes()
     for share in (0, 1, 50, 99):
         (folder / f"cut{share}.pt").write_bytes(content[:len(content) * share // 100])
@@ -66,20 +72,27 @@ def unusable_files(folder: Path) -> dict[str, str]:
     torch.save({"format": checkpoint.FORMAT, "x": Code(folder / "ran")}, folder / "code.pt")
     torch.save({"model": {"conv.weight": torch.zeros(3)}}, folder / "foreign.pt")
     torch.save([1, 2, 3], folder / "list.pt")
+    torch.save({"format": checkpoint.FORMAT}, folder / "empty.pt")
+    save(tiny(1) | {"teacher": "mine"}, folder / "text_as_teacher.pt")
+    save(state_of() | {"student": {}, "teacher": None}, folder / "no_weights.pt")
+    save(tiny(1) | {"model": {"backbone": "r51", "num_classes": 3}}, folder / "unknown.pt")
     (folder / "folder.pt").mkdir()
-    damaged = {f"cut{share}.pt": "truncated" for share in (0, 1, 50, 99)}
+    damaged = {f"cut{share}.pt": "truncated" if share else "it is empty" for share in (0, 1, 50, 99)}
     return damaged | {"missing.pt": "no checkpoint at", "text.pt": "not a readable",
-                      "code.pkl": "not a readable",
-                      "code.pt": "not a readable", "foreign.pt": "no checkpoint of this project",
-                      "list.pt": "no checkpoint of this project", "folder.pt": "not a readable"}
+                      "code.pkl": "wants to run", "code.pt": "wants to run",
+                      "foreign.pt": "no checkpoint of this project",
+                      "list.pt": "no checkpoint of this project", "folder.pt": "it is a folder",
+                      "empty.pt": "its 'model' is not as it should be", "text_as_teacher.pt": "its 'teacher' is not",
+                      "no_weights.pt": "student's weights do not fit", "unknown.pt": "do not fit the model it names"}
 
 
 def test_files_that_are_no_checkpoints_are_one_line_and_run_no_code(tmp_path):
     for name, part in unusable_files(tmp_path).items():
-        with pytest.raises(CheckpointError) as error:
-            load_model(tmp_path / name)
-        message = str(error.value)
-        assert part in message and str(tmp_path / name) in message and "\n" not in message, message
+        for use in (load_model, lambda path: checkpoint.describe(path, load(path))):
+            with pytest.raises(CheckpointError) as error:
+                use(tmp_path / name)
+            message = str(error.value)
+            assert part in message and str(tmp_path / name) in message and "\n" not in message, message
     assert not (tmp_path / "ran").exists()
 
 
@@ -87,12 +100,12 @@ def test_latest_falls_back_to_the_previous_one_and_says_so(tmp_path, capsys):
     last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
     assert load_latest(tmp_path) is None
     for iteration in (1, 2):
-        save({"iteration": iteration}, last, previous)
+        save(tiny(iteration), last, previous)
     os.truncate(last, last.stat().st_size // 2)
     assert load_latest(tmp_path)["iteration"] == 1
     warning = capsys.readouterr().err
     assert warning.startswith("warning: ") and str(last) in warning and warning.count("\n") == 1
-    save({"iteration": 3}, last, previous)                          # the damaged one is not worth keeping
+    save(tiny(3), last, previous)                          # the damaged one is not worth keeping
     assert load(last)["iteration"] == 3 and load(previous)["iteration"] == 1
     last.unlink()                                                   # killed between the two renames
     assert load_latest(tmp_path)["iteration"] == 1
@@ -100,6 +113,20 @@ def test_latest_falls_back_to_the_previous_one_and_says_so(tmp_path, capsys):
     with pytest.raises(CheckpointError, match="no readable checkpoint in .* --fresh") as error:
         load_latest(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_weights_alone_are_not_gone_on_with(tmp_path):
+    save(state_of(), tmp_path / "last.pt")
+    with pytest.raises(CheckpointError, match="no readable checkpoint"):
+        load_latest(tmp_path)
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    save(tiny(1), tmp_path / "a.pt")
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("unexpected pos")))
+    with pytest.raises(CheckpointError, match="cannot write .*unexpected pos"):
+        checkpoint.convert(load(tmp_path / "a.pt"), str(tmp_path / "b.pt"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
 def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint(tmp_path, capsys):
@@ -111,7 +138,7 @@ def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint(tmp_path, cap
         if child == 0:
             try:
                 for iteration in itertools.count(reached + 1):
-                    state = {"iteration": iteration, "x": torch.full((200_000,), float(iteration))}
+                    state = tiny(iteration, x=torch.full((200_000,), float(iteration)))
                     save(state, last, previous)
                     save(state, final)
             finally:

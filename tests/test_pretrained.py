@@ -171,7 +171,7 @@ def test_every_key_counts(layout):
     for key in keys[::29] + [key for key in keys if "bottom_up" not in key][::9]:
         rest = {k: v for k, v in content.items() if k != key}
         if key in dropped:
-            assert read_checkpoint({"model": rest})
+            assert key not in read_checkpoint({"model": rest})["dropped"]
             continue
         for wrong in (rest, content | {key: torch.zeros(2, 3, 5, 7, 9)}):
             with pytest.raises(ValueError, match=key.removeprefix("student.").replace(".", "[.]")) as error:
@@ -215,10 +215,11 @@ def test_bad_files_are_refused_in_one_line_and_run_nothing(r50, r50_path, pictur
     cls = "proposal_generator.fcos_head.cls_logits."
     fewer = {key: value[:7] if cls in key else value for key, value in r50["model"].items()}
     torch.save({"model": fewer}, tmp_path / "seven.pth")
-    for name, part in (("truncated.pth", "not a readable checkpoint (truncated"), ("foreign.pth", "no checkpoint of"),
-                       ("code.pth", "not a readable"), ("code_beside.pth", "not a readable"),
-                       ("code.pkl", "wants to run"), ("seven.pth", "trained for 7 classes"),
-                       ("no.pth", "no checkpoint at")):
+    (tmp_path / "page.pth").write_text("<html>404</html>")
+    for name, part in (("truncated.pth", "it is truncated"), ("foreign.pth", "no checkpoint of"),
+                       ("page.pth", "it is a web page"), ("code.pth", "wants to run"),
+                       ("code_beside.pth", "wants to run"), ("code.pkl", "wants to run"),
+                       ("seven.pth", "trained for 7 classes"), ("no.pth", "no checkpoint at")):
         path = tmp_path / name
         line = refused(evaluate.main, ["--ckpt", path, "--data", pictures, "--device", "cpu"], capsys)
         assert str(path) in line and part in line
@@ -230,15 +231,68 @@ def test_bad_files_are_refused_in_one_line_and_run_nothing(r50, r50_path, pictur
 def test_a_pickle_may_hold_arrays_and_nothing_else(tmp_path):
     path = tmp_path / "a.pkl"
     arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": [np.float64(2.5), "text"]}
+    arrays |= {"c": np.arange(6, dtype=">i2").reshape(2, 3).T, "d": np.array(True), "e": np.zeros((0, 3))}
     for protocol in range(6):
         path.write_bytes(pickle.dumps(arrays, protocol))
         back = pretrained.read(path)
-        assert np.array_equal(back["a"], arrays["a"]) and back["b"] == arrays["b"]
+        assert back["b"] == arrays["b"] and all(np.array_equal(back[key], arrays[key]) for key in "acde")
+        assert [back[key].shape for key in "acde"] == [(2, 3), (3, 2), (), (0, 3)] and back["c"].dtype == np.int16
+    for wrong in (np.array(["text"]), np.array([None]), np.zeros(2, np.complex64), np.zeros(2, np.longdouble),
+                  np.zeros(2, [("a", "O")]), np.dtype("V8")):
+        path.write_bytes(pickle.dumps({"a": wrong}))
+        with pytest.raises(ValueError, match="only arrays of numbers are admitted"):
+            pretrained.read(path)
     for wrong in (print, np.load, np.ndarray.tofile, torch.zeros(2), Code(tmp_path / "ran")):
         path.write_bytes(pickle.dumps({"a": wrong}))
-        with pytest.raises(pickle.UnpicklingError, match="only arrays are admitted"):
+        with pytest.raises(ValueError, match="only arrays are admitted"):
             pretrained.read(path)
     assert not (tmp_path / "ran").exists()
+
+
+class Crafted:
+    """A pickle that describes a type of 8 bytes which are a pointer, and lets numpy follow it."""
+
+    def __reduce__(self):
+        return np.zeros(1).__reduce__()[0], (np.ndarray, Pointer(), b"b")
+
+
+class Pointer:
+    def __reduce__(self):
+        return np.float64().__reduce__()[0], (PointerType(), b"A" * 8)
+
+
+class PointerType:
+    def __reduce__(self):
+        return np.dtype, ("V8", False, True), (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 0)
+
+
+def test_a_pickle_cannot_reach_into_memory(tmp_path):
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(Crafted()))
+    with pytest.raises(ValueError, match="only arrays of numbers"):
+        pretrained.read(tmp_path / "a.pkl")
+
+
+def test_odd_keys_and_values_are_one_line(r50, tmp_path):
+    weights = without_prefix(r50)["model"]
+    for more, part in (({"a\n\x1b[31m": torch.zeros(1)}, "no name of a weight"),
+                       ({"controller.bias": torch.zeros(233, dtype=torch.complex64)}, "controller.bias is no array"),
+                       ({"controller.bias": torch.zeros(233).to_sparse()}, "controller.bias is no array"),
+                       ({"controller.bias": np.zeros(233, np.longdouble)}, "not"),
+                       ({"head.weight": torch.zeros(1)}, "head.weight has no place"),
+                       ({"controller.bias_momentum": torch.zeros(1)}, "bias_momentum has no place"),
+                       ({"proposal_generator.fcos_head.cls_logits.weight": torch.zeros(80, 0, 3, 3)}, "cannot be")):
+        torch.save({"model": weights | more}, tmp_path / "a.pth")
+        with pytest.raises(CheckpointError, match=part) as error:
+            load(tmp_path / "a.pth")
+        assert str(error.value).isprintable() and str(tmp_path / "a.pth") in str(error.value)
+    teacher = {key: value for key, value in r50["model"].items() if key.startswith("teacher.")}
+    with pytest.raises(ValueError, match="teacher alone"):
+        read_checkpoint({"model": teacher})
+
+
+def test_the_classes_of_coco(coco_mini):
+    with open(coco_mini / "annotations" / "instances_val2017.json") as file:
+        assert COCO_CLASSES == [{"id": row["id"], "name": row["name"]} for row in json.load(file)["categories"]]
 
 
 # ----------------------------------------------------------------------------- deformable convolution, backbones
@@ -289,7 +343,7 @@ def test_a_deformable_block_from_the_released_keys_by_hand():
 
 
 def test_a_new_deformable_convolution_is_half_a_plain_one():
-    plain = torch.nn.Conv2d(6, 8, 3, 2, 1, bias=False)
+    plain = torch.nn.Conv2d(6, 8, 3, 2, 1, bias=False).requires_grad_(False)
     x = torch.randn(2, 6, 9, 11)
     assert relative_error(DeformConv(plain)(x), (plain(x) / 2).detach()) <= 1e-6
     with torch.autocast("cpu", torch.bfloat16):
@@ -306,6 +360,16 @@ def test_backbones_give_three_maps_and_learn_from_c3_on(name):
     early = ("body.stem", "body.c2", "features.0.", "features.1.", "features.2.")
     for parameter, p in backbone.named_parameters():
         assert p.requires_grad == (p.grad is not None) == (not (frozen and parameter.startswith(early))), parameter
+
+
+def test_stochastic_depth_of_swin():
+    """It rises to 0.2 and leaves the frozen stage alone."""
+    def depth(frozen: bool) -> list[float]:
+        return [m.p for m in make_backbone("swin-t", frozen).modules()
+                if isinstance(m, torchvision.ops.StochasticDepth)]
+
+    free, frozen = depth(False), depth(True)
+    assert free == pytest.approx([0.2 * i / 11 for i in range(12)]) and frozen == [0, 0, *free[2:]]
 
 
 def test_window_attention_is_torchvisions_but_shifts_single_windows_too():
@@ -352,7 +416,7 @@ def test_msra_weights_are_those_of_a_released_network(r50, tmp_path, names):
     else:
         arrays = {key.removeprefix(BOTTOM_UP): value.numpy() for key, value in backbone.items()}
         path.write_bytes(pickle.dumps({"model": arrays, "__author__": "MSRA", "matching_heuristics": True}))
-    state, stride_in_1x1 = read_backbone("r50", path)
+    state, stride_in_1x1, _ = read_backbone("r50", path)
     expected = read_checkpoint({"model": weights | backbone})["student"]
     assert stride_in_1x1
     assert set(state) == {name.removeprefix("backbone.") for name in expected if name.startswith("backbone.")}
@@ -362,8 +426,10 @@ def test_msra_weights_are_those_of_a_released_network(r50, tmp_path, names):
 def test_torchvisions_weights_in_detectron2s_names_keep_torchvisions_conventions(r50, tmp_path):
     arrays = {key.removeprefix(BOTTOM_UP): value.numpy() for key, value in without_prefix(r50)["model"].items()
               if key.startswith(BOTTOM_UP)}
+    arrays |= {"stem.fc.weight": np.zeros((1000, 2048), np.float32), "stem.fc.bias": np.zeros(1000, np.float32)}
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "torchvision"}))
-    state, stride_in_1x1 = read_backbone("r50", tmp_path / "R-50.pkl")
+    state, stride_in_1x1, dropped = read_backbone("r50", tmp_path / "R-50.pkl")
+    assert dropped == {"stem.fc.weight": "the classifier", "stem.fc.bias": "the classifier"}
     assert not stride_in_1x1 and np.array_equal(state["body.stem.0.weight"], arrays["stem.conv1.weight"])
 
 
@@ -371,7 +437,7 @@ def test_deformable_networks_start_from_plain_weights(tmp_path):
     """MSRA R-101 for r101-dcn: the offsets start at zero and the stride stays in the 3x3."""
     weights = network("boxteacher_r101_3x")
     msra_file(tmp_path / "R-101.pkl", merged(weights))
-    state, stride_in_1x1 = read_backbone("r101-dcn", str(tmp_path / "R-101.pkl"))
+    state, stride_in_1x1, _ = read_backbone("r101-dcn", str(tmp_path / "R-101.pkl"))
     backbone = make_backbone("r101-dcn", True)
     assert not stride_in_1x1 and set(backbone.state_dict()) - set(state) == {
         name for name in backbone.state_dict() if ".offset." in name}
@@ -388,7 +454,7 @@ def test_swin_weights_are_those_of_a_released_network(tmp_path):
     file |= {"norm.weight": torch.ones(1024), "norm.bias": torch.ones(1024), "head.weight": torch.ones(1000, 1024),
              "head.bias": torch.ones(1000), "layers.0.blocks.1.attn_mask": torch.zeros(64, 49, 49)}
     torch.save({"model": file}, tmp_path / "swin.pth")
-    state, _ = read_backbone("swin-b", tmp_path / "swin.pth")
+    state, _, _ = read_backbone("swin-b", tmp_path / "swin.pth")
     expected = read_checkpoint({"model": weights})["student"]
     assert set(state) == {name.removeprefix("backbone.") for name in expected
                           if name.startswith("backbone.") and ".norms." not in name}
@@ -400,7 +466,7 @@ def test_torchvisions_weights_give_torchvisions_maps(name, theirs, tmp_path):
     torch.manual_seed(0)
     net = getattr(torchvision.models, theirs)(weights=None).eval()
     torch.save(net.state_dict(), tmp_path / "a.pth")
-    state, stride_in_1x1 = read_backbone(name, tmp_path / "a.pth")
+    state, stride_in_1x1, _ = read_backbone(name, tmp_path / "a.pth")
     backbone = make_backbone(name, True).eval()
     missing = backbone.load_state_dict(state, strict=False).missing_keys
     x = torch.randn(1, 3, 256, 288)  # C5 of more than one window
@@ -430,7 +496,7 @@ def test_imagenet_means_torchvisions_download(monkeypatch):
         IMAGENET1K_V1 = Weights()
 
     monkeypatch.setattr(torchvision.models, "get_model_weights", lambda name: asked.append(name) or Known)
-    state, _ = read_backbone("r18", "imagenet")
+    state, _, _ = read_backbone("r18", "imagenet")
     assert torch.equal(state["body.c5.1.conv2.weight"], net.layer4[1].conv2.weight)
     with pytest.raises(CheckpointError, match="imagenet: cannot download .*no route.*fetch the address elsewhere"):
         checkpoint.load_backbone("swin-b", "imagenet")
@@ -444,11 +510,17 @@ def test_wrong_backbone_files_name_the_key(r50, tmp_path):
     msra_file(tmp_path / "R-50.pkl", backbone)
     msra_file(tmp_path / "short.pkl", {key: x for key, x in backbone.items() if "res3.1.conv2.weight" not in key})
     torch.save({"patch_embed.proj.weight": torch.zeros(3)}, tmp_path / "swin.pth")
+    swin = {key.removeprefix(BOTTOM_UP): x for key, x in network(SWIN_B).items() if key.startswith(BOTTOM_UP)}
+    torch.save({key: x for key, x in swin.items() if key != "norm2.bias"}, tmp_path / "half.pth")
     (tmp_path / "code.pkl").write_bytes(pickle.dumps({"conv1_w": Code(tmp_path / "ran")}))
+    torch.save(r50, tmp_path / "whole.pth")
+    save(read_checkpoint(r50), tmp_path / "ours.pt")
     for name, file, part in (("r101", "R-50.pkl", "res4.6.conv1.weight"), ("r18", "R-50.pkl", "res2.0.conv1.weight"),
                              ("r50", "short.pkl", "res3.1.conv2.weight"), ("swin-b", "R-50.pkl", "is missing"),
                              ("swin-t", "swin.pth", "patch_embed.proj.weight has the shape"),
-                             ("r50", "code.pkl", "wants to run"), ("r50", "no.pth", "No such file")):
+                             ("swin-b", "half.pth", "norm2.bias .* is missing"),
+                             ("r50", "code.pkl", "wants to run"), ("r50", "no.pth", "No such file"),
+                             ("r50", "whole.pth", "whole checkpoint.*--init"), ("r50", "ours.pt", "--init")):
         with pytest.raises(CheckpointError, match=part) as error:
             checkpoint.load_backbone(name, str(tmp_path / file))
         assert "\n" not in str(error.value) and file in str(error.value)
@@ -516,6 +588,9 @@ def test_fine_tuning_keeps_the_conventions_of_a_released_file(layout, pictures, 
     train.main([*options, "--iters", "2"])
     printed = capsys.readouterr()
     assert f"resumed {out} at iteration 1" in printed.out and printed.err == ""
+    assert f"starts from {path} (method {layout.split('_')[0]})" in printed.out
+    train.main([*options, "--iters", "2", "--init", "another.pth"])
+    assert "--init another.pth is not used" in capsys.readouterr().out
     state = load(out / "final.pt")
     assert state["model"]["stride_in_1x1"] and state["model"]["mask_channels"] == (8 if "cond" in layout else 16)
     expected = read_checkpoint(released(layout))

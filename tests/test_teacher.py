@@ -147,6 +147,21 @@ def test_same_size_gives_the_teachers_own_map_cut_to_the_box():
         assert score.item() == pytest.approx(math.sqrt(math.sqrt(c) * inside.mean().item()), abs=1e-5)
 
 
+def test_released_labels_take_turns_by_one_number_and_weigh_by_another():
+    """Two predictions on each of two boxes. Of the first two sqrt(c q) prefers what its weight sqrt(sqrt(c) q) does
+    not, of the others what c does not."""
+    padded = (96, 128)
+    boxes = [[[16.0, 24, 72, 64], [80, 30, 110, 70]]]
+    sure, vague = torch.full((12, 16), 6.0), torch.full((12, 16), 0.4)      # q 0.998 and 0.599
+    picture = [(boxes[0][0], 0.25, sure), (boxes[0][0], 0.81, vague),       # c is the root of these
+               (boxes[0][1], 0.81, vague), (boxes[0][1], 0.49, sure)]
+    labels = pseudo_labels(made_up([picture], padded), make_batch(boxes, padded, padded, padded), "released")
+    expected = [math.sqrt(math.sqrt(0.9) * torch.sigmoid(torch.tensor(0.4)).item()),
+                math.sqrt(math.sqrt(0.7) * torch.sigmoid(torch.tensor(6.0)).item())]
+    assert labels.scores.tolist() == pytest.approx(expected, abs=1e-4)
+    assert torch.equal(labels.masks.bool(), box_masks(torch.tensor(boxes[0]), 24, 32))
+
+
 @pytest.mark.parametrize("size, padded, teacher_size, teacher_padded", [
     ((90, 120), (96, 128), (180, 240), (192, 256)),
     ((90, 120), (96, 128), (90, 120), (96, 128)),

@@ -219,6 +219,11 @@ def test_choices_of_the_contract(option, values):
         assert getattr(parse_arguments([f"--{option}", value]), option.replace("-", "_")) == value
 
 
+def test_swin_has_its_own_optimiser():
+    assert parse_arguments(["--backbone", "swin-b"]).optimizer == "adamw"
+    assert parse_arguments("--backbone swin-b --optimizer sgd".split()).optimizer == "sgd"
+
+
 def test_run_folder_is_named_after_method_backbone_and_data():
     args = parse_arguments("--data /x/birds --method boxinst --backbone r18".split())
     assert args.out == "runs/boxinst-r18-birds"
@@ -233,7 +238,7 @@ def test_run_folder_is_named_after_method_backbone_and_data():
     "--pixel-loss l1", "--score best", "--ema 1.5", "--lambda-pixel -1", "--lambda-affinity nan", "--amp on",
     "--device nonsense", "--workers -1", "--seed -1", "--log-every 0", "--eval-every 0",
     "--checkpoint-every 0", "--train-json a.json", "--val-images p", "--backbone r18-slim",
-    "--no-such-option"])
+    "--init a.pt --backbone-weights b.pkl", "--no-such-option"])
 def test_wrong_values_end_with_status_2(options, capsys):
     with pytest.raises(SystemExit) as end:
         parse_arguments(options.split())
