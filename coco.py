@@ -25,7 +25,8 @@ COCO_IDS = sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
 COCO_CLASSES = [{"id": number, "name": name} for number, name in zip(COCO_IDS, COCO_NAMES)]
 
 GET_DATA = ("put train2017/, val2017/ and annotations/ of cocodataset.org into datasets/coco, "
-            "or make the small set: python data.py shapes datasets/shapes")
+            "or make the small set: python data.py shapes datasets/shapes; "
+            "or the files of Cityscapes: python data.py cityscapes datasets/cityscapes")
 
 
 class DataError(Exception):
@@ -47,13 +48,15 @@ def warn(message: str) -> None:
 
 
 def datasets(data: str, train_json=None, train_images=None, val_json=None, val_images=None):
-    """-> ((train_json, train_images), (val_json, val_images)), the paths of `data`: coco, shapes or a folder
-    in COCO layout. Files given one by one win."""
-    root = os.path.join("datasets", data) if data in ("coco", "shapes") else data
+    """-> ((train_json, train_images), (val_json, val_images)), the paths of `data`: coco, cityscapes, shapes or
+    a folder in COCO layout, or in Cityscapes' (its pictures stay in leftImg8bit). Files given one by one win."""
+    root = os.path.join("datasets", data) if data in ("coco", "cityscapes", "shapes") else data
+    cityscapes = data == "cityscapes" or os.path.isdir(os.path.join(root, "leftImg8bit"))
+    pictures = os.path.join("leftImg8bit", "{}") if cityscapes else "{}2017"
     return ((train_json or os.path.join(root, "annotations", "instances_train2017.json"),
-             train_images or os.path.join(root, "train2017")),
+             train_images or os.path.join(root, pictures.format("train"))),
             (val_json or os.path.join(root, "annotations", "instances_val2017.json"),
-             val_images or os.path.join(root, "val2017")))
+             val_images or os.path.join(root, pictures.format("val"))))
 
 
 def first_five(names: list[str]) -> str:

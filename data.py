@@ -4,7 +4,8 @@ The way of a picture, top to bottom: `load_image` decodes it; `TrainBatches` mak
 student's clean and colour-augmented views and the teacher's clean view; `TestImages` makes the pictures of an
 evaluation. Their boxes come from coco.py. Boxes are xyxy in pixels, sizes (height, width).
 
-    python data.py shapes datasets/shapes      # writes the small embedded data set
+    python data.py shapes datasets/shapes              # writes the small embedded data set
+    python data.py cityscapes datasets/cityscapes      # writes COCO annotation files for Cityscapes
 """
 import argparse
 import signal
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchvision.transforms import v2
 
+from cityscapes import write_cityscapes
 from coco import CocoBoxes, DataError, UndecodableImage, warn
 from shapes import write_shapes
 
@@ -368,9 +370,15 @@ def main(arguments: list[str] | None = None) -> None:
     shapes.add_argument("--val", type=positive, default=200, metavar="N", help="pictures to evaluate on")
     shapes.add_argument("--size", type=positive, default=128, metavar="S", help="side of a picture, pixels")
     shapes.add_argument("--seed", type=int, default=0, metavar="S", help="another one draws another set")
+    cityscapes = commands.add_parser("cityscapes", help="write COCO annotation files for Cityscapes")
+    cityscapes.add_argument("root", metavar="ROOT", help="folder that holds leftImg8bit and gtFine; the files go into "
+                            "its sub-folder annotations")
     options = parser.parse_args(arguments)
     try:
-        write_shapes(options.dir, options.train, options.val, options.size, options.seed)
+        if options.command == "cityscapes":
+            write_cityscapes(options.root)
+        else:
+            write_shapes(options.dir, options.train, options.val, options.size, options.seed)
     except DataError as error:
         sys.exit(f"error: {error}")
 

@@ -2,9 +2,11 @@
 
     python evaluate.py --ckpt runs/boxteacher-r50-coco/final.pt --data coco
     torchrun --nproc_per_node=8 evaluate.py --ckpt ... --results detections.json --metrics metrics.json
+    python evaluate.py --ckpt ... --data cityscapes --cityscapes-results runs/for-cityscapes
 
 `evaluate` runs the model over a set of pictures and returns detections in COCO's results format,
-`coco_metrics` gives their figures through pycocotools, `print_tables` shows them. train.py uses the same.
+`coco_metrics` gives their figures through pycocotools, `print_tables` shows them. train.py uses the same. What
+Cityscapes asks for beyond that is in cityscapes.py.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import cityscapes
 from checkpoint import CheckpointError, load_model
 from coco import CocoBoxes, DataError, datasets
 from data import TestImages, check_sizes, positive
@@ -264,7 +267,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--ckpt", required=True, metavar="FILE", help="a checkpoint of this project, or one that was released by "
         "BoxTeacher's authors or with AdelaiDet (BoxInst, CondInst)")
-    add("--data", default="coco", help="coco, shapes (under datasets/), or a folder in COCO layout")
+    add("--data", default="coco", help="coco, cityscapes, shapes (under datasets/), or a folder in COCO layout")
     add("--val-json", metavar="FILE", help="annotations in COCO format, in place of those of --data")
     add("--val-images", metavar="DIR", help="the pictures of --val-json")
     add("--weights", choices=["teacher", "student"], help="None: the teacher's where there are any")
@@ -277,6 +280,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="report sqrt(detection score x mask probability); auto: on where the method is boxteacher")
     add("--results", metavar="FILE", help="write the detections there, in COCO results format (JSON)")
     add("--metrics", metavar="FILE", help="write all figures there, in percent (JSON)")
+    add("--cityscapes-results", metavar="DIR", help="write the detections there, in the format of Cityscapes' own "
+        "scripts, and give the AP of these too where the package cityscapesscripts is installed")
     add("--sheet", metavar="FILE", help="draw boxes, predictions and ground truth there (PNG)")
     add("--sheet-count", type=positive, default=12, help="number of pictures on the sheet")
     add("--device", type=pick_device, default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1")
@@ -304,6 +309,8 @@ def run(args: argparse.Namespace) -> None:
     check_classes(args.ckpt, info, json_path, annotations.classes)
     if rank == 0:
         check_sizes(annotations)
+        if args.cityscapes_results:
+            cityscapes_scripts = cityscapes.prepare(annotations, args.cityscapes_results)
     config = info.get("config") or {}
     rescore = info["method"] == "boxteacher" if args.rescore == "auto" else args.rescore == "on"
     min_size = args.min_size or config.get("test_min_size") or 800
@@ -321,6 +328,13 @@ def run(args: argparse.Namespace) -> None:
         metrics = coco_metrics(json_path, results)
         print_tables(metrics)
         write_json(args.metrics, metrics)
+        if args.cityscapes_results:
+            cityscapes.export(results, annotations, args.cityscapes_results)
+            if cityscapes_scripts:
+                print(f"cityscapesscripts scores {len(annotations)} pictures", flush=True)
+                figures = cityscapes.official_ap(cityscapes_scripts, annotations, args.cityscapes_results)
+                cityscapes.print_table(figures)
+                write_json(args.metrics, metrics | {"cityscapes": figures})
         if args.sheet:
             rows = sheet_rows(annotations, ground_truth(json_path), results, args.sheet_count)
             sheet(rows, args.sheet, [c["name"] for c in annotations.classes])

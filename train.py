@@ -387,7 +387,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="coco", help="coco, shapes (both under datasets/), or a folder in COCO layout")
+    add("--data", default="coco", help="coco, cityscapes, shapes (under datasets/), or a folder in COCO layout")
     add("--train-json", metavar="FILE", help="annotations to train on, in place of those of --data; boxes suffice")
     add("--train-images", metavar="DIR", help="the pictures of --train-json")
     add("--val-json", metavar="FILE", help="annotations to evaluate on; none: no evaluation with --train-json")
