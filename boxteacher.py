@@ -14,12 +14,12 @@ from data import Batch
 from losses import (alike_labels, box_supervised_losses, detection_losses, dice_loss, disagreement,
                     mask_supervised_losses, over_processes, pair_weights, refine, similar_colors, valid_cells)
 from model import CondInst, mask_logits
-from teacher import label
+from teacher import PseudoLabels, label
 
 
 def compute_losses(student: nn.Module, teacher: CondInst | None, batch: Batch, args: argparse.Namespace,
                    autocast: torch.autocast) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The losses of a batch before the ramp, lambdas included, and two counts. Fig. 2 from left to right.
+    """The losses of a batch before the ramp, lambdas included, and counts. Fig. 2 from left to right.
 
     student: the network, or DDP around it. teacher: None for boxinst and condinst. Of args it reads method, score,
     pixel_loss, lambda_pixel, lambda_affinity. Networks run under `autocast`, masks and losses in float32.
@@ -42,7 +42,10 @@ def compute_losses(student: nn.Module, teacher: CondInst | None, batch: Batch, a
     rows = [select_instances(*picture) for picture in pictures]
     gt = torch.cat([of_location[r] for of_location, r in zip(targets.boxes, rows)])
     logits = mask_logits(predictions, rows)                                                    # (K, h, w) at stride 4
-    counts = {"positives": (targets.boxes >= 0).sum(), "pseudo_masks": logits.new_zeros(())}
+    counts = {"boxes": logits.new_tensor(sum(map(len, batch.boxes))), "positives": (targets.boxes >= 0).sum(),
+              "pseudo_masks": logits.new_zeros(())}
+    if batch.masks is not None:
+        counts |= mask_quality(logits, gt, torch.cat(batch.masks), torch.cat(batch.boxes), pseudo)
     if args.method == "condinst":
         dice = dice_loss(logits.sigmoid(), torch.cat(batch.masks)[gt])
         losses["loss_mask"] = dice.sum() / over_processes(dice.new_tensor(len(gt)))
@@ -64,6 +67,28 @@ def compute_losses(student: nn.Module, teacher: CondInst | None, batch: Batch, a
         losses["loss_affinity"] = args.lambda_affinity * pseudo_losses["loss_affinity"]
         counts["pseudo_masks"] = (pseudo.scores > 0).sum()
     return losses, counts
+
+
+@torch.no_grad()
+def mask_quality(logits: Tensor, gt: Tensor, truth: Tensor, boxes: Tensor,
+                 pseudo: PseudoLabels | None) -> dict[str, Tensor]:
+    """Where the annotations' masks are at hand, how good the teacher's and the student's are: sums over boxes.
+
+    logits (K, h, w) of instances of the boxes gt (K,); truth (G, h, w) bool; boxes (G, 4) xyxy pixels. A box has
+    the mean IoU of its instances' masks, cut to the box as the teacher's are. The student's are looked at where the
+    teacher gave a mask, so that the two can be compared. Nothing is learnt from this.
+    """
+    def iou(a: Tensor, b: Tensor) -> Tensor:
+        return (a & b).sum((1, 2)) / (a | b).sum((1, 2)).clamp(min=1)
+
+    inside, zero = box_masks(boxes, *logits.shape[-2:]), logits.new_zeros(len(boxes))
+    instances = zero.index_add(0, gt, torch.ones_like(gt, dtype=zero.dtype))
+    student = zero.index_add(0, gt, iou((logits > 0) & inside[gt], truth[gt])) / instances.clamp(min=1)
+    seen = instances > 0 if pseudo is None else (instances > 0) & (pseudo.scores > 0)
+    quality = {"student_iou": student[seen].sum(), "student_boxes": seen.sum()}
+    if pseudo is not None:
+        quality["label_iou"] = iou(pseudo.masks > 0.5, truth)[pseudo.scores > 0].sum()
+    return quality
 
 
 RAMPED = ("loss_pairwise", "loss_pixel", "loss_affinity")  # misleading while masks are poor

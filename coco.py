@@ -178,7 +178,8 @@ class CocoBoxes:
 
     image_ids (n,) int64; sizes (n,2) int32, (height, width) of the files; boxes (m,4) float32 xyxy, pixels of
     the file, clipped to it; labels (m,) int64 from 0, label i being classes[i], {"id", "name"}, sorted by id;
-    offsets (n+1,): picture i has the boxes offsets[i] to offsets[i+1]. With `masks` their masks too: `mask`.
+    offsets (n+1,): picture i has the boxes offsets[i] to offsets[i+1]; rows (m,): where in the file's list of
+    annotations a box stands. With `masks` their masks too: `mask`.
     Crowd boxes are left out; those under 1 px after the clipping too, with a warning. Raises DataError.
 
     Arrays, since a Python object for each box would be copied into every worker that as much as counts it."""
@@ -199,7 +200,7 @@ class CocoBoxes:
         boxes, usable = self._usable_boxes(annotations, picture)
         kept = np.flatnonzero(usable)
         kept = kept[np.argsort(picture[kept], kind="stable")]
-        self.boxes, self.labels = boxes[kept], label[kept]
+        self.boxes, self.labels, self.rows = boxes[kept], label[kept], kept
         self.offsets = np.searchsorted(picture[kept], np.arange(len(images) + 1))
         self.rles = None
         if masks:

@@ -257,6 +257,9 @@ class Log:
             dist.all_reduce(values)
             values[:len(self.losses)] /= run.world_size
         values = dict(zip((*self.losses, *self.counts), values.tolist()))
+        for name, of in (("student_iou", "student_boxes"), ("label_iou", "pseudo_masks")):  # sums over boxes so far
+            if name in values:
+                values[name] = values[name] / values[of] if values[of] else math.nan
         seconds = (time.perf_counter() - self.start) / self.steps
         line = {"iter": run.iteration, "lr": learning_rate(run.iteration - 1, run.plan),
                 "ramp": ramp_factor(run.iteration - 1, run.plan),
@@ -419,6 +422,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--score", choices=[*teacher_module.SCORES, "released"], default="mask-aware",
         help="weight of a pseudo mask (Table 5); released: the authors' program's, with its binary masks")
     add("--pixel-loss", choices=["dice", "bce", "avg", "none"], default="dice", help="on pseudo masks (Table 3)")
+    add("--measure-labels", action="store_true", help="where the training annotations have masks, log the mean IoU of "
+        "the teacher's with them, and of the student's (label_iou, student_iou); nothing is learnt from them")
     add("--lambda-pixel", type=not_negative_float, default=0.5, help="its weight (Eq. 2)")
     add("--lambda-affinity", type=not_negative_float, default=0.1, help="weight of the affinity loss (Eq. 2)")
 
@@ -473,7 +478,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoBoxes, CocoBoxes | None]:
     """Both splits, checked; evaluation is left out where only training files were named."""
     train_files, val_files = datasets(args.data, args.train_json, args.train_images, args.val_json, args.val_images)
-    annotations = CocoBoxes(*train_files, masks=args.method == "condinst")
+    annotations = CocoBoxes(*train_files, masks=args.method == "condinst" or args.measure_labels)
     validation = CocoBoxes(*val_files) if args.val_json or not args.train_json else None
     for split in (annotations, validation):
         if rank == 0 and split is not None:

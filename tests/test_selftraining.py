@@ -1,0 +1,110 @@
+"""selftraining.py: masks for the boxes of a data set by Alg. 1; and how good masks are, measured in training."""
+import json
+import math
+
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+
+import selftraining
+import train
+from assign import box_masks
+from boxteacher import mask_quality
+from checkpoint import load
+from coco import CocoBoxes
+from selftraining import label_picture
+from teacher import PseudoLabels
+from test_teacher import made_up
+from test_train import SMALL, drawn, losses_of, one_line_error, only_training, warm  # noqa: F401
+
+
+def test_masks_go_to_their_boxes_and_are_cut_there():
+    """Three boxes: one found twice, one found, one missed. The picture's own size is twice that of the input."""
+    size, boxes = (96, 128), [[16.0, 24, 72, 64], [80, 30, 110, 70], [4, 70, 40, 90]]
+    everywhere, vague = torch.full((12, 16), 6.0), torch.full((12, 16), 0.4)
+    predictions = made_up([[(boxes[0], 0.5, vague), (boxes[0], 0.5, everywhere), (boxes[1], 0.3, everywhere)]], size)
+    masks, scores = label_picture(predictions, torch.tensor(boxes), size, (192, 256))
+    expected = box_masks(2 * torch.tensor(boxes), 192, 256, stride=1)
+    assert torch.equal(masks[:2], expected[:2]) and not masks[2].any()
+    q = torch.tensor(6.0).sigmoid().item()
+    assert scores.tolist() == pytest.approx([math.sqrt(math.sqrt(0.5) * q), math.sqrt(math.sqrt(0.3) * q), 0], abs=1e-4)
+    masks, scores = label_picture(predictions, torch.tensor(boxes), size, size, score_threshold=0.8)
+    assert masks[0].any() and not masks[1].any() and scores[1] == 0
+    masks, scores = label_picture(predictions, torch.zeros(0, 4), size, size)
+    assert masks.shape == (0, 96, 128) and scores.shape == (0,)
+
+
+def test_both_stages_from_the_command_line(drawn, warm, tmp_path, capsys):
+    """The file keeps all that it had but the masks; stage two learns from it."""
+    source = json.loads((drawn / "annotations/instances_train2017.json").read_text())
+    source["info"] = {"note": "kept"}
+    source["annotations"][0]["colour"] = "kept too"
+    source["annotations"].insert(1, dict(source["annotations"][0], id=10 ** 6, iscrowd=1))
+    (tmp_path / "boxes.json").write_text(json.dumps(source))
+    images, out = str(drawn / "train2017"), tmp_path / "new" / "labels.json"
+    options = ["--train-json", str(tmp_path / "boxes.json"), "--train-images", images, "--workers", "0"]
+    selftraining.main(["--ckpt", str(warm), "--out", str(out), *options, "--device", "cpu"])
+    labels = json.loads(out.read_text())
+    own = {"segmentation", "area", "score"}
+    for old, new in zip(source["annotations"], labels["annotations"], strict=True):
+        assert {k: v for k, v in old.items() if k not in own} == {k: v for k, v in new.items() if k not in own}
+        if old.get("iscrowd"):
+            assert old == new
+        else:
+            assert new["area"] == coco_mask.area(new["segmentation"]) and (new["score"] > 0 or new["area"] == 0)
+    assert {k: v for k, v in labels.items() if k != "annotations"} == {
+        k: v for k, v in source.items() if k != "annotations"}
+    given = sum(row.get("score", 0) > 0 for row in labels["annotations"])
+    assert given > 10 and f"{given} of {len(labels['annotations']) - 1} boxes have a mask" in capsys.readouterr().out
+    annotations = CocoBoxes(out, images, masks=True)
+    for i, row in enumerate(annotations.rows.tolist()):  # each mask lies in its own box
+        x, y, w, h = labels["annotations"][row]["bbox"]
+        bx, by, bw, bh = coco_mask.toBbox(labels["annotations"][row]["segmentation"])
+        assert bw == 0 or (bx >= x - 1 and by >= y - 1 and bx + bw <= x + w + 1 and by + bh <= y + h + 1), i
+
+    train.main(["--train-json", str(out), "--train-images", images, "--out", str(tmp_path / "run"), *SMALL,
+                "--iters", "2", "--method", "condinst"])
+    assert all(math.isfinite(line["loss_mask"]) for line in losses_of(tmp_path / "run"))
+
+
+def test_wrong_files_are_one_line(drawn, warm, tmp_path, capsys):
+    data = [str(x) for x in only_training(drawn)]
+    for arguments, part in ((["--ckpt", str(tmp_path / "no.pt"), "--out", str(tmp_path / "a.json"), *data], "no.pt"),
+                            (["--ckpt", str(warm), "--out", str(tmp_path), *data], "cannot write")):
+        with pytest.raises(SystemExit) as end:
+            selftraining.main(arguments)
+        assert end.value.code == 1 and part in one_line_error(capsys)
+
+
+# ------------------------------------------------------------------------------- how good masks are, in training
+
+
+def test_quality_by_hand():
+    """Three boxes: both masks known; the teacher gave none; no instance of the student."""
+    boxes = torch.tensor([[0.0, 0, 32, 32], [0, 32, 32, 64], [32, 0, 64, 32]])
+    truth = box_masks(boxes, 16, 16)
+    truth[0, :, 4:] = False                          # the left half of box 0: 8 x 4 cells of 8 x 8
+    logits = torch.full((3, 16, 16), 5.0)            # instances say "everywhere": cut to the box, IoU 1/2 of box 0
+    logits[1, :, 2:] = -5                            # its second: 2 of 4 columns, IoU 1/2
+    logits[2] = -5                                   # nothing of box 1
+    pseudo = PseudoLabels(truth.float() * 0.9, torch.tensor([0.5, 0.0, 0.7]))
+    pseudo.masks[2, :4] = 0.2                        # half of box 2
+    quality = mask_quality(logits, torch.tensor([0, 0, 1]), truth, boxes, pseudo)
+    assert {name: float(x) for name, x in quality.items()} == {
+        "student_iou": 0.5, "student_boxes": 1, "label_iou": 1.5}
+    alone = mask_quality(logits, torch.tensor([0, 0, 1]), truth, boxes, None)
+    assert {name: float(x) for name, x in alone.items()} == {"student_iou": 0.5, "student_boxes": 2}
+
+
+def test_measuring_changes_nothing_else(drawn, warm, tmp_path):
+    """The same losses and weights with and without; the quality is in the log and between 0 and 1."""
+    for name, more in (("plain", []), ("measured", ["--measure-labels"])):
+        train.main([str(x) for x in (*only_training(drawn), "--out", tmp_path / name, *SMALL, "--iters", 2, "--init",
+                                     warm, *more)])
+    plain, measured = losses_of(tmp_path / "plain"), losses_of(tmp_path / "measured")
+    for one, two in zip(plain, measured, strict=True):
+        assert one.items() <= two.items() and set(two) - set(one) == {"label_iou", "student_iou", "student_boxes"}
+        assert 0.2 < two["label_iou"] <= 1 and 0.2 < two["student_iou"] <= 1
+        assert 0 < two["pseudo_masks"] <= two["boxes"] and two["student_boxes"] <= two["pseudo_masks"]
+    a, b = (load(tmp_path / name / "final.pt") for name in ("plain", "measured"))
+    assert all(torch.equal(x, b["student"][name]) for name, x in a["student"].items())
