@@ -156,7 +156,7 @@ def compressed_rle(path: str, annotation: dict, size: tuple[int, int]) -> bytes:
     segmentation = annotation.get("segmentation")
     try:
         if not segmentation:
-            raise ValueError("there is none, and this method learns from masks")
+            raise ValueError("there is none, and masks are needed")
         if isinstance(segmentation, list):
             return coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))["counts"]
         counts, plain = segmentation["counts"], isinstance(segmentation["counts"], list)

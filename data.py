@@ -124,6 +124,14 @@ def view_mask(mask: np.ndarray, size: tuple[int, int], flip: bool) -> Tensor:
     return torch.from_numpy(mask[np.ix_(rows, columns)].astype(bool))
 
 
+def view_masks(annotations: CocoBoxes, i: int, size: tuple[int, int], flip: bool) -> Tensor | None:
+    """view_mask of every box of picture i, (G, h/4, w/4); None where the annotations were read without masks."""
+    if annotations.rles is None:
+        return None
+    masks = [view_mask(annotations.mask(i, box), size, flip) for box in range(*annotations.offsets[i:i + 2])]
+    return torch.stack(masks) if masks else torch.zeros(0, 1, 1, dtype=torch.bool)
+
+
 # The student's colour augmentations (Table 9, hue 0.1 in both; strong-blur: the released 3x recipe). They
 # take Pillow's pictures: faster than tensors, and no sum in them depends on the number of threads.
 STRONG = [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2)]
@@ -299,7 +307,7 @@ class TrainBatches(torch.utils.data.Dataset):
             teacher = pixels(student if teacher_size == size else view(image, teacher_size, draw.flip))
         boxes, labels = self.annotations.image_boxes(i)
         return Sample(pixels(student), self.coloured(student, draw.colour_seed), teacher,
-                      self.masks(i, size, draw.flip),
+                      view_masks(self.annotations, i, size, draw.flip),
                       view_boxes(boxes, self.annotations.size(i), size, draw.flip), torch.tensor(labels),
                       self.annotations.size(i), int(self.annotations.image_ids[i]), skipped)
 
@@ -310,18 +318,12 @@ class TrainBatches(torch.utils.data.Dataset):
             torch.manual_seed(seed)
             return pixels(self.augment(image))
 
-    def masks(self, i: int, size: tuple[int, int], flip: bool) -> Tensor | None:
-        if self.annotations.rles is None:
-            return None
-        masks = [view_mask(self.annotations.mask(i, box), size, flip)
-                 for box in range(*self.annotations.offsets[i:i + 2])]
-        return torch.stack(masks) if masks else torch.zeros(0, 1, 1, dtype=torch.bool)
-
 
 class TestImages(torch.utils.data.Dataset):
     """Item i is picture i at the test size with its boxes; `TestImages.collate` makes a Batch of several.
 
-    min_size: shorter side, unless the longer one would pass max_size, pixels. Raises DataError."""
+    min_size: shorter side, unless the longer one would pass max_size, pixels. With the objects' masks where the
+    annotations were read with them. Raises DataError."""
 
     __test__ = False                # pytest goes by names and would take it for a test
 
@@ -336,8 +338,9 @@ class TestImages(torch.utils.data.Dataset):
         size = resized(*original, self.min_size, self.max_size)
         image = view(load_image(self.annotations.path(i), original), size, flip=False)
         boxes, labels = self.annotations.image_boxes(i)
-        return Sample(pixels(image), None, None, None, view_boxes(boxes, original, size, flip=False),
-                      torch.tensor(labels), original, int(self.annotations.image_ids[i]), [])
+        return Sample(pixels(image), None, None, view_masks(self.annotations, i, size, flip=False),
+                      view_boxes(boxes, original, size, flip=False), torch.tensor(labels), original,
+                      int(self.annotations.image_ids[i]), [])
 
     @staticmethod
     def collate(samples: list[Sample]) -> Batch:

@@ -6,7 +6,7 @@
 
 `evaluate` runs the model over a set of pictures and returns detections in COCO's results format,
 `coco_metrics` gives their figures through pycocotools, `print_tables` shows them. train.py uses the same. What
-Cityscapes asks for beyond that is in cityscapes.py.
+Cityscapes asks for beyond that is in cityscapes.py, how well scores tell good masks from poor ones in quality.py.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -28,19 +29,34 @@ from tqdm import tqdm
 import cityscapes
 from checkpoint import CheckpointError, load_model
 from coco import CocoBoxes, DataError, datasets
-from data import TestImages, check_sizes, positive
+from data import Batch, TestImages, check_sizes, positive
 from model import Instances, predict
+from quality import matches, report
 from visualize import sheet, sheet_rows
 
 FIGURES = ["AP", "AP50", "AP75", "APs", "APm", "APl"]  # the first six numbers of COCOeval.stats
 
 
-@torch.no_grad()
-def evaluate(model: torch.nn.Module, annotations: CocoBoxes, *, min_size: int = 800, max_size: int = 1333,
-             score_threshold: float = 0.05, rescore: bool = True, batch_size: int = 1, workers: int = 2,
-             device: torch.device | str = "cpu", amp_dtype: torch.dtype | None = None,
-             progress: bool = True, worker_init_fn=None) -> list[dict]:
+def evaluate(model: torch.nn.Module, annotations: CocoBoxes, *, score_threshold: float = 0.05, rescore: bool = True,
+             **how) -> list[dict]:
     """Detections of every picture, in the pictures' order, in COCO's results format (see `coco_results`).
+
+    how: sizes, batches and device, see `over_pictures`.
+    """
+    def detections(batch: Batch) -> list[dict]:
+        instances = predict(model, batch.images, batch.sizes, batch.original_sizes, score_threshold, rescore)
+        return [result for image_id, one in zip(batch.image_ids, instances)
+                for result in coco_results(image_id, one, annotations.classes)]
+
+    return over_pictures(model, annotations, "evaluate", detections, **how)
+
+
+@torch.no_grad()
+def over_pictures(model: torch.nn.Module, annotations: CocoBoxes, title: str, work: Callable[[Batch], list], *,
+                  min_size: int = 800, max_size: int = 1333, batch_size: int = 1, workers: int = 2,
+                  device: torch.device | str = "cpu", amp_dtype: torch.dtype | None = None, progress: bool = True,
+                  worker_init_fn=None) -> list:
+    """What `work` finds in each batch, in one list in the pictures' order; the model is in eval mode meanwhile.
 
     min_size and max_size are the input's shorter and longest side in pixels. Under torch.distributed each
     process takes every world-th batch and all return the whole list. Whole batches are dealt out, because
@@ -59,13 +75,10 @@ def evaluate(model: torch.nn.Module, annotations: CocoBoxes, *, min_size: int = 
     model.eval()
     found = []
     try:
-        for batch in tqdm(loader, desc="evaluate", unit="batch", disable=silent):
+        for batch in tqdm(loader, desc=title, unit="batch", disable=silent):
             batch = batch.to(device)
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-                instances = predict(model, batch.images, batch.sizes, batch.original_sizes,
-                                    score_threshold, rescore)
-            found.append([result for image_id, one in zip(batch.image_ids, instances)
-                          for result in coco_results(image_id, one, annotations.classes)])
+                found.append(work(batch))
     finally:
         model.train(was_training)
     return gather(found)
@@ -87,7 +100,7 @@ def coco_results(image_id: int, instances: Instances, classes: list[dict]) -> li
             for label, score, box, rle in rows]
 
 
-def gather(found: list[list[dict]]) -> list[dict]:
+def gather(found: list[list]) -> list:
     """The results of all batches in one list: batch k of process r is batch k·world_size + r of all."""
     everyone = [found]
     if dist.is_initialized():
@@ -279,10 +292,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--rescore", choices=["auto", "on", "off"], default="auto",
         help="report sqrt(detection score x mask probability); auto: on where the method is boxteacher")
     add("--results", metavar="FILE", help="write the detections there, in COCO results format (JSON)")
-    add("--metrics", metavar="FILE", help="write all figures there, in percent (JSON)")
+    add("--metrics", metavar="FILE", help="write all figures there, AP in percent (JSON)")
     add("--cityscapes-results", metavar="DIR", help="write the detections there, in the format of Cityscapes' own "
         "scripts, and give the AP of these too where the package cityscapesscripts is installed")
     add("--sheet", metavar="FILE", help="draw boxes, predictions and ground truth there (PNG)")
+    add("--score-quality", metavar="FILE", help="correlate the scores of Table 5 with the IoU of the masks, and draw "
+        "one against the other there (PNG); looks at every picture once more")
     add("--sheet-count", type=positive, default=12, help="number of pictures on the sheet")
     add("--device", type=pick_device, default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1")
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
@@ -301,11 +316,11 @@ def run(args: argparse.Namespace) -> None:
     """The command line, once its values are known to make sense."""
     rank, _, device = start_distributed(args.device)
     if rank == 0:  # before the work that a wrong name would lose
-        for path in (args.results, args.metrics, args.sheet):
+        for path in (args.results, args.metrics, args.sheet, args.score_quality):
             output_file(path)
     _, (json_path, image_dir) = datasets(args.data, val_json=args.val_json, val_images=args.val_images)
     model, info = load_model(args.ckpt, args.weights)
-    annotations = CocoBoxes(json_path, image_dir)
+    annotations = CocoBoxes(json_path, image_dir, masks=args.score_quality is not None)
     check_classes(args.ckpt, info, json_path, annotations.classes)
     if rank == 0:
         check_sizes(annotations)
@@ -319,14 +334,19 @@ def run(args: argparse.Namespace) -> None:
         print(f"{info['method']} {info['model']['backbone']}, {info['weights']}'s weights, scores "
               f"{'rescored by masks' if rescore else 'of the detector'}: {len(annotations)} pictures at "
               f"{min_size}/{max_size} pixels", flush=True)
-    results = evaluate(
-        model.to(device), annotations, rescore=rescore, score_threshold=args.score_threshold,
-        min_size=min_size, max_size=max_size,
-        batch_size=args.batch_size, workers=args.workers, device=device, amp_dtype=pick_amp(args.amp, device))
+    how = dict(min_size=min_size, max_size=max_size, batch_size=args.batch_size, workers=args.workers, device=device,
+               amp_dtype=pick_amp(args.amp, device))
+    model.to(device)
+    results = evaluate(model, annotations, rescore=rescore, score_threshold=args.score_threshold, **how)
+    if args.score_quality:
+        rows = over_pictures(model, annotations, "score quality",
+                             lambda batch: matches(model, batch, args.score_threshold), **how)
     if rank == 0:
         write_json(args.results, results)
         metrics = coco_metrics(json_path, results)
         print_tables(metrics)
+        if args.score_quality:
+            metrics["score_quality"] = report(rows, args.score_quality)
         write_json(args.metrics, metrics)
         if args.cityscapes_results:
             cityscapes.export(results, annotations, args.cityscapes_results)

@@ -476,7 +476,7 @@ def test_a_picture_that_cannot_be_decoded_is_named(checkpoint, dataset, perfect,
     assert sorted(path.name for path in dataset[1].iterdir()) == [f"{i}.png" for i in range(5)]
 
 
-@pytest.mark.parametrize("option", ["--results", "--metrics", "--sheet"])
+@pytest.mark.parametrize("option", ["--results", "--metrics", "--sheet", "--score-quality"])
 def test_an_unwritable_output_is_reported_before_the_evaluation(checkpoint, dataset, tmp_path, monkeypatch,
                                                                 capsys, option):
     monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: pytest.fail("evaluated"))
