@@ -44,7 +44,7 @@ def compute_losses(student: nn.Module, teacher: CondInst | None, batch: Batch, a
     logits = mask_logits(predictions, rows)                                                    # (K, h, w) at stride 4
     counts = {"boxes": logits.new_tensor(sum(map(len, batch.boxes))), "positives": (targets.boxes >= 0).sum(),
               "pseudo_masks": logits.new_zeros(())}
-    if batch.masks is not None:
+    if batch.masks is not None and args.method != "condinst":
         counts |= mask_quality(logits, gt, torch.cat(batch.masks), torch.cat(batch.boxes), pseudo)
     if args.method == "condinst":
         dice = dice_loss(logits.sigmoid(), torch.cat(batch.masks)[gt])

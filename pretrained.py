@@ -113,9 +113,10 @@ def read(path: str | Path):
     except (FileNotFoundError, ValueError):
         raise
     except Exception as error:  # torch and pickle raise many kinds for a damaged or foreign file
-        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it wants to run {foreign[1]}; only arrays are admitted" if foreign else str(error)
-        raise ValueError(f"it is truncated, or something else: {reason}" if not foreign else reason) from None
+        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's name for what a pickle wants to call
+        if foreign:
+            raise ValueError(f"it wants to run {foreign[1]}; only arrays are admitted") from None
+        raise ValueError(f"it is truncated, or something else ({type(error).__name__}: {error})") from None
 
 
 def read_arrays(file):

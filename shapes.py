@@ -68,6 +68,8 @@ def write_split(root: Path, split: str, count: int, size: int, seed: int) -> Non
     with multiprocessing.Pool() as pool:
         drawn = pool.imap(write, range(count), chunksize=16)
         pictures = list(tqdm(drawn, f"drawing {split}", count, disable=None))
+        pool.close()
+        pool.join()  # they end by themselves: leaving the block would signal them
     annotations = [annotation for picture in pictures for annotation in picture]
     images = [{"id": i + 1, "file_name": file_name(i), "width": size, "height": size} for i in range(count)]
     categories = [{"id": k + 1, "name": name, "supercategory": "shape"} for k, name in enumerate(CLASSES)]

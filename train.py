@@ -294,10 +294,14 @@ def run_evaluation(run: Run, log: Log, annotations: CocoBoxes) -> None:
 class StopSignals:
     """SIGTERM or SIGINT: remember it, so that the step in hand is finished and saved. A second one ends at once."""
 
-    def __init__(self):
+    def __enter__(self) -> "StopSignals":
         self.asked = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.ask)
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():  # whoever called us, and its children, are stopped as before
+            signal.signal(number, handler)
 
     def ask(self, number: int, frame) -> None:
         self.asked = number
@@ -330,13 +334,13 @@ def report_nonfinite(run: Run, batches: list[Batch], result: StepResult) -> None
                         f"losses are in {path}; a smaller --lr, a longer --warmup or --clip-grad 10 usually help")
 
 
-def train(run: Run, batches: TrainBatches, validation: CocoBoxes | None) -> int:
+def train(run: Run, batches: TrainBatches, validation: CocoBoxes | None, signals: StopSignals) -> int:
     """The loop from run.iteration to the end. Returns the signal that stopped it, or 0."""
     args, plan, k = run.args, run.plan, run.args.accumulate
     loader = DataLoader(batches, batch_size=None, sampler=range(run.iteration * k, plan.iterations * k),
                         num_workers=args.workers, collate_fn=TrainBatches.collate, worker_init_fn=ignore_signals,
                         pin_memory=run.device.type == "cuda")
-    log, signals, broken, bad_in_a_row = Log(run), StopSignals(), set(), 0
+    log, broken, bad_in_a_row = Log(run), set(), 0
     micro_batches = iter(loader)
     while run.iteration < plan.iterations:
         waiting = time.perf_counter()
@@ -535,7 +539,8 @@ def main(argv: list[str] | None = None) -> None:
             describe(run, annotations)
         stopped_by = 0
         if run.iteration < run.plan.iterations:
-            stopped_by = train(run, batches, validation)
+            with StopSignals() as signals:
+                stopped_by = train(run, batches, validation, signals)
         else:
             if not (run.out / "final.pt").exists():  # a run that is to be shorter than it already is
                 run.save()

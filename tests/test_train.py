@@ -430,6 +430,13 @@ def test_a_run_from_the_data_to_the_evaluation(drawn, warm, tmp_path, capsys, me
     assert (info["config"]["test_min_size"], info["config"]["test_max_size"]) == (64, 64)
 
 
+def test_signals_are_given_back(drawn, warm, tmp_path):
+    """Else a process that trained, and all that it forks, would not heed SIGTERM any more."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert command(*only_training(drawn), "--out", tmp_path / "out", *SMALL, "--iters", 1) == 0
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
 def test_boxes_alone_suffice_unless_masks_are_to_be_learnt(drawn, warm, tmp_path, capsys):
     data = copy_set(drawn, tmp_path / "set", without_segmentation)
     for method in ("boxteacher", "boxinst"):
