@@ -2,19 +2,18 @@
 
     python evaluate.py --ckpt runs/boxteacher-r50-coco/final.pt --data coco --score-quality quality.png
 
-A score is worth something as a weight of pseudo masks if it is high where the mask is good. So each detection that
-could become a pseudo mask is one dot: x is the score, y the IoU of its mask with the ground truth's. In detail:
+A score is worth something as a weight of pseudo masks if it is high where the mask is good. So each pseudo mask that
+the pictures' boxes would get is one dot: x is the score, y the IoU of the mask with the ground truth's. In detail:
 
     detections   those of an evaluation: score threshold, NMS, the 100 best, pictures at the test size
-    matched      a detection whose box overlaps some ground-truth box (no crowd, any class) by an IoU of 0.5 or more
-                 belongs to the one that it overlaps most; several detections may belong to one box
+    assigned     Alg. 1 in the order of the mask-aware score, so that all four scores are asked about the same masks:
+                 at most one a ground-truth box (no crowd, any class)
     x            teacher.SCORE_FUNCTIONS, with the arguments that teacher.pseudo_labels gives them
     y            IoU of the two masks as Alg. 1 hands them on: the stride-4 grid, p > 0.5, both cut to the ground-truth
                  box. An object too small for a cell of the grid has nothing to compare with and is left out
 
-Alg. 1 would keep one detection a box; here all count, so that poor masks are seen as well as good ones. One mask that
-is detected as several classes is several dots, of as many class scores. And `iou` is told the ground-truth box.
-Read on: `matches` makes the dots of a batch, `report` correlates, prints and draws them.
+`iou` is told the ground-truth box, the others are not. Read on: `matches` makes the dots of a batch, `report`
+correlates, prints and draws them.
 """
 import os
 
@@ -23,7 +22,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.ops import box_iou, clip_boxes_to_image
 
-from assign import box_masks
+from assign import assign_masks, box_masks
 from data import Batch
 from model import CondInst, Detections, detect, mask_logits
 from teacher import SCORE_FUNCTIONS, SCORES
@@ -38,7 +37,7 @@ DOT, INK, GRID = (30, 90, 200), (40, 40, 46), (226, 226, 230)
 
 @torch.no_grad()
 def matches(model: CondInst, batch: Batch, score_threshold: float = 0.05) -> list[list[float]]:
-    """The matched detections of a batch that has ground-truth masks: rows of the scores, as in SCORES, and the IoU.
+    """The pseudo masks of a batch that has ground-truth masks: rows of the scores, as in SCORES, and the mask IoU.
 
     The model is in eval mode; score_threshold as in `detect`. All numbers are within 0 ... 1.
     """
@@ -56,14 +55,14 @@ def matches(model: CondInst, batch: Batch, score_threshold: float = 0.05) -> lis
         h, w = (size[0] + 1) // 4, (size[1] + 1) // 4  # cells within the picture: padding has no part in a score
         p = mask_logits(picture, [found.rows]).sigmoid()[:, :h, :w]                                 # (N', h, w)
         box = box_masks(found.boxes, h, w)
-        scores = [score(found.scores, p, box, iou) for score in SCORE_FUNCTIONS.values()]
+        scores = [score(found.scores, p, box, iou) for score in SCORE_FUNCTIONS.values()]  # mask-aware first
 
-        own = iou.argmax(1)
-        inside = box_masks(boxes, h, w)[own]
-        mask, truth = (p > 0.5) & inside, true_masks[own, :h, :w] & inside
+        match = assign_masks(iou, scores[0]).to(boxes.device)                                       # (G,)
+        given, inside = match >= 0, box_masks(boxes, h, w)
+        mask, truth = (p[match] > 0.5) & inside, true_masks[:, :h, :w] & inside                     # (G, h, w)
         union = (mask | truth).sum((1, 2)).clamp(min=1)
         mask_iou = (mask & truth).sum((1, 2)) / union
-        rows += torch.stack([*scores, mask_iou], 1)[truth.any(2).any(1)].tolist()
+        rows += torch.stack([*(s[match] for s in scores), mask_iou], 1)[given & truth.any(2).any(1)].tolist()
     return rows
 
 
