@@ -40,9 +40,15 @@ def ema_momentum(iteration: int, ceiling: float = 0.999) -> float:
 
 
 @torch.no_grad()
-def update(teacher: CondInst, student: CondInst, momentum: float) -> None:
-    """EMA of the parameters."""
+def update(teacher: CondInst, student: CondInst, momentum: float, statistics: bool = False) -> None:
+    """EMA of the parameters.
+
+    statistics: take over the student's batch norm statistics, for an average that sees no pictures of its own.
+    """
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+    if statistics:
+        for own, students in zip(teacher.buffers(), student.buffers()):
+            own.copy_(students)
 
 
 @torch.no_grad()

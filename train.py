@@ -71,7 +71,8 @@ def train_step(run: "Run", batches: list[Batch], iteration: int, stop_asked: boo
         last = number == len(batches)
         if isinstance(run.student, DistributedDataParallel):
             run.student.require_backward_grad_sync = last  # gradients meet once a step, not once a micro-step
-        part, count = compute_losses(run.student, run.teacher, batch, args, run.autocast())
+        labeller = run.teacher if args.method == "boxteacher" else None
+        part, count = compute_losses(run.student, labeller, batch, args, run.autocast())
         part["loss"] = total_loss(part, ramp_factor(iteration, plan))
         run.scaler.scale(part["loss"] / len(batches)).backward()
         for name, value in part.items():
@@ -93,7 +94,7 @@ def train_step(run: "Run", batches: list[Batch], iteration: int, stop_asked: boo
         run.scaler.step(run.optimizer)
         if run.teacher is not None:
             alpha = teacher_module.ema_momentum(iteration + 1, args.ema)
-            teacher_module.update(run.teacher, run.model, alpha)
+            teacher_module.update(run.teacher, run.model, alpha, statistics=args.method != "boxteacher")
     else:
         for now, before in zip(run.statistics, statistics):
             now.copy_(before)
@@ -134,7 +135,8 @@ class Run:
         elif backbone is not None:
             self.model.backbone.load_state_dict(backbone, strict=False)
         self.model.to(device).train()
-        self.teacher = teacher_module.make_teacher(self.model) if args.method == "boxteacher" else None
+        averaged = args.method == "boxteacher" or args.average
+        self.teacher = teacher_module.make_teacher(self.model) if averaged else None
         # batch norm's averages, which the forward pass moves before a loss is known to be finite
         self.statistics = [x for model in (self.model, self.teacher) if model for module in model.modules()
                            if isinstance(module, nn.BatchNorm2d) for x in module.buffers()]
@@ -165,7 +167,8 @@ class Run:
         old = state["config"]
         for key, was, here in (("model", state["model"], self.spec), ("classes", state["classes"], self.classes),
                                ("method", state["method"], self.args.method),
-                               ("optimizer", old["optimizer"], self.args.optimizer)):
+                               ("optimizer", old["optimizer"], self.args.optimizer),
+                               ("--average", state["teacher"] is not None, self.teacher is not None)):
             if was != here:
                 raise CheckpointError(f"{self.out} holds a run with another {key} ({str(was)[:120]}, now "
                                       f"{str(here)[:120]}); choose another --out, or --fresh to move it aside")
@@ -422,7 +425,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="shorter side for the teacher and for tests, pixels")
     add("--teacher-max-size", type=positive, default=1333, metavar="PIXELS",
         help="longest side for the teacher and for tests, pixels")
-    add("--ema", type=probability, default=0.999, help="the teacher's momentum")
+    add("--ema", type=probability, default=0.999, help="momentum of the average of the weights: the teacher")
+    add("--average", action="store_true", help="boxinst and condinst: average the weights too and evaluate these "
+        "(Table 7); nothing is labelled")
     add("--score", choices=[*teacher_module.SCORES, "released"], default="mask-aware",
         help="weight of a pseudo mask (Table 5); released: the authors' program's, with its binary masks")
     add("--pixel-loss", choices=["dice", "bce", "avg", "none"], default="dice", help="on pseudo masks (Table 3)")
@@ -463,6 +468,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     # torchrun starts all processes again with the same arguments when one has died: then the run goes on
     args.fresh = args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     args.optimizer = args.optimizer or ("adamw" if args.backbone.startswith("swin") else "sgd")
+    if args.average and args.method == "boxteacher":
+        parser.error("--average is for --method boxinst and condinst: boxteacher's teacher is that average")
     if args.channels % 32:
         parser.error("--channels must be a multiple of 32")
     if args.batch_size % (args.accumulate * int(os.environ.get("WORLD_SIZE", 1))):

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import train
-from checkpoint import load, load_model
+from checkpoint import CheckpointError, load, load_model
 from coco import CocoBoxes
 from data import TrainBatches
 from shapes import write_shapes
@@ -238,7 +238,7 @@ def test_run_folder_is_named_after_method_backbone_and_data():
     "--pixel-loss l1", "--score best", "--ema 1.5", "--lambda-pixel -1", "--lambda-affinity nan", "--amp on",
     "--device nonsense", "--workers -1", "--seed -1", "--log-every 0", "--eval-every 0",
     "--checkpoint-every 0", "--train-json a.json", "--val-images p", "--backbone r18-slim",
-    "--init a.pt --backbone-weights b.pkl", "--no-such-option"])
+    "--init a.pt --backbone-weights b.pkl", "--average --ema 0.9", "--no-such-option"])
 def test_wrong_values_end_with_status_2(options, capsys):
     with pytest.raises(SystemExit) as end:
         parse_arguments(options.split())
@@ -319,6 +319,29 @@ def test_ema_follows_the_student(drawn, warm, tmp_path):
         for old, teacher, student in zip(before, run.teacher.parameters(), run.model.parameters()):
             expected = alpha * old + (1 - alpha) * student.detach()
             torch.testing.assert_close(teacher, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_average_of_boxinst_labels_nothing_and_is_evaluated(drawn, warm, tmp_path):
+    """Table 7: the student learns as without it; parameters are averaged, batch norm's statistics the student's."""
+    options = ("--init", str(warm), "--method", "boxinst", "--iters", "100", "--ema", "0.75")
+    averaged, annotations = new_run(drawn, tmp_path, *options, "--average")
+    plain, _ = new_run(drawn, tmp_path, *options)
+    batch = one_batch(annotations)
+    for iteration in (50, 51):
+        before = [p.clone() for p in averaged.teacher.parameters()]
+        for run in (averaged, plain):
+            train_step(run, [batch], iteration, False)
+    assert same(averaged.model.state_dict(), plain.model.state_dict()) and plain.teacher is None
+    for old, own, student in zip(before, averaged.teacher.parameters(), averaged.model.parameters()):
+        torch.testing.assert_close(own, 0.75 * old + 0.25 * student.detach(), rtol=1e-5, atol=1e-7)
+    assert all(map(torch.equal, averaged.teacher.buffers(), averaged.model.buffers()))
+    assert averaged.evaluated() is averaged.teacher and plain.evaluated() is plain.model
+
+    averaged.save()
+    again, _ = new_run(drawn, tmp_path, *options, "--average")
+    assert same(again.teacher.state_dict(), averaged.teacher.state_dict())
+    with pytest.raises(CheckpointError, match=r"another --average \(True, now False\)"):
+        new_run(drawn, tmp_path, *options)
 
 
 def test_teacher_starts_as_a_copy_and_is_not_optimised(drawn, warm, tmp_path):
