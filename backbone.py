@@ -4,8 +4,8 @@
     Swin         swin-t, swin-s, swin-b
     BatchNorm    over the batch of all processes
 
-Any module with such a forward and the widths of C3-C5 as `channels` can take their place. Weights from elsewhere are
-brought into these names by pretrained.py.
+Any module with such a forward and the widths of C3-C5 as `channels` can take their place: put it into BACKBONES.
+Weights from elsewhere are brought into these names by pretrained.py.
 """
 from functools import partial
 
@@ -18,12 +18,12 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer, SwinTransformerBlock
 from torchvision.ops import FrozenBatchNorm2d, deform_conv2d
 
-BACKBONES = ("r18-slim", "r18", "r34", "r50", "r101", "r101-dcn", "swin-t", "swin-s", "swin-b")
-
 
 def make_backbone(name: str, frozen: bool, stride_in_1x1: bool = False) -> nn.Module:
-    """One of BACKBONES with random weights. frozen and stride_in_1x1: see ResNet and Swin."""
-    return Swin(name, frozen) if name in SWINS else ResNet(name, frozen, stride_in_1x1)
+    """One of BACKBONES with random weights. frozen and stride_in_1x1: see ResNet and Swin; ValueError: no such name."""
+    if name not in BACKBONES:
+        raise ValueError(f"there is no backbone {name!r} here; if it is one of your own, use the script that adds it")
+    return BACKBONES[name](name, frozen, stride_in_1x1)
 
 
 # -------------------------------------------------------------------------------------------------- ResNet
@@ -223,3 +223,10 @@ class BatchNorm(nn.BatchNorm2d):
         scale = self.weight * (var + self.eps).rsqrt()
         shift = self.bias - mean * scale
         return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
+
+
+# ----------------------------------------------------------------------------------------- all that there are
+
+
+BACKBONES = (dict.fromkeys(("r18-slim", "r18", "r34", "r50", "r101", "r101-dcn"), ResNet)
+             | dict.fromkeys(SWINS, lambda name, frozen, _: Swin(name, frozen)))

@@ -405,6 +405,9 @@ def read_backbone(name: str, source: str) -> tuple[dict[str, Tensor], bool, dict
     return weights, msra and name in ("r50", "r101"), dropped
 
 
+IMAGENET = ("r18", "r34", "r50", "r101", "r101-dcn", "swin-t", "swin-s", "swin-b")  # torchvision has weights of these
+
+
 def download(name: str) -> dict[str, Tensor]:
     """torchvision's ImageNet weights of a backbone."""
     theirs = name.replace("-", "_") if name.startswith("swin") else "resnet" + name.removesuffix("-dcn")[1:]

@@ -41,6 +41,7 @@ from data import AUGMENTATIONS, Batch, TrainBatches, check_sizes, ignore_signals
 from evaluate import (coco_metrics, evaluate, output_file, pick_amp, pick_device, print_tables, probability,
                       start_distributed)
 from model import CondInst, build_model
+from pretrained import IMAGENET
 from schedule import RECIPES, SCHEDULES, learning_rate, make_plan, ramp_factor
 
 
@@ -416,7 +417,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--channels", type=positive, default=256, help="width of FPN and heads, a multiple of 32")
     add("--backbone-weights", default="imagenet", metavar="imagenet|none|FILE",
         help="imagenet: torchvision's; FILE: torchvision's too, detectron2's R-50.pkl or R-101.pkl of MSRA, or the "
-        "Swin authors' .pth, the last two as BoxTeacher uses them; none: from scratch, all of it learns")
+        "Swin authors' .pth, the last two as BoxTeacher uses them; none: from scratch, all of it learns (a backbone of "
+        "your own may bring its weights)")
     add("--init", metavar="CKPT", help="start from these weights (not the class layer where classes differ); also "
         "released ones of BoxTeacher or AdelaiDet")
 
@@ -476,8 +478,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--batch-size must be a multiple of --accumulate times the number of processes")
     if args.init and args.backbone_weights not in ("imagenet", "none"):
         parser.error("--backbone-weights FILE and --init exclude each other: --init brings all weights")
-    if args.backbone == "r18-slim" and args.backbone_weights == "imagenet":
-        parser.error("--backbone r18-slim has no ImageNet weights: add --backbone-weights none")
+    if args.backbone not in IMAGENET and args.backbone_weights == "imagenet":
+        parser.error(f"--backbone {args.backbone} has no ImageNet weights here: add --backbone-weights none")
     for one, two in (("train_json", "train_images"), ("val_json", "val_images")):
         if (getattr(args, one) is None) != (getattr(args, two) is None):
             parser.error(f"--{one} and --{two} go together".replace("_", "-"))
