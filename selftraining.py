@@ -22,9 +22,10 @@ from assign import assign_masks, box_masks
 from checkpoint import CheckpointError, load_model
 from coco import CocoBoxes, DataError, datasets
 from data import TestImages, check_sizes, positive
-from evaluate import check_classes, output_file, pick_device, probability, write_json
+from evaluate import check_classes, ground_truth, output_file, pick_device, probability, write_json
 from model import CondInst, Predictions, detect, mask_logits, paste_masks
 from teacher import mask_aware_score
+from visualize import sheet, sheet_rows
 
 
 @torch.no_grad()
@@ -80,12 +81,54 @@ def with_masks(annotations: CocoBoxes, rles: list[dict], scores: np.ndarray) -> 
     return content
 
 
+def agreement(annotations: CocoBoxes, rles: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """IoU with the masks that the annotations have, of the masks `rles` and of the boxes filled: (m,) each."""
+    masks, filled = np.zeros(len(rles)), np.zeros(len(rles))
+    for i, k in ((i, k) for i in range(len(annotations)) for k in range(*annotations.offsets[i:i + 2])):
+        truth = coco_mask.encode(np.asfortranarray(annotations.mask(i, k)))
+        x0, y0, x1, y1 = annotations.boxes[k].astype(float)
+        box = coco_mask.frPyObjects(np.array([[x0, y0, x1 - x0, y1 - y0]]), *annotations.size(i))
+        masks[k], filled[k] = coco_mask.iou([rles[k], *box], [truth], [0])[:, 0]
+    return masks, filled
+
+
+def report_agreement(annotations: CocoBoxes, rles: list[dict], scores: np.ndarray) -> None:
+    """Print how good the masks are, and whether their scores tell."""
+    masks, filled = agreement(annotations, rles)
+    given = scores > 0
+    best_first = np.flatnonzero(given)[np.argsort(-scores[given], kind="stable")]
+    quarter = max(1, len(best_first) // 4)
+    print(f"mean IoU with the masks that the file has, {len(masks)} boxes")
+    for text, values in (("boxes filled", filled), ("boxes filled, of those with a mask", filled[given]),
+                         ("masks", masks[given]), ("    the quarter of the best scores", masks[best_first[:quarter]]),
+                         ("    the quarter of the worst", masks[best_first[-quarter:]]),
+                         ("masks, boxes filled where there is none", np.where(given, masks, filled))):
+        print(f"    {text:44}" + (f"{values.mean():.3f}" if len(values) else "-"))
+
+
+def draw_labels(annotations: CocoBoxes, content: dict, path: str) -> None:
+    """A sheet of 12 pictures from those with the surest masks to those with the least sure: boxes, masks, old masks."""
+    results = [content["annotations"][row] for row in annotations.rows.tolist()]
+    results = [row for row in results if row["score"] > 0]
+    surest = {}
+    for row in results:
+        surest.setdefault(row["image_id"], []).append(row["score"])
+    place = {image_id: i for i, image_id in enumerate(annotations.image_ids.tolist())}
+    order = [place[image_id] for image_id, _ in sorted(surest.items(), key=lambda one: -np.mean(one[1]))]
+    rows = sheet_rows(annotations, ground_truth(annotations.json_path), results, 12, order)
+    sheet(rows, path, [c["name"] for c in annotations.classes], threshold=0)
+    print(f"sheet: {path}")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Give the boxes of a data set masks by Alg. 1 (naive self-training).",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--ckpt", required=True, metavar="FILE", help="checkpoint of the labeller")
     add("--out", required=True, metavar="FILE", help="the annotation file to write")
+    add("--measure", action="store_true", help="where the boxes have masks already, print how well the new ones agree "
+        "with them")
+    add("--sheet", metavar="FILE", help="draw boxes, their new masks and the masks that they had (PNG)")
     add("--data", default="coco", help="its training part is labelled: coco, cityscapes, shapes, or a folder")
     add("--train-json", metavar="FILE", help="boxes in COCO format, in place of those of --data")
     add("--train-images", metavar="DIR", help="the pictures of --train-json")
@@ -101,19 +144,25 @@ def main(argv: list[str] | None = None) -> None:
     try:
         (json_path, image_dir), _ = datasets(args.data, args.train_json, args.train_images)
         output_file(args.out)
+        output_file(args.sheet)
         model, info = load_model(args.ckpt, args.weights)
-        annotations = CocoBoxes(json_path, image_dir)
+        annotations = CocoBoxes(json_path, image_dir, masks=args.measure)
         check_classes(args.ckpt, info, json_path, annotations.classes)
         check_sizes(annotations)
         rles, scores = label_dataset(
             model.to(args.device), annotations, score_threshold=args.score_threshold, workers=args.workers,
             min_size=args.min_size or info["config"].get("test_min_size") or 800,
             max_size=args.max_size or info["config"].get("test_max_size") or 1333, device=args.device)
-        write_json(args.out, with_masks(annotations, rles, scores))
+        labelled = with_masks(annotations, rles, scores)
+        write_json(args.out, labelled)
+        print(f"{args.out}: {(scores > 0).sum()} of {len(scores)} boxes have a mask")
+        if args.measure:
+            report_agreement(annotations, rles, scores)
+        if args.sheet:
+            draw_labels(annotations, labelled, args.sheet)
     except (DataError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    print(f"{args.out}: {(scores > 0).sum()} of {len(scores)} boxes have a mask")
 
 
 if __name__ == "__main__":

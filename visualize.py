@@ -6,6 +6,7 @@ on a sheet a prediction takes the colour of the ground-truth object that it over
 """
 
 import os
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -92,10 +93,15 @@ def matching_colours(boxes: Tensor, found: Tensor) -> list[int]:
     return [i if b > 0.5 else len(boxes) + n for n, (b, i) in enumerate(zip(best.tolist(), index.tolist()))]
 
 
-def sheet_rows(annotations: CocoBoxes, truth: COCO, results: list[dict], count: int) -> list[tuple]:
-    """Rows for `sheet`: `count` pictures with objects, evenly spaced over the data set, and their results."""
+def sheet_rows(annotations: CocoBoxes, truth: COCO, results: list[dict], count: int,
+               order: Iterable[int] | None = None) -> list[tuple]:
+    """Rows for `sheet`: `count` pictures with objects, evenly spaced over the data set, and their results.
+
+    order: the pictures, as indices, where they are to be taken in another order than the data set's.
+    """
     label = {c["id"]: i for i, c in enumerate(annotations.classes)}
-    with_objects = [i for i in range(len(annotations)) if len(annotations.image_boxes(i)[0])]
+    order = range(len(annotations)) if order is None else order
+    with_objects = [i for i in order if len(annotations.image_boxes(i)[0])]
     choices = np.array(with_objects or range(len(annotations)))
     rows = []
     for i in choices[np.linspace(0, len(choices) - 1, min(count, len(choices))).round().astype(int)].tolist():

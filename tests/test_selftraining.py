@@ -2,8 +2,10 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 import selftraining
@@ -12,7 +14,7 @@ from assign import box_masks
 from boxteacher import mask_quality
 from checkpoint import load
 from coco import CocoBoxes
-from selftraining import label_picture
+from selftraining import agreement, label_picture, report_agreement
 from teacher import PseudoLabels
 from test_teacher import made_up
 from test_train import SMALL, drawn, losses_of, one_line_error, only_training, warm  # noqa: F401
@@ -65,6 +67,58 @@ def test_both_stages_from_the_command_line(drawn, warm, tmp_path, capsys):
     train.main(["--train-json", str(out), "--train-images", images, "--out", str(tmp_path / "run"), *SMALL,
                 "--iters", "2", "--method", "condinst"])
     assert all(math.isfinite(line["loss_mask"]) for line in losses_of(tmp_path / "run"))
+
+
+def test_agreement_by_hand(drawn, tmp_path, capsys):  # noqa: F811
+    """A mask that is the hidden one, one that is empty, and one that is the box; and what is printed of them."""
+    annotations = CocoBoxes(drawn / "annotations/instances_train2017.json", drawn / "train2017", masks=True)
+    content = json.loads((drawn / "annotations/instances_train2017.json").read_text())
+    hidden = [content["annotations"][row]["segmentation"] for row in annotations.rows.tolist()]
+    hidden = [{"size": one["size"], "counts": one["counts"]} for one in hidden]
+    x0, y0, x1, y1 = annotations.boxes[2].astype(int)
+    box = np.zeros((64, 64), np.uint8, order="F")
+    box[y0:y1, x0:x1] = 1
+    rles = [*hidden[:2], coco_mask.encode(box), *hidden[3:]]
+    rles[1] = coco_mask.encode(np.zeros((64, 64), np.uint8, order="F"))
+    masks, filled = agreement(annotations, rles)
+    assert masks[0] == 1 and masks[1] == 0 and masks[2] == filled[2] and (masks[3:] == 1).all()
+    area = annotations.mask(0, 2).sum() / ((x1 - x0) * (y1 - y0))  # of the box: the drawn boxes are tight
+    assert filled[2] == pytest.approx(area) and (0 < filled).all() and (filled <= 1).all()
+
+    scores = np.linspace(0.9, 0.5, len(rles))
+    scores[1] = 0
+    report_agreement(annotations, rles, scores)
+    values = {line[:48].strip(): line[48:] for line in capsys.readouterr().out.splitlines()[1:]}
+    n, given = len(rles), np.delete(masks, 1)
+    assert values["boxes filled"] == f"{filled.mean():.3f}" and values["masks"] == f"{given.mean():.3f}"
+    assert values["the quarter of the best scores"] == f"{given[:(n - 1) // 4].mean():.3f}" != "1.000"
+    assert values["the quarter of the worst"] == "1.000"
+    assert values["masks, boxes filled where there is none"] == f"{(given.sum() + filled[1]) / n:.3f}"
+    report_agreement(annotations, rles, np.zeros(n))
+    assert capsys.readouterr().out.count(" -\n") == 4
+
+
+def test_measure_and_sheet_from_the_command_line(drawn, warm, tmp_path, capsys):  # noqa: F811
+    out, sheet = tmp_path / "labels.json", tmp_path / "pictures" / "sheet.png"
+    command = ["--ckpt", str(warm), "--out", str(out), *map(str, only_training(drawn)), "--workers", "0",
+               "--device", "cpu"]
+    selftraining.main([*command, "--measure", "--sheet", str(sheet)])
+    shown = capsys.readouterr().out
+    assert "boxes have a mask\nmean IoU with the masks that the file has, " in shown and f"sheet: {sheet}" in shown
+    picture = np.asarray(Image.open(sheet))
+    assert picture.shape[0] > 4 * 320 and picture.std() > 20
+
+    content = json.loads((drawn / "annotations/instances_train2017.json").read_text())
+    for row in content["annotations"]:
+        del row["segmentation"]
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    command[command.index("--train-json") + 1] = str(tmp_path / "boxes.json")
+    selftraining.main([*command, "--sheet", str(sheet)])  # no old masks: dark panels
+    assert np.asarray(Image.open(sheet)).mean() < picture.mean()
+    out.unlink()
+    with pytest.raises(SystemExit):
+        selftraining.main([*command, "--measure"])
+    assert not out.exists()
 
 
 def test_wrong_files_are_one_line(drawn, warm, tmp_path, capsys):

@@ -1,0 +1,214 @@
+"""The comparisons of Tables 3, 5, 6 and 7 on drawn shapes, over seeds, by one command (results: EXPERIMENTS.md).
+
+    python experiments.py                              every row, seeds 0 1 2; goes on where it was stopped
+    python experiments.py --seeds 3 4 5                the same on other seeds
+    python experiments.py --rows boxinst boxteacher    some rows
+    python experiments.py --table                      train nothing, print the table of what is there
+
+A run is train.py with RECIPE and the options of RUNS, in OUT/seed<N>/<run>, evaluated twice: with the detector's
+scores and with those rescored by the masks, so that rescoring is not mistaken for learning. Runs go side by side,
+each on its share of the CPU cores. The table is printed and written to OUT/table.md.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import NamedTuple
+
+from coco import DataError
+from shapes import write_shapes
+
+RECIPE = ("--backbone r18-slim --backbone-weights none --channels 64 --min-size 128 --max-size 128 "
+          "--teacher-min-size 160 --teacher-max-size 160 --batch-size 8 --optimizer adamw --lr-decay cosine "
+          "--clip-grad 10 --ema 0.99 --workers 0 --log-every 50 --measure-labels").split()
+START = "--method boxinst --iters 2000 --lr 2e-3".split()  # what ImageNet's weights are elsewhere: all begin with it
+FROM_START = "--iters 600 --lr 1e-3 --warmup 50 --ramp 1".split()  # there are masks already: no ramp
+RUNS = {
+    "start": START,
+    "condinst": "--method condinst".split(),
+    "boxinst": "--method boxinst --average".split(),
+    "self-training": "--method condinst".split(),  # from the masks that `boxinst` of the same seed gives
+    "boxteacher": [],
+    "bce": "--pixel-loss bce --lambda-affinity 0".split(),
+    "avg": "--pixel-loss avg --lambda-affinity 0".split(),
+    "dice": "--pixel-loss dice --lambda-affinity 0".split(),
+    "cls": "--score cls".split(),
+    "iou": "--score iou".split(),
+    "mean-entropy": "--score mean-entropy".split(),
+    "weights-x4": "--lambda-pixel 2 --lambda-affinity 0.4".split(),
+}
+
+
+class Row(NamedTuple):
+    run: str
+    weights: str  # of its final checkpoint: teacher or student
+    title: str
+
+
+ROWS = {
+    "start": Row("start", "student", "the start of all: BoxInst, 2000 iterations"),
+    "condinst": Row("condinst", "student", "CondInst, from true masks"),
+    "boxinst": Row("boxinst", "student", "BoxInst, from boxes alone"),
+    "boxinst-ema": Row("boxinst", "teacher", "BoxInst, averaged weights (Table 7)"),
+    "self-training": Row("self-training", "student", "CondInst, from BoxInst's masks (Table 6)"),
+    "bce": Row("bce", "teacher", "BoxTeacher, pixel loss bce, no affinity (Table 3)"),
+    "avg": Row("avg", "teacher", "BoxTeacher, pixel loss avg, no affinity (Table 3)"),
+    "dice": Row("dice", "teacher", "BoxTeacher, pixel loss dice, no affinity (Table 3)"),
+    "cls": Row("cls", "teacher", "BoxTeacher, score cls (Table 5)"),
+    "iou": Row("iou", "teacher", "BoxTeacher, score iou (Table 5)"),
+    "mean-entropy": Row("mean-entropy", "teacher", "BoxTeacher, score mean-entropy (Table 5)"),
+    "weights-x4": Row("weights-x4", "teacher", "BoxTeacher, weights 2.0 and 0.4 (Table 4)"),
+    "boxteacher": Row("boxteacher", "teacher", "BoxTeacher: dice + affinity, mask-aware score"),
+}
+
+
+# ------------------------------------------------------------------------------------------------------- running
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Experiments:
+    """The folders and threads that all runs share."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.data, self.out, self.amp = Path(args.data), Path(args.out), args.amp
+        threads = max(1, cores() // args.jobs)
+        self.environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+
+    def python(self, folder: Path, script: str, *options) -> None:
+        """Run a script of this project, its output at the end of folder/log.txt; RuntimeError where it fails."""
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, options)]
+        with (folder / "log.txt").open("a") as log:
+            print("$", " ".join(command), file=log, flush=True)
+            status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=self.environment).returncode
+        if status:
+            raise RuntimeError(f"{script} ended with status {status}; see {folder / 'log.txt'}")
+
+    def folder(self, run: str, seed: int) -> Path:
+        return self.out / f"seed{seed}" / run
+
+    def complete(self, run: str, seed: int, needed: list[Future]) -> None:
+        """Train a run to its end (train.py goes on with what is there), then evaluate each of its rows."""
+        for future in needed:
+            future.result()
+        folder, annotations = self.folder(run, seed), self.data / "annotations/instances_train2017.json"
+        if run == "self-training":
+            annotations = folder / "labels.json"
+            if not annotations.exists():
+                self.python(folder, "selftraining.py", "--data", self.data, "--ckpt",
+                            self.folder("boxinst", seed) / "final.pt", "--weights", "student", "--out", annotations,
+                            "--workers", 0)
+        if not (folder / "final.pt").exists():
+            start = [] if run == "start" else ["--init", self.folder("start", seed) / "final.pt", *FROM_START]
+            # named file by file, nothing is evaluated at the end: that follows
+            self.python(folder, "train.py", "--train-json", annotations, "--train-images", self.data / "train2017",
+                        *RECIPE, *start, *RUNS[run], "--seed", seed, "--amp", self.amp, "--out", folder)
+        for name, row in ROWS.items():
+            for rescore in ("off", "on"):
+                metrics = self.metrics(name, seed, rescore)
+                if row.run == run and not metrics.exists():
+                    self.python(folder, "evaluate.py", "--data", self.data, "--ckpt", folder / "final.pt", "--weights",
+                                row.weights, "--rescore", rescore, "--metrics", metrics, "--batch-size", 8,
+                                "--workers", 0)
+        print(f"seed {seed}: {run} is complete", flush=True)
+
+    def metrics(self, row: str, seed: int, rescore: str) -> Path:
+        return self.folder(ROWS[row].run, seed) / f"{row}-rescore-{rescore}.json"
+
+    def all(self, rows: list[str], seeds: list[int], jobs: int) -> None:
+        """All runs, `jobs` at a time; where some fail the others go on, then the first failure is raised."""
+        needs = {run: ["start"] for run in RUNS if run != "start"} | {"self-training": ["boxinst"], "start": []}
+        wanted = {ROWS[row].run for row in rows} | {"start"} | ({"boxinst"} if "self-training" in rows else set())
+        futures, pool = {}, ThreadPoolExecutor(jobs)
+        try:
+            for run in RUNS:  # one that waits for another is always behind it: no deadlock
+                for seed in seeds:
+                    if run in wanted:
+                        needed = [futures[other, seed] for other in needs[run]]
+                        futures[run, seed] = pool.submit(self.complete, run, seed, needed)
+            wait(futures.values())
+        finally:  # after Ctrl-C, which the scripts heard too: they save and end, no more are begun
+            pool.shutdown(cancel_futures=True)
+        for future in futures.values():
+            future.result()
+
+
+# ----------------------------------------------------------------------------------------------------- the table
+
+
+def table(experiments: Experiments, rows: list[str], seeds: list[int]) -> str:
+    """Markdown: a line for each row that has results, mean and standard deviation over its seeds."""
+    lines = ["| | seeds | mask AP | AP50 | AP75 | mask AP, rescored | box AP | label IoU | student IoU |",
+             "|" + " --- |" * 9]
+    for row in rows:
+        found = [seed for seed in seeds if experiments.metrics(row, seed, "on").exists()]
+        if not found:
+            continue
+        plain, rescored = ([json.loads(experiments.metrics(row, seed, r).read_text()) for seed in found]
+                           for r in ("off", "on"))
+        last = [last_line(experiments.folder(ROWS[row].run, seed) / "metrics.jsonl") for seed in found]
+        cells = [[m["segm"][figure] for m in plain] for figure in ("AP", "AP50", "AP75")]
+        cells += [[m["segm"]["AP"] for m in rescored], [m["bbox"]["AP"] for m in plain]]
+        cells += [[100 * line[name] for line in last if line.get(name) is not None]
+                  for name in ("label_iou", "student_iou")]
+        lines.append(f"| {ROWS[row].title} | {len(found)} | " + " | ".join(map(spread, cells)) + " |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation of a sample."""
+    if not values:
+        return "–"
+    text = f"{statistics.mean(values):.1f}"
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.1f}"
+
+
+def last_line(path: Path) -> dict:
+    """The last logged iterations of a run."""
+    return json.loads(path.read_text().splitlines()[-1])
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train and compare the methods and ablations of the paper on drawn "
+                                     "shapes.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="of " + ", ".join(ROWS))
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of weights, order and augmentation")
+    add("--table", action="store_true", help="train nothing, print the table of what is there")
+    add("--out", default="runs/experiments", metavar="DIR", help="where the runs are")
+    add("--data", default="datasets/shapes", metavar="DIR", help="drawn there first where it is missing")
+    add("--jobs", type=int, default=cores(), help="runs side by side")
+    add("--amp", default="off", choices=["auto", "off", "bf16"], help="as in train.py")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    experiments = Experiments(args)
+    try:
+        if not args.table:
+            if not Path(args.data).exists():
+                write_shapes(args.data)
+            experiments.all(args.rows, args.seeds, args.jobs)
+    except (DataError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+    text = table(experiments, args.rows, args.seeds)
+    print(text)
+    experiments.out.mkdir(parents=True, exist_ok=True)
+    (experiments.out / "table.md").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""experiments.py: its runs as a whole at the smallest size, going on, its table; every row's options."""
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import experiments
+import train
+from checkpoint import load
+from experiments import FROM_START, RECIPE, ROWS, RUNS, START, Experiments, parse_arguments, spread, table
+from test_train import drawn, same, warm  # noqa: F401
+
+SMALL = ("--backbone r18-slim --channels 32 --backbone-weights none --min-size 64 --max-size 64 --teacher-min-size 64 "
+         "--teacher-max-size 64 --workers 0 --device cpu --batch-size 4 --log-every 1 --measure-labels").split()
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_options_of_every_run_are_train_pys(run):
+    args = train.parse_arguments([*RECIPE, *([] if run == "start" else FROM_START), *RUNS[run]])
+    assert args.measure_labels and args.teacher_min_size > args.min_size[0]
+    assert args.iters == int((START if run == "start" else FROM_START)[(START if run == "start" else FROM_START)
+                                                                       .index("--iters") + 1])
+
+
+def test_rows_name_runs_and_weights_that_there_are():
+    for row in ROWS.values():
+        args = train.parse_arguments([*RECIPE, *RUNS[row.run]])
+        assert row.weights == "student" or args.method == "boxteacher" or args.average
+    assert {row.run for row in ROWS.values()} == set(RUNS)
+    ours = {k: v for k, v in vars(train.parse_arguments([*RECIPE])).items() if k != "out"}
+    assert ours.items() <= vars(train.parse_arguments([*RECIPE, *RUNS["boxteacher"]])).items()  # the paper's weights
+    assert (ours["lambda_pixel"], ours["lambda_affinity"], ours["score"]) == (0.5, 0.1, "mask-aware")
+
+
+@pytest.fixture
+def small(drawn, warm, tmp_path, monkeypatch):  # noqa: F811
+    """experiments.py at the smallest size, its scripts called in this process; -> options, calls."""
+    calls = []
+
+    def python(self, folder, script, *options):
+        folder.mkdir(parents=True, exist_ok=True)
+        calls.append((script, folder.name))
+        module = importlib.import_module(script.removesuffix(".py"))
+        module.main([str(option) for option in options])
+
+    class NoSignals(train.StopSignals):  # only a main thread hears them, and runs have threads
+        def __enter__(self):
+            self.asked = 0
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(train, "StopSignals", NoSignals)
+    monkeypatch.setattr(Experiments, "python", python)
+    monkeypatch.setattr(experiments, "RECIPE", SMALL)
+    monkeypatch.setattr(experiments, "START", [])
+    monkeypatch.setitem(RUNS, "start", f"--method boxinst --iters 1 --init {warm}".split())
+    monkeypatch.setattr(experiments, "FROM_START", "--iters 2 --lr 1e-3".split())
+    return ["--data", str(drawn), "--out", str(tmp_path / "runs"), "--jobs", "1", "--amp", "off"], calls
+
+
+def test_runs_rows_and_table_and_nothing_twice(small, tmp_path, capsys):
+    options, calls = small
+    chosen = ["--rows", "self-training", "boxinst-ema", "boxinst", "boxteacher", "--seeds", "3"]
+    experiments.main([*options, *chosen])
+    out, folder = capsys.readouterr().out, tmp_path / "runs/seed3"
+    trained = [name for script, name in calls if script == "train.py"]
+    assert trained == ["start", "boxinst", "self-training", "boxteacher"]
+    assert calls.count(("selftraining.py", "self-training")) == 1
+    assert [name for script, name in calls if script == "evaluate.py"] == (
+        ["start"] * 2 + ["boxinst"] * 4 + ["self-training"] * 2 + ["boxteacher"] * 2)
+    labels = json.loads((folder / "self-training/labels.json").read_text())
+    assert any(row["score"] > 0 for row in labels["annotations"])  # what BoxInst found, not the true masks
+
+    # every run begins where `start` ended; BoxInst is one run seen twice
+    final = {name: load(folder / name / "final.pt") for name in ("start", "boxinst", "boxteacher")}
+    assert all(load(folder / name / "final.pt")["config"]["init"] == str(folder / "start/final.pt")
+               for name in ("boxinst", "self-training", "boxteacher"))
+    assert final["boxinst"]["teacher"] is not None and not same(final["boxinst"]["student"], final["start"]["student"])
+
+    lines = (tmp_path / "runs/table.md").read_text().splitlines()
+    assert lines == out.strip().splitlines()[-len(lines):] and len(lines) == 2 + 4
+    assert lines[2].startswith(f"| {ROWS['self-training'].title} | 1 | ")  # in the order asked for
+    cells = [cell.strip() for cell in lines[-1].strip("|").split("|")]
+    plain = json.loads((folder / "boxteacher/boxteacher-rescore-off.json").read_text())
+    rescored = json.loads((folder / "boxteacher/boxteacher-rescore-on.json").read_text())
+    last = json.loads((folder / "boxteacher/metrics.jsonl").read_text().splitlines()[-1])
+    assert cells[2:] == [f"{x:.1f}" for x in (plain["segm"]["AP"], plain["segm"]["AP50"], plain["segm"]["AP75"],
+                                              rescored["segm"]["AP"], plain["bbox"]["AP"], 100 * last["label_iou"],
+                                              100 * last["student_iou"])]
+
+    calls.clear()
+    (folder / "boxteacher/boxteacher-rescore-on.json").unlink()
+    (folder / "boxinst/final.pt").unlink()  # as if it had been stopped: train.py goes on from last.pt
+    experiments.main([*options, *chosen])
+    assert calls == [("train.py", "boxinst"), ("evaluate.py", "boxteacher")]
+    assert same(load(folder / "boxinst/final.pt")["teacher"], final["boxinst"]["teacher"])
+    calls.clear()
+    experiments.main([*options, "--table", "--rows", "boxinst", "bce"])
+    assert not calls and "BoxInst" not in capsys.readouterr().out.splitlines()[-1]  # seeds 0 1 2 have none
+
+
+def test_a_failing_run_is_one_line_and_the_others_go_on(small, tmp_path, monkeypatch, capsys):
+    options, _ = small
+    done = []
+
+    def complete(self, run, seed, needed):
+        for future in needed:
+            future.result()
+        if run == "condinst":
+            raise RuntimeError("train.py ended with status 1; see log.txt")
+        done.append((run, seed))
+
+    monkeypatch.setattr(Experiments, "complete", complete)
+    with pytest.raises(SystemExit) as end:
+        experiments.main([*options, "--rows", "condinst", "boxteacher", "self-training", "--seeds", "0", "1"])
+    assert end.value.code == 1
+    assert capsys.readouterr().err == "error: train.py ended with status 1; see log.txt\n"
+    assert sorted(done) == sorted((run, seed) for run in ("start", "boxinst", "boxteacher", "self-training")
+                                  for seed in (0, 1))
+
+
+def test_ctrl_c_begins_nothing_more(tmp_path):
+    """The scripts hear it as well, save and end; here a script that never ends by itself stands for them."""
+    code = ("import experiments, subprocess, sys; from experiments import Experiments\n"
+            "def python(self, folder, script, *options):\n"
+            "    print('begun', script, flush=True)\n"
+            "    if subprocess.call([sys.executable, '-c', 'import time; time.sleep(600)']): raise RuntimeError\n"
+            "Experiments.python = python\n"
+            "experiments.main(sys.argv[1:])")
+    process = subprocess.Popen([sys.executable, "-c", code, "--data", str(tmp_path), "--out", str(tmp_path / "runs"),
+                                "--jobs", "1", "--rows", "boxteacher", "--seeds", "0", "1"], start_new_session=True,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=os.environ | {"PYTHONPATH": str(Path(experiments.__file__).parent)})
+    assert process.stdout.readline() == "begun train.py\n"
+    time.sleep(0.5)  # the child is about to sleep, or is not yet there to be killed: both are fine
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and out == ""
+    assert err.splitlines()[-1] == "stopped: the same command goes on from there"
+
+
+def test_scripts_run_with_their_output_in_the_log(drawn, tmp_path):  # noqa: F811
+    args = parse_arguments(["--data", str(drawn), "--out", str(tmp_path), "--jobs", "64"])
+    one = Experiments(args)
+    assert one.environment["OMP_NUM_THREADS"] == "1"
+    with pytest.raises(RuntimeError, match=r"evaluate\.py ended with status 1; see .*log\.txt"):
+        one.python(tmp_path / "run", "evaluate.py", "--ckpt", tmp_path / "none.pt", "--data", drawn)
+    log = (tmp_path / "run/log.txt").read_text()
+    assert re.match(r"\$ .*evaluate\.py --ckpt", log) and "error: no checkpoint at" in log
+
+
+def test_spread_and_an_empty_table(tmp_path):
+    assert spread([]) == "–" and spread([41.26]) == "41.3" and spread([40, 42, 44]) == "42.0 ± 2.0"
+    one = Experiments(parse_arguments(["--out", str(tmp_path)]))
+    assert len(table(one, list(ROWS), [0]).splitlines()) == 2
