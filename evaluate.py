@@ -3,6 +3,7 @@
     python evaluate.py --ckpt runs/boxteacher-r50-coco/final.pt --data coco
     torchrun --nproc_per_node=8 evaluate.py --ckpt ... --results detections.json --metrics metrics.json
     python evaluate.py --ckpt ... --data cityscapes --cityscapes-results runs/for-cityscapes
+    python evaluate.py --curves curves.png runs/boxinst-r50-coco runs/boxteacher-r50-coco
 
 `evaluate` runs the model over a set of pictures and returns detections in COCO's results format,
 `coco_metrics` gives their figures through pycocotools, `print_tables` shows them. train.py uses the same. What
@@ -29,6 +30,7 @@ from tqdm import tqdm
 import cityscapes
 from checkpoint import CheckpointError, load_model
 from coco import CocoBoxes, DataError, datasets
+from curves import draw_curves
 from data import Batch, TestImages, check_sizes, positive
 from model import Instances, predict
 from quality import matches, report
@@ -278,8 +280,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Box and mask AP of a checkpoint.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--ckpt", required=True, metavar="FILE", help="a checkpoint of this project, or one that was released by "
+    add("--ckpt", metavar="FILE", help="a checkpoint of this project, or one that was released by "
         "BoxTeacher's authors or with AdelaiDet (BoxInst, CondInst)")
+    add("--curves", nargs="+", metavar=("FILE", "RUN"), help="in place of --ckpt: draw losses, label quality and AP of "
+        "these run folders over the iterations there (PNG)")
     add("--data", default="coco", help="coco, cityscapes, shapes (under datasets/), or a folder in COCO layout")
     add("--val-json", metavar="FILE", help="annotations in COCO format, in place of those of --data")
     add("--val-images", metavar="DIR", help="the pictures of --val-json")
@@ -305,6 +309,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=positive, default=1, help="pictures per forward pass of one process")
     add("--workers", type=int, default=2, help="loading processes of one process")
     args = parser.parse_args(argv)
+    if (args.ckpt is None) == (args.curves is None):
+        parser.error("one of --ckpt FILE and --curves FILE RUN... is needed")
+    if args.curves and len(args.curves) < 2:
+        parser.error("argument --curves: expected FILE RUN..., the picture to write and at least one run's folder")
     if (args.val_json is None) != (args.val_images is None):
         parser.error("--val-json and --val-images go together")
     if args.workers < 0:
@@ -314,6 +322,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     """The command line, once its values are known to make sense."""
+    if args.curves:
+        path, *runs = args.curves
+        output_file(path)
+        draw_curves(runs, path)
+        print(f"curves: {path}")
+        return
     rank, _, device = start_distributed(args.device)
     if rank == 0:  # before the work that a wrong name would lose
         for path in (args.results, args.metrics, args.sheet, args.score_quality):

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.ops import box_iou, clip_boxes_to_image
 
 from assign import assign_masks, box_masks
+from curves import INK, axes
 from data import Batch
 from model import CondInst, Detections, detect, mask_logits
 from teacher import SCORE_FUNCTIONS, SCORES
@@ -32,7 +33,7 @@ LEFT, TOP = 58, 86          # from the picture's edge to the first square, pixel
 PANEL = LEFT + PLOT + 14    # from one square to the next, pixels
 BOTTOM = 52                 # below the squares, pixels
 RADIUS = 3.0                # of a dot, pixels
-DOT, INK, GRID = (30, 90, 200), (40, 40, 46), (226, 226, 230)
+DOT = (30, 90, 200)
 
 
 @torch.no_grad()
@@ -114,8 +115,9 @@ def scatter(table: np.ndarray, scores: dict, path: str) -> None:
     draw = ImageDraw.Draw(canvas)
     large, small = ImageFont.load_default(size=17), ImageFont.load_default(size=13)
     draw.text((canvas.width // 2, 18), f"Score against mask IoU, {len(table)} matches", INK, large, "mm")
+    fifths = [(tick, f"{tick:.1f}") for tick in np.linspace(0, 1, 6)]
     for k, (name, r) in enumerate(scores.items()):
-        axes(canvas, k, f"{name} score", small)
+        axes(canvas, LEFT + k * PANEL, TOP, PLOT, PLOT, fifths, fifths, f"{name} score", "mask IoU", small)
         middle = LEFT + k * PANEL + PLOT // 2
         draw.text((middle, TOP - 34), name, INK, large, "mm")
         correlations = f"Pearson {shown(r['pearson'], 2)}, Spearman {shown(r['spearman'], 2)}"
@@ -129,23 +131,6 @@ def scatter(table: np.ndarray, scores: dict, path: str) -> None:
 def place(panel: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Where the points (x, y) (N,) of a panel are on the canvas: (N, 2) pixels, a pixel's middle being at + 0.5."""
     return np.stack([LEFT + panel * PANEL + x * PLOT, TOP + (1 - y) * PLOT], -1) + 0.5
-
-
-def axes(canvas: Image.Image, panel: int, label: str, font: ImageFont.FreeTypeFont) -> None:
-    """A panel's square with a grid at every 0.2, its numbers, and the labels of both axes."""
-    draw = ImageDraw.Draw(canvas)
-    left, right, bottom = LEFT + panel * PANEL, LEFT + panel * PANEL + PLOT, TOP + PLOT
-    for tick in np.linspace(0, 1, 6):
-        x, y = (int(v) for v in place(panel, tick, tick))
-        draw.line([(x, TOP), (x, bottom + 4)], GRID)
-        draw.line([(left - 4, y), (right, y)], GRID)
-        draw.text((x, bottom + 8), f"{tick:.1f}", INK, font, "mt")
-        draw.text((left - 8, y), f"{tick:.1f}", INK, font, "rm")
-    draw.rectangle((left, TOP, right, bottom), outline=INK)
-    draw.text((left + PLOT // 2, bottom + 28), label, INK, font, "mt")
-    upright = Image.new("L", (PLOT, 20))
-    ImageDraw.Draw(upright).text((PLOT // 2, 10), "mask IoU", 255, font, "mm")
-    canvas.paste(INK, (left - 52, TOP), upright.rotate(90, expand=True))
 
 
 def opacity(count: int) -> float:

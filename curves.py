@@ -1,0 +1,122 @@
+"""How runs went, as one picture: losses, label quality and AP over the iterations, a colour for each run.
+
+    python evaluate.py --curves curves.png runs/boxinst-r50-coco runs/boxteacher-r50-coco
+
+Reads metrics.jsonl, which train.py writes. A panel for each quantity that some run has; those that share a panel
+share its scale. `axes` is also what quality.py draws on. Not from the paper.
+"""
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from coco import DataError
+
+# title, key of a line of metrics.jsonl (of its evaluation, where it is a pair)
+PANELS = (("mask AP", ("segm", "AP")), ("box AP", ("bbox", "AP")), ("IoU of pseudo masks", "label_iou"),
+          ("IoU of the student's masks", "student_iou"), ("class loss", "loss_cls"), ("box loss", "loss_box"),
+          ("projection loss", "loss_projection"), ("pairwise loss", "loss_pairwise"), ("mask loss", "loss_mask"),
+          ("pixel loss", "loss_pixel"), ("affinity loss", "loss_affinity"), ("total loss", "loss"))
+COLOURS = ((30, 90, 200), (210, 70, 40), (40, 150, 70), (150, 80, 190), (200, 140, 20), (20, 150, 160), (90, 90, 100))
+INK, GRID = (40, 40, 46), (226, 226, 230)
+WIDTH, HEIGHT = 270, 170                  # of a panel's axes, pixels
+LEFT, TOP, RIGHT, BOTTOM = 56, 34, 16, 34  # around them
+PER_LINE = 4                              # panels beside each other
+LEGEND = 24                               # height of a line of the legend
+
+
+def draw_curves(runs: list[str], path: str) -> None:
+    """Write the PNG. Raises DataError where a run has no readable metrics.jsonl or none has anything to draw."""
+    lines = [read_metrics(run) for run in runs]
+    panels = [(title, [series(of_run, key) for of_run in lines]) for title, key in PANELS]
+    panels = [(title, curves) for title, curves in panels if any(curves)]
+    if not panels:
+        raise DataError(f"{', '.join(runs)}: no iterations were logged yet")
+    columns, font = min(PER_LINE, len(panels)), ImageFont.load_default(size=12)
+    cell = LEFT + WIDTH + RIGHT, TOP + HEIGHT + BOTTOM
+    top = LEGEND * len(runs) + 8
+    canvas = Image.new("RGB", (columns * cell[0], top + math.ceil(len(panels) / columns) * cell[1]), "white")
+    draw = ImageDraw.Draw(canvas)
+    for k, run in enumerate(runs):
+        y = LEGEND * k + LEGEND // 2 + 4
+        draw.line([(LEFT, y), (LEFT + 26, y)], COLOURS[k % len(COLOURS)], 3)
+        draw.text((LEFT + 34, y), run, INK, ImageFont.load_default(size=14), "lm")
+    last = max(x for _, curves in panels for curve in curves for x, _ in curve)
+    for k, (title, curves) in enumerate(panels):
+        left, y = (k % columns) * cell[0] + LEFT, top + (k // columns) * cell[1] + TOP
+        draw_panel(canvas, left, y, title, curves, last, font)
+    canvas.save(path + ".tmp", format="PNG")
+    os.replace(path + ".tmp", path)
+
+
+def read_metrics(run: str) -> list[dict]:
+    """The lines of a run's metrics.jsonl; the last one is left out where a running process has not finished it."""
+    path = Path(run) / "metrics.jsonl"
+    try:
+        rows = path.read_text(encoding="utf-8").splitlines()
+        return [json.loads(row) for row in rows[:-1]] + [json.loads(row) for row in rows[-1:] if row.endswith("}")]
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; a run's folder is wanted") from None
+    except ValueError as error:
+        raise DataError(f"{path}: not the log of a run: {error}") from None
+
+
+def series(lines: list[dict], key: str | tuple[str, str]) -> list[tuple[int, float]]:
+    """(iteration, value) of each line that has the value."""
+    if isinstance(key, str):
+        points = [(line["iter"], line.get(key)) for line in lines]
+    else:
+        points = [(line["iter"], (line["eval"][key[0]] or {}).get(key[1])) for line in lines if "eval" in line]
+    return [(x, y) for x, y in points if y is not None]
+
+
+def draw_panel(canvas: Image.Image, left: int, top: int, title: str, curves: list[list[tuple[int, float]]],
+               last: int, font: ImageFont.FreeTypeFont) -> None:
+    """One quantity of all runs, from iteration 0 to `last`, its axes' upper left corner at (left, top)."""
+    values = np.array([y for curve in curves for _, y in curve])
+    low, high = values.min(), np.quantile(values, 0.98)  # a first value far off would flatten the rest
+    x_ticks, y_ticks = ticks(0, last), ticks(low, max(high, values[-1]))
+    low, high = min(low, y_ticks[0]), max(high, y_ticks[-1])
+    axes(canvas, left, top, WIDTH, HEIGHT, [(x / last, f"{x:g}") for x in x_ticks],
+         [((y - low) / (high - low), f"{y:g}") for y in y_ticks], "", "", font)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((left + WIDTH // 2, top - 12), title, INK, ImageFont.load_default(size=14), "mm")
+    for k, curve in enumerate(curves):
+        xy = [(left + x / last * WIDTH, top + (1 - min((y - low) / (high - low), 1.0)) * HEIGHT) for x, y in curve]
+        if len(xy) > 1:
+            draw.line(xy, COLOURS[k % len(COLOURS)], 2, joint="curve")
+        for x, y in xy if len(xy) <= 20 else []:
+            draw.ellipse((x - 2.5, y - 2.5, x + 2.5, y + 2.5), COLOURS[k % len(COLOURS)])
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """About five round numbers from `low` or just below it to `high` or just above it."""
+    if high - low < 1e-9:
+        low, high = low - 0.5, high + 0.5
+    rough = (high - low) / 4
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough * 0.999)
+    return [round(step * i, 10) for i in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
+
+
+def axes(canvas: Image.Image, left: int, top: int, width: int, height: int, x_ticks: list[tuple[float, str]],
+         y_ticks: list[tuple[float, str]], x_label: str, y_label: str, font: ImageFont.FreeTypeFont) -> None:
+    """A frame with a grid, numbers and labels. A tick is a place, 0 at the left or bottom to 1, and its text."""
+    draw, bottom = ImageDraw.Draw(canvas), top + height
+    for place, text in x_ticks:
+        x = int(left + place * width + 0.5)
+        if place <= 1.001:
+            draw.line([(x, top), (x, bottom + 4)], GRID)
+            draw.text((x, bottom + 8), text, INK, font, "mt")
+    for place, text in y_ticks:
+        y = int(top + (1 - place) * height + 0.5)
+        draw.line([(left - 4, y), (left + width, y)], GRID)
+        draw.text((left - 8, y), text, INK, font, "rm")
+    draw.rectangle((left, top, left + width, bottom), outline=INK)
+    draw.text((left + width // 2, bottom + 28), x_label, INK, font, "mt")
+    upright = Image.new("L", (height, 20))
+    ImageDraw.Draw(upright).text((height // 2, 10), y_label, 255, font, "mm")
+    canvas.paste(INK, (left - 52, top), upright.rotate(90, expand=True))

@@ -1,0 +1,86 @@
+"""curves.py: ticks, what is read, and where the lines of evaluate.py --curves are."""
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import curves
+import evaluate
+from coco import DataError
+from curves import HEIGHT, LEFT, LEGEND, TOP, WIDTH, draw_curves, read_metrics, series, ticks
+
+
+@pytest.mark.parametrize("low, high, expected", [
+    (0, 2000, [0, 500, 1000, 1500, 2000]), (0, 1, [0, 0.5, 1]), (0.31, 0.49, [0.3, 0.35, 0.4, 0.45, 0.5]),
+    (3, 3, [2.5, 3, 3.5]), (-0.2, 0.2, [-0.2, -0.1, 0, 0.1, 0.2]), (0, 7e-4, [0, 0.0002, 0.0004, 0.0006, 0.0008])])
+def test_ticks_are_round_and_hold_the_range(low, high, expected):
+    assert ticks(low, high) == pytest.approx(expected)
+
+
+def write_run(folder, lines: list[dict], end: str = "") -> str:
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + end)
+    return str(folder)
+
+
+def evaluation(iteration: int, box: float, mask: float | None) -> dict:
+    return {"iter": iteration, "eval": {"bbox": {"AP": box}, "segm": None if mask is None else {"AP": mask}}}
+
+
+def test_what_is_read(tmp_path):
+    run = write_run(tmp_path / "run", [{"iter": 10, "loss": 2.0, "label_iou": None}, evaluation(10, 7, None),
+                                       {"iter": 20, "loss": None, "label_iou": 0.5}, evaluation(20, 9, 8)],
+                    '{"iter": 30, "lo')
+    lines = read_metrics(run)
+    assert len(lines) == 4  # the process is still writing the fifth
+    assert series(lines, "loss") == [(10, 2.0)] and series(lines, "label_iou") == [(20, 0.5)]
+    assert series(lines, ("segm", "AP")) == [(20, 8)] and series(lines, ("bbox", "AP")) == [(10, 7), (20, 9)]
+    assert series(lines, "loss_cls") == []
+    broken = write_run(tmp_path / "broken", [{"iter": 1}], "no json\n{}\n")
+    for wrong, message in ((str(tmp_path / "none"), "none/metrics.jsonl: No such file"),
+                           (broken, "not the log of a run")):
+        with pytest.raises(DataError, match=message):
+            read_metrics(wrong)
+
+
+def colour_at(image: np.ndarray, x: float, y: float) -> tuple:
+    return tuple(image[round(y), round(x)].tolist())
+
+
+def test_lines_go_through_their_points(tmp_path, capsys):
+    """Two runs, two quantities: mask AP 0 to 40 comes first, the class loss from 1 to 0 beside it."""
+    one = write_run(tmp_path / "one", [{"iter": 100, "loss_cls": 1.0}, evaluation(100, 0, 0),
+                                       {"iter": 400, "loss_cls": 0.0}, evaluation(400, 0, 40)])
+    two = write_run(tmp_path / "two", [{"iter": 200, "loss_cls": 0.5}, {"iter": 400, "loss_cls": 0.5}])
+    path = tmp_path / "new" / "curves.png"
+    evaluate.main(["--curves", str(path), one, two])
+    assert capsys.readouterr().out == f"curves: {path}\n"
+    image = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    cell, top = LEFT + WIDTH + curves.RIGHT, 2 * LEGEND + 8 + TOP
+    first, second = curves.COLOURS[:2]
+    # the box AP, all 0, is the second panel; the class loss the third
+    assert colour_at(image, LEFT + WIDTH * 100 / 400, top + HEIGHT) == first
+    assert colour_at(image, LEFT + WIDTH * 250 / 400, top + HEIGHT / 2) == first
+    assert colour_at(image, 2 * cell + LEFT + WIDTH * 300 / 400, top + HEIGHT / 2) == second
+    assert colour_at(image, 2 * cell + LEFT + WIDTH * 150 / 400, top + HEIGHT / 2) != second  # it begins later
+    assert colour_at(image, 2 * cell + LEFT + WIDTH * 175 / 400, top + HEIGHT / 4) == first
+    assert image.shape[1] == 3 * cell
+
+
+@pytest.mark.parametrize("options, message", [
+    ([], "one of --ckpt FILE and --curves"), (["--curves", "a.png"], "expected FILE RUN"),
+    (["--curves", "a.png", "b", "--ckpt", "c.pt"], "one of --ckpt FILE and --curves")])
+def test_wrong_options_end_with_status_2(options, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(options)
+    assert end.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_nothing_to_draw_is_one_line(tmp_path, capsys):
+    run = write_run(tmp_path / "run", [])
+    with pytest.raises(DataError, match="no iterations were logged"):
+        draw_curves([run], str(tmp_path / "x.png"))
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(["--curves", str(tmp_path / "x.png"), str(tmp_path / "none")])
+    assert end.value.code == 1 and capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "x.png").exists()
