@@ -107,7 +107,7 @@ KEYS = {"images": ("id", "file_name", "width", "height"), "categories": ("id", "
 
 def read_coco(path: str) -> dict[str, list[dict]]:
     """A COCO file, checked: its `images`, `annotations`, `categories` have all their KEYS in the right form
-    and an id of their own. Raises DataError."""
+    and an id of their own. COCO's test pictures come without annotations: then there are none. Raises DataError."""
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
@@ -117,6 +117,8 @@ def read_coco(path: str) -> dict[str, list[dict]]:
         raise DataError(f"annotation file {path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from None
+    if isinstance(content, dict) and "images" in content and "categories" in content:
+        content.setdefault("annotations", [])
     for kind, keys in KEYS.items():
         if not isinstance(content, dict) or not isinstance(content.get(kind), list):
             raise DataError(f"{path} has no list '{kind}': it is not a COCO annotation file")

@@ -117,6 +117,7 @@ def ground_truth(json_path: str) -> COCO:
     with open(json_path, encoding="utf-8") as file:
         dataset = json.load(file)
     dataset.setdefault("info", {})
+    dataset.setdefault("annotations", [])
     for number, annotation in enumerate(dataset["annotations"], 1):
         annotation["id"] = number  # COCOeval takes an object of id 0 for "no match", so ids are given anew
         annotation.setdefault("iscrowd", 0)

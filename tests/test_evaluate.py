@@ -381,6 +381,15 @@ def test_command_line_writes_results_metrics_and_sheet(checkpoint, dataset, perf
     assert not [path for path in tmp_path.rglob("*") if "tmp" in path.name.rsplit(".", 1)[-1]]
 
 
+def test_pictures_without_annotations_give_results_to_upload(checkpoint, dataset, perfect, tmp_path, capsys):
+    """As COCO's test-dev, whose file lists pictures and categories alone."""
+    rewrite(dataset[0], lambda content: content.pop("annotations"))
+    files = {name: tmp_path / name for name in ("results.json", "sheet.png")}
+    evaluate.main(command(checkpoint, dataset, "--results", files["results.json"], "--sheet", files["sheet.png"]))
+    assert len(json.loads(files["results.json"].read_text())) > 3 and files["sheet.png"].exists()
+    assert capsys.readouterr().out.splitlines()[2].split() == ["-"] * 6
+
+
 def test_as_a_user_runs_it_with_a_real_model(checkpoint, dataset, tmp_path):
     """An untrained model that finds nothing above 0.999: zeros in the tables, an empty list, no traceback."""
     results = tmp_path / "results.json"
