@@ -1,5 +1,6 @@
 # make demo   a small BoxTeacher learns masks from the boxes of drawn shapes and is evaluated: 12 minutes on 2 CPU cores
 # make test   the tests
+# make experiments   the methods and ablations of the paper on drawn shapes, 3 seeds each: hours; goes on where stopped
 # Both make .venv and install requirements.txt first, where that is missing or older.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ DEMO := runs/demo
 # bfloat16 pays on CPUs that compute in it and is slow on others
 AMP := $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo bf16 || echo off)
 
-.PHONY: demo test
+.PHONY: demo test experiments
 
 demo: $(READY) datasets/shapes
 	$(PY) train.py --data shapes --out $(DEMO) --backbone r18-slim --backbone-weights none --channels 64 \
@@ -21,6 +22,9 @@ demo: $(READY) datasets/shapes
 
 test: $(READY)
 	$(PY) -m pytest -q tests
+
+experiments: $(READY) datasets/shapes
+	$(PY) experiments.py --amp $(AMP)
 
 datasets/shapes: | $(READY)
 	$(PY) data.py shapes $@

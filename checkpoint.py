@@ -208,12 +208,16 @@ def convert(state: dict, path: str) -> None:
         raise CheckpointError(f"cannot write {path}: {first_line(error)}") from None
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Say what a checkpoint is; convert a released one.")
     parser.add_argument("ckpt", metavar="CKPT", help="a checkpoint of this project, BoxTeacher or AdelaiDet")
     parser.add_argument("--convert", metavar="OUT", help="write it there in this project's format, without the "
                         "optimiser's state; OUT must not exist yet")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
     try:
         if args.convert and os.path.exists(args.convert):
             raise CheckpointError(f"{args.convert} exists already: choose another name")

@@ -363,7 +363,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Data sets for training and evaluation.")
     commands = parser.add_subparsers(dest="command", required=True)
     shapes = commands.add_parser("shapes", help="write the embedded data set of drawn shapes, in COCO layout",
@@ -376,7 +376,11 @@ def main(arguments: list[str] | None = None) -> None:
     cityscapes = commands.add_parser("cityscapes", help="write COCO annotation files for Cityscapes")
     cityscapes.add_argument("root", metavar="ROOT", help="folder that holds leftImg8bit and gtFine; the files go into "
                             "its sub-folder annotations")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse_arguments(argv)
     try:
         if options.command == "cityscapes":
             write_cityscapes(options.root)

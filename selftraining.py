@@ -120,7 +120,7 @@ def draw_labels(annotations: CocoBoxes, content: dict, path: str) -> None:
     print(f"sheet: {path}")
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Give the boxes of a data set masks by Alg. 1 (naive self-training).",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -141,6 +141,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if (args.train_json is None) != (args.train_images is None):
         parser.error("--train-json and --train-images go together")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
     try:
         (json_path, image_dir), _ = datasets(args.data, args.train_json, args.train_images)
         output_file(args.out)

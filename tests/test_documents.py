@@ -1,0 +1,94 @@
+"""README.md and EXPERIMENTS.md: every command is one that the programs take; those that train, train a step."""
+import math
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import checkpoint
+import data
+import evaluate
+import experiments
+import selftraining
+import train
+from test_train import SMALL, command, drawn, losses_of, warm  # noqa: F401
+
+PROJECT = Path(__file__).resolve().parent.parent
+PARSERS = {"train.py": train.parse_arguments, "evaluate.py": evaluate.parse_arguments,
+           "selftraining.py": selftraining.parse_arguments, "experiments.py": experiments.parse_arguments,
+           "checkpoint.py": checkpoint.parse_arguments, "data.py": data.parse_arguments}
+TORCHRUN = re.compile(r"torchrun( --[a-z_]+=\S+)+ ")
+
+
+def commands_of(document: str) -> list[list[str]]:
+    """[program, option, ...] of every command, in a block or within a line, as a shell would see them."""
+    text = (PROJECT / document).read_text()
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    lines += re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+    variables = dict(re.findall(r'^([A-Z]+)="(.*)"$', "\n".join(lines), re.MULTILINE))
+    found = []
+    for line in lines:
+        line = re.sub(r"\$([A-Z]+)", lambda m: variables.get(m[1], m[0]), line.strip())
+        line = TORCHRUN.sub("python ", line)
+        if re.match(r"python \w+\.py (?!--help)", line):
+            program, *options = shlex.split(line, comments=True)[1:]
+            if program in PARSERS:
+                found.append([program, *options])
+    return found
+
+
+EXPERIMENTS, README = commands_of("EXPERIMENTS.md"), commands_of("README.md")
+
+
+@pytest.mark.parametrize("words", [*README, *EXPERIMENTS], ids=" ".join)
+def test_command_is_understood(words):
+    program, *options = words
+    PARSERS[program](options)
+
+
+def test_all_of_the_papers_rows_are_there():
+    """54 rows of our methods; the others of Tables 2 and 8 name methods that are not part of this project."""
+    text = (PROJECT / "EXPERIMENTS.md").read_text()
+    rows = {number: len(re.findall(r"^\| (?!row|---|figure)", part, re.MULTILINE))
+            for number, part in re.findall(r"^### (Table \d+|Figures)(.*?)(?=^### |\Z)", text, re.DOTALL | re.MULTILINE)}
+    assert rows == {"Table 1": 4, "Table 2": 8, "Table 3": 5, "Table 4": 6, "Table 5": 4, "Table 6": 7, "Table 7": 2,
+                    "Table 8": 6, "Table 9": 0, "Table 10": 10, "Figures": 5}
+
+
+def value(options: list[str], name: str) -> str | None:
+    return options[options.index(name) + 1] if name in options else None
+
+
+def test_what_a_command_needs_another_one_makes():
+    made = {value(options, "--out") for _, *options in EXPERIMENTS}
+    for program, *options in EXPERIMENTS:
+        for name in ("--init", "--ckpt", "--train-json"):
+            path = value(options, name)
+            if path is not None and path.startswith("runs/"):
+                assert path in made or str(Path(path).parent) in made, path
+
+
+OF_SIZE = {"--backbone", "--schedule", "--iters", "--batch-size", "--lr", "--min-size", "--max-size", "--out", "--data",
+           "--teacher-min-size", "--teacher-max-size", "--init", "--train-json", "--train-images"}
+
+
+def without_size(options: list[str]) -> tuple[str, ...]:
+    """Options less those that say how large and long a run is and where its files are."""
+    kept, skipping = [], False
+    for word in options:
+        if word.startswith("--"):
+            skipping = word in OF_SIZE
+        if not skipping:
+            kept.append(word)
+    return tuple(kept)
+
+
+@pytest.mark.parametrize("options", sorted({without_size(options) for program, *options in EXPERIMENTS
+                                            if program == "train.py"}), ids=lambda o: " ".join(o) or "boxteacher")
+def test_every_kind_of_training_trains_a_step(options, drawn, warm, tmp_path):  # noqa: F811
+    files = ["--train-json", drawn / "annotations/instances_train2017.json", "--train-images", drawn / "train2017"]
+    assert command(*files, *SMALL, "--init", warm, "--iters", 2, "--out", tmp_path, *options) == 0
+    lines = losses_of(tmp_path)
+    assert all(math.isfinite(v) for line in lines for v in line.values()) and lines[0]["loss"] != lines[1]["loss"]
