@@ -93,17 +93,22 @@ def agreement(annotations: CocoBoxes, rles: list[dict]) -> tuple[np.ndarray, np.
 
 
 def report_agreement(annotations: CocoBoxes, rles: list[dict], scores: np.ndarray) -> None:
-    """Print how good the masks are, and whether their scores tell."""
+    """Print how good the masks are, for which boxes (COCO's ranges of area), and whether their scores tell."""
     masks, filled = agreement(annotations, rles)
     given = scores > 0
     best_first = np.flatnonzero(given)[np.argsort(-scores[given], kind="stable")]
     quarter = max(1, len(best_first) // 4)
-    print(f"mean IoU with the masks that the file has, {len(masks)} boxes")
-    for text, values in (("boxes filled", filled), ("boxes filled, of those with a mask", filled[given]),
-                         ("masks", masks[given]), ("    the quarter of the best scores", masks[best_first[:quarter]]),
-                         ("    the quarter of the worst", masks[best_first[-quarter:]]),
-                         ("masks, boxes filled where there is none", np.where(given, masks, filled))):
-        print(f"    {text:44}" + (f"{values.mean():.3f}" if len(values) else "-"))
+    sides = np.sqrt((annotations.boxes[:, 2:] - annotations.boxes[:, :2]).prod(1))
+    rows = [("all boxes", np.ones(len(masks), bool)), ("boxes without a mask", ~given), ("boxes with a mask", given)]
+    rows += [(f"    {text}", given & (low <= sides) & (sides < high)) for text, low, high in (
+        ("under 32 x 32 pixels", 0, 32), ("32 x 32 to 96 x 96", 32, 96), ("larger", 96, np.inf))]
+    rows += [("    the quarter of the best scores", np.isin(np.arange(len(masks)), best_first[:quarter])),
+             ("    the quarter of the worst scores", np.isin(np.arange(len(masks)), best_first[-quarter:]))]
+    print(f"mean IoU with the masks that the file has\n{'':36}{'number':>8}{'filled':>8}{'mask':>8}")
+    for text, of in rows:
+        cells = [f"{values[of].mean():8.3f}" if of.any() else f"{'-':>8}" for values in (filled, masks)]
+        print(f"{text:36}{of.sum():8}" + "".join(cells))
+    print(f"masks, boxes filled where there is none: {np.where(given, masks, filled).mean():.3f}")
 
 
 def draw_labels(annotations: CocoBoxes, content: dict, path: str) -> None:

@@ -88,14 +88,26 @@ def test_agreement_by_hand(drawn, tmp_path, capsys):  # noqa: F811
     scores = np.linspace(0.9, 0.5, len(rles))
     scores[1] = 0
     report_agreement(annotations, rles, scores)
-    values = {line[:48].strip(): line[48:] for line in capsys.readouterr().out.splitlines()[1:]}
-    n, given = len(rles), np.delete(masks, 1)
-    assert values["boxes filled"] == f"{filled.mean():.3f}" and values["masks"] == f"{given.mean():.3f}"
-    assert values["the quarter of the best scores"] == f"{given[:(n - 1) // 4].mean():.3f}" != "1.000"
-    assert values["the quarter of the worst"] == "1.000"
-    assert values["masks, boxes filled where there is none"] == f"{(given.sum() + filled[1]) / n:.3f}"
+    lines = capsys.readouterr().out.splitlines()
+    values = {line[:36].strip(): line[36:].split() for line in lines[2:-1]}
+
+    def means(of) -> list[str]:
+        return [str(of.sum()), *(f"{x[of].mean():.3f}" if of.any() else "-" for x in (filled, masks))]
+
+    n, given = len(rles), scores > 0
+    quarter = (n - 1) // 4
+    assert values["all boxes"] == means(np.ones(n, bool)) and values["boxes with a mask"] == means(given)
+    assert values["boxes without a mask"] == ["1", f"{filled[1]:.3f}", "0.000"]
+    best, worst = np.delete(np.arange(n), 1)[:quarter], np.arange(n)[-quarter:]
+    assert values["the quarter of the best scores"] == means(np.isin(np.arange(n), best))
+    assert values["the quarter of the worst scores"] == means(np.isin(np.arange(n), worst))
+    assert values["the quarter of the best scores"][2] != "1.000" == values["the quarter of the worst scores"][2]
+    area = (annotations.boxes[:, 2:] - annotations.boxes[:, :2]).prod(1)
+    assert values["under 32 x 32 pixels"] == means(given & (area < 32 ** 2)) != means(given)
+    assert values["32 x 32 to 96 x 96"] == means(given & (area >= 32 ** 2)) and values["larger"] == ["0", "-", "-"]
+    assert lines[-1].endswith(f": {(masks[given].sum() + filled[1]) / n:.3f}")
     report_agreement(annotations, rles, np.zeros(n))
-    assert capsys.readouterr().out.count(" -\n") == 4
+    assert capsys.readouterr().out.count("       -       -\n") == 6
 
 
 def test_measure_and_sheet_from_the_command_line(drawn, warm, tmp_path, capsys):  # noqa: F811
@@ -104,7 +116,7 @@ def test_measure_and_sheet_from_the_command_line(drawn, warm, tmp_path, capsys):
                "--device", "cpu"]
     selftraining.main([*command, "--measure", "--sheet", str(sheet)])
     shown = capsys.readouterr().out
-    assert "boxes have a mask\nmean IoU with the masks that the file has, " in shown and f"sheet: {sheet}" in shown
+    assert "boxes have a mask\nmean IoU with the masks that the file has\n" in shown and f"sheet: {sheet}" in shown
     picture = np.asarray(Image.open(sheet))
     assert picture.shape[0] > 4 * 320 and picture.std() > 20
 
