@@ -1,7 +1,7 @@
 # make demo   a small BoxTeacher learns masks from the boxes of drawn shapes and is evaluated: 12 minutes on 2 CPU cores
 # make test   the tests
 # make experiments   the methods and ablations of the paper on drawn shapes, 3 seeds each: hours; goes on where stopped
-# Both make .venv and install requirements.txt first, where that is missing or older.
+# All make .venv and install requirements.txt first, where that is missing or older.
 
 PYTHON ?= python3
 PY := .venv/bin/python

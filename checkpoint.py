@@ -8,7 +8,7 @@
     config      every option of the run, and the sizes to test at
     iteration   finished iterations
     student     state dict
-    teacher     state dict, or None where the method has no teacher
+    teacher     state dict: the teacher, or with --average the average; None where there is neither
     optimizer, scaler   state dicts; in last.pt only, what a resume needs beyond the above
 
 All load with weights_only=True: loading never runs code from the file. The checkpoints that BoxTeacher's authors and

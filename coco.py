@@ -246,5 +246,8 @@ class CocoBoxes:
 
     def mask(self, i: int, box: int) -> np.ndarray:
         """(height, width) uint8, 0 or 1: the mask of box number `box` of all m, one of picture i."""
-        counts = self.rles[self.rle_offsets[box]:self.rle_offsets[box + 1]].tobytes()
-        return coco_mask.decode({"size": self.size(i), "counts": counts})
+        return coco_mask.decode(self.rle(i, box))
+
+    def rle(self, i: int, box: int) -> dict:
+        """The same as pycocotools' run lengths."""
+        return {"size": self.size(i), "counts": self.rles[self.rle_offsets[box]:self.rle_offsets[box + 1]].tobytes()}

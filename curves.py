@@ -2,8 +2,9 @@
 
     python evaluate.py --curves curves.png runs/boxinst-r50-coco runs/boxteacher-r50-coco
 
-Reads metrics.jsonl, which train.py writes. A panel for each quantity that some run has; those that share a panel
-share its scale. `axes` is also what quality.py draws on. Not from the paper.
+Reads metrics.jsonl, which train.py writes. A panel for each quantity that some run has. AP is that of train.py's own
+evaluations: rescored by the masks for BoxTeacher, of the averaged weights where there are any. `axes` is also what
+quality.py draws on. Not from the paper.
 """
 import json
 import math
@@ -18,8 +19,9 @@ from coco import DataError
 # title, key of a line of metrics.jsonl (of its evaluation, where it is a pair)
 PANELS = (("mask AP", ("segm", "AP")), ("box AP", ("bbox", "AP")), ("IoU of pseudo masks", "label_iou"),
           ("IoU of the student's masks", "student_iou"), ("class loss", "loss_cls"), ("box loss", "loss_box"),
-          ("projection loss", "loss_projection"), ("pairwise loss", "loss_pairwise"), ("mask loss", "loss_mask"),
-          ("pixel loss", "loss_pixel"), ("affinity loss", "loss_affinity"), ("total loss", "loss"))
+          ("centerness loss", "loss_centerness"), ("projection loss", "loss_projection"),
+          ("pairwise loss", "loss_pairwise"), ("mask loss", "loss_mask"), ("pixel loss", "loss_pixel"),
+          ("affinity loss", "loss_affinity"), ("total loss", "loss"))
 COLOURS = ((30, 90, 200), (210, 70, 40), (40, 150, 70), (150, 80, 190), (200, 140, 20), (20, 150, 160), (90, 90, 100))
 INK, GRID = (40, 40, 46), (226, 226, 230)
 WIDTH, HEIGHT = 270, 170                  # of a panel's axes, pixels
@@ -29,21 +31,24 @@ LEGEND = 24                               # height of a line of the legend
 
 
 def draw_curves(runs: list[str], path: str) -> None:
-    """Write the PNG. Raises DataError where a run has no readable metrics.jsonl or none has anything to draw."""
+    """Write the PNG. Raises DataError for more runs than COLOURS, no readable metrics.jsonl, or nothing to draw."""
+    if len(runs) > len(COLOURS):
+        raise DataError(f"{len(runs)} runs are too many to be told apart in one picture: name at most {len(COLOURS)}")
     lines = [read_metrics(run) for run in runs]
     panels = [(title, [series(of_run, key) for of_run in lines]) for title, key in PANELS]
     panels = [(title, curves) for title, curves in panels if any(curves)]
     if not panels:
         raise DataError(f"{', '.join(runs)}: no iterations were logged yet")
-    columns, font = min(PER_LINE, len(panels)), ImageFont.load_default(size=12)
+    columns, font, large = min(PER_LINE, len(panels)), ImageFont.load_default(size=12), ImageFont.load_default(size=14)
     cell = LEFT + WIDTH + RIGHT, TOP + HEIGHT + BOTTOM
     top = LEGEND * len(runs) + 8
-    canvas = Image.new("RGB", (columns * cell[0], top + math.ceil(len(panels) / columns) * cell[1]), "white")
+    width = max(columns * cell[0], LEFT + 50 + math.ceil(max(large.getlength(run) for run in runs)))
+    canvas = Image.new("RGB", (width, top + math.ceil(len(panels) / columns) * cell[1]), "white")
     draw = ImageDraw.Draw(canvas)
     for k, run in enumerate(runs):
         y = LEGEND * k + LEGEND // 2 + 4
-        draw.line([(LEFT, y), (LEFT + 26, y)], COLOURS[k % len(COLOURS)], 3)
-        draw.text((LEFT + 34, y), run, INK, ImageFont.load_default(size=14), "lm")
+        draw.line([(LEFT, y), (LEFT + 26, y)], COLOURS[k], 3)
+        draw.text((LEFT + 34, y), run, INK, large, "lm")
     last = max(x for _, curves in panels for curve in curves for x, _ in curve)
     for k, (title, curves) in enumerate(panels):
         left, y = (k % columns) * cell[0] + LEFT, top + (k // columns) * cell[1] + TOP
@@ -54,14 +59,20 @@ def draw_curves(runs: list[str], path: str) -> None:
 
 def read_metrics(run: str) -> list[dict]:
     """The lines of a run's metrics.jsonl; the last one is left out where a running process has not finished it."""
-    path = Path(run) / "metrics.jsonl"
+    path, lines = Path(run) / "metrics.jsonl", []
     try:
         rows = path.read_text(encoding="utf-8").splitlines()
-        return [json.loads(row) for row in rows[:-1]] + [json.loads(row) for row in rows[-1:] if row.endswith("}")]
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; a run's folder is wanted") from None
-    except ValueError as error:
-        raise DataError(f"{path}: not the log of a run: {error}") from None
+    for number, row in enumerate(rows, 1):
+        try:
+            line = json.loads(row)
+            series([line], "iter"), series([line], ("segm", "AP"))  # it has an iteration; an evaluation is one
+            lines.append(line)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            if number < len(rows):
+                raise DataError(f"{path}: line {number} is not one of a run's log") from None
+    return lines
 
 
 def series(lines: list[dict], key: str | tuple[str, str]) -> list[tuple[int, float]]:
@@ -77,8 +88,10 @@ def draw_panel(canvas: Image.Image, left: int, top: int, title: str, curves: lis
                last: int, font: ImageFont.FreeTypeFont) -> None:
     """One quantity of all runs, from iteration 0 to `last`, its axes' upper left corner at (left, top)."""
     values = np.array([y for curve in curves for _, y in curve])
-    low, high = values.min(), np.quantile(values, 0.98)  # a first value far off would flatten the rest
-    x_ticks, y_ticks = ticks(0, last), ticks(low, max(high, values[-1]))
+    low, high = values.min(), values.max()
+    if title.endswith("loss"):  # a first value far off would flatten the rest
+        high = max(np.quantile(values, 0.98), *(curve[-1][1] for curve in curves if curve))
+    x_ticks, y_ticks = ticks(0, last), ticks(low, high)
     low, high = min(low, y_ticks[0]), max(high, y_ticks[-1])
     axes(canvas, left, top, WIDTH, HEIGHT, [(x / last, f"{x:g}") for x in x_ticks],
          [((y - low) / (high - low), f"{y:g}") for y in y_ticks], "", "", font)
@@ -87,9 +100,9 @@ def draw_panel(canvas: Image.Image, left: int, top: int, title: str, curves: lis
     for k, curve in enumerate(curves):
         xy = [(left + x / last * WIDTH, top + (1 - min((y - low) / (high - low), 1.0)) * HEIGHT) for x, y in curve]
         if len(xy) > 1:
-            draw.line(xy, COLOURS[k % len(COLOURS)], 2, joint="curve")
+            draw.line(xy, COLOURS[k], 2, joint="curve")
         for x, y in xy if len(xy) <= 20 else []:
-            draw.ellipse((x - 2.5, y - 2.5, x + 2.5, y + 2.5), COLOURS[k % len(COLOURS)])
+            draw.ellipse((x - 2.5, y - 2.5, x + 2.5, y + 2.5), COLOURS[k])
 
 
 def ticks(low: float, high: float) -> list[float]:

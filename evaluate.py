@@ -314,6 +314,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("one of --ckpt FILE and --curves FILE RUN... is needed")
     if args.curves and len(args.curves) < 2:
         parser.error("argument --curves: expected FILE RUN..., the picture to write and at least one run's folder")
+    if args.curves and any((args.results, args.metrics, args.sheet, args.score_quality, args.cityscapes_results)):
+        parser.error("argument --curves: it evaluates nothing, so there is nothing else to write")
     if (args.val_json is None) != (args.val_images is None):
         parser.error("--val-json and --val-images go together")
     if args.workers < 0:
@@ -358,6 +360,8 @@ def run(args: argparse.Namespace) -> None:
                              lambda batch: matches(model, batch, args.score_threshold), **how)
     if rank == 0:
         write_json(args.results, results)
+        if not len(annotations.boxes):
+            print(f"{json_path} has no objects to compare with: no AP")
         metrics = coco_metrics(json_path, results)
         print_tables(metrics)
         if args.score_quality:

@@ -1,4 +1,4 @@
-"""The comparisons of Tables 3, 5, 6 and 7 on drawn shapes, over seeds, by one command (results: EXPERIMENTS.md).
+"""The comparisons of Tables 3 to 7 on drawn shapes, over seeds, by one command (results: EXPERIMENTS.md).
 
     python experiments.py                              every row, seeds 0 1 2; goes on where it was stopped
     python experiments.py --seeds 3 4 5                the same on other seeds
@@ -7,19 +7,22 @@
 
 A run is train.py with RECIPE and the options of RUNS, in OUT/seed<N>/<run>, evaluated twice: with the detector's
 scores and with those rescored by the masks, so that rescoring is not mistaken for learning. Runs go side by side,
-each on its share of the CPU cores. The table is printed and written to OUT/table.md.
+each on its share of the CPU cores. OUT/recipe.json keeps what they were made with: others do not mix with them.
 """
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from coco import DataError
+from coco import DataError, datasets
+from data import positive
 from shapes import write_shapes
 
 RECIPE = ("--backbone r18-slim --backbone-weights none --channels 64 --min-size 128 --max-size 128 "
@@ -75,22 +78,52 @@ def cores() -> int:
 
 
 class Experiments:
-    """The folders and threads that all runs share."""
+    """The folders, and the scripts that are running."""
 
     def __init__(self, args: argparse.Namespace):
-        self.data, self.out, self.amp, self.eval_every = Path(args.data), Path(args.out), args.amp, args.eval_every
+        self.out, self.amp, self.eval_every = Path(args.out), args.amp, args.eval_every
+        (self.train_json, self.train_images), (self.val_json, self.val_images) = datasets(args.data)
         threads = max(1, cores() // args.jobs)
         self.environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        self.stopped, self.running, self.lock = False, set(), threading.Lock()
 
     def python(self, folder: Path, script: str, *options) -> None:
         """Run a script of this project, its output at the end of folder/log.txt; RuntimeError where it fails."""
-        folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, options)]
-        with (folder / "log.txt").open("a") as log:
-            print("$", " ".join(command), file=log, flush=True)
-            status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=self.environment).returncode
+        with self.lock:
+            if self.stopped:
+                raise RuntimeError("stopped")
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "log.txt").open("a") as log:
+                print("$", " ".join(command), file=log, flush=True)
+                process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self.environment,
+                                           start_new_session=True)  # Ctrl-C reaches it through `stop` alone, once
+            self.running.add(process)
+        status = process.wait()
+        self.running.discard(process)
         if status:
             raise RuntimeError(f"{script} ended with status {status}; see {folder / 'log.txt'}")
+
+    def stop(self, number: int, frame) -> None:
+        """On SIGINT or SIGTERM: begin nothing more, and ask the scripts to end; train.py saves first."""
+        with self.lock:
+            self.stopped = True
+        for process in list(self.running):
+            process.terminate()
+
+    def check_recipe(self) -> None:
+        """Write OUT/recipe.json, or refuse to mix runs that were made in different ways."""
+        recipe = json.loads(json.dumps({"amp": self.amp, "train": str(self.train_json), "recipe": RECIPE,
+                                        "from start": FROM_START, "runs": RUNS}))
+        path = self.out / "recipe.json"
+        if path.exists():
+            old = json.loads(path.read_text())
+            changed = [key for key in recipe if key != "runs" and old.get(key) != recipe[key]]
+            changed += [run for run, options in old["runs"].items() if RUNS.get(run, options) != options]
+            if changed:
+                raise DataError(f"{self.out} holds runs that were made with another {changed[0]}; choose another --out")
+        self.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(recipe, indent=1))
 
     def folder(self, run: str, seed: int) -> Path:
         return self.out / f"seed{seed}" / run
@@ -99,25 +132,25 @@ class Experiments:
         """Train a run to its end (train.py goes on with what is there), then evaluate each of its rows."""
         for future in needed:
             future.result()
-        folder, annotations = self.folder(run, seed), self.data / "annotations/instances_train2017.json"
+        folder, annotations = self.folder(run, seed), self.train_json
         if run == "self-training":
             annotations = folder / "labels.json"
             if not annotations.exists():
-                self.python(folder, "selftraining.py", "--data", self.data, "--ckpt",
-                            self.folder("boxinst", seed) / "final.pt", "--weights", "student", "--out", annotations,
-                            "--workers", 0)
+                self.python(folder, "selftraining.py", "--train-json", self.train_json, "--train-images",
+                            self.train_images, "--ckpt", self.folder("boxinst", seed) / "final.pt", "--weights",
+                            "student", "--out", annotations, "--workers", 0)
+        validation = ["--val-json", self.val_json, "--val-images", self.val_images]
         if not (folder / "final.pt").exists():
             start = [] if run == "start" else ["--init", self.folder("start", seed) / "final.pt", *FROM_START]
             # named file by file, nothing is evaluated in the run, unless asked for: that follows
-            validation = ["--val-json", self.data / "annotations/instances_val2017.json", "--val-images",
-                          self.data / "val2017", "--eval-every", self.eval_every] if self.eval_every else []
-            self.python(folder, "train.py", "--train-json", annotations, "--train-images", self.data / "train2017",
-                        *validation, *RECIPE, *start, *RUNS[run], "--seed", seed, "--amp", self.amp, "--out", folder)
+            evaluation = [*validation, "--eval-every", self.eval_every] if self.eval_every else []
+            self.python(folder, "train.py", "--train-json", annotations, "--train-images", self.train_images,
+                        *evaluation, *RECIPE, *start, *RUNS[run], "--seed", seed, "--amp", self.amp, "--out", folder)
         for name, row in ROWS.items():
             for rescore in ("off", "on"):
                 metrics = self.metrics(name, seed, rescore)
                 if row.run == run and not metrics.exists():
-                    self.python(folder, "evaluate.py", "--data", self.data, "--ckpt", folder / "final.pt", "--weights",
+                    self.python(folder, "evaluate.py", *validation, "--ckpt", folder / "final.pt", "--weights",
                                 row.weights, "--rescore", rescore, "--metrics", metrics, "--batch-size", 8,
                                 "--workers", 0)
         print(f"seed {seed}: {run} is complete", flush=True)
@@ -132,16 +165,18 @@ class Experiments:
         """All runs, `jobs` at a time; where some fail the others go on, then the first failure is raised."""
         needs = {run: ["start"] for run in RUNS if run != "start"} | {"self-training": ["boxinst"], "start": []}
         wanted = {ROWS[row].run for row in rows} | {"start"} | ({"boxinst"} if "self-training" in rows else set())
-        futures, pool = {}, ThreadPoolExecutor(jobs)
-        try:
+        futures = {}
+        before = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        with ThreadPoolExecutor(jobs) as pool:
             for run in RUNS:  # one that waits for another is always behind it: no deadlock
                 for seed in seeds:
                     if run in wanted:
                         needed = [futures[other, seed] for other in needs[run]]
                         futures[run, seed] = pool.submit(self.complete, run, seed, needed)
-            wait(futures.values())
-        finally:  # after Ctrl-C, which the scripts heard too: they save and end, no more are begun
-            pool.shutdown(cancel_futures=True)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if self.stopped:
+            raise RuntimeError("stopped: the same command goes on from there")
         for future in futures.values():
             future.result()
 
@@ -152,7 +187,9 @@ class Experiments:
 def table(experiments: Experiments, rows: list[str], seeds: list[int]) -> str:
     """Markdown: a line for each row that has results, mean and standard deviation over its seeds.
 
-    "over BoxInst" is the difference of mask AP within a seed: both runs began with the same weights.
+    "over BoxInst" is the difference of mask AP within a seed, where both runs began with the same weights. "label
+    IoU" and "student IoU" are of training boxes in the last logged iterations: the teacher's masks, and the
+    student's on the boxes that got one (all boxes, where no teacher labels).
     """
     columns = ("seeds", "mask AP", "over BoxInst", "AP50", "AP75", "mask AP, rescored", "box AP", "label IoU",
                "student IoU")
@@ -166,7 +203,7 @@ def table(experiments: Experiments, rows: list[str], seeds: list[int]) -> str:
         gains = [m["segm"]["AP"] - experiments.figures("boxinst", seed, "off")["segm"]["AP"]
                  for m, seed in zip(plain, found) if experiments.metrics("boxinst", seed, "off").exists()]
         cells = [[m["segm"][figure] for m in plain] for figure in ("AP", "AP50", "AP75")]
-        cells.insert(1, [] if row in ("start", "boxinst") else gains)
+        cells.insert(1, gains if row not in ("start", "boxinst") and len(gains) == len(found) else [])
         cells += [[m["segm"]["AP"] for m in rescored], [m["bbox"]["AP"] for m in plain]]
         cells += [[100 * line[name] for line in last if line.get(name) is not None]
                   for name in ("label_iou", "student_iou")]
@@ -196,31 +233,37 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of weights, order and augmentation")
     add("--table", action="store_true", help="train nothing, print the table of what is there")
     add("--out", default="runs/experiments", metavar="DIR", help="where the runs are")
-    add("--data", default="datasets/shapes", metavar="DIR", help="drawn there first where it is missing")
-    add("--eval-every", type=int, metavar="N", help="iterations between evaluations within a run, for curves of AP")
-    add("--jobs", type=int, default=cores(), help="runs side by side")
-    add("--amp", default="off", choices=["auto", "off", "bf16"], help="as in train.py")
-    return parser.parse_args(argv)
+    add("--data", default="shapes", help="shapes (under datasets/, drawn there where missing), or a folder in COCO "
+        "layout, with masks")
+    add("--eval-every", type=positive, metavar="N", help="iterations between evaluations within a run, for curves of "
+        "AP, which is rescored for boxteacher and of the averaged weights for boxinst; None: no such evaluations")
+    add("--jobs", type=positive, default=cores(), help="runs side by side; take few where they share a GPU")
+    add("--amp", default="off", choices=["auto", "off", "bf16", "fp16"], help="of training, as in train.py")
+    args = parser.parse_args(argv)
+    args.rows, args.seeds = list(dict.fromkeys(args.rows)), list(dict.fromkeys(args.seeds))
+    if min(args.seeds) < 0:
+        parser.error("argument --seeds: a seed is 0 or more")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    experiments = Experiments(args)
+    args, problem = parse_arguments(argv), None
     try:
+        experiments = Experiments(args)
         if not args.table:
-            if not Path(args.data).exists():
-                write_shapes(args.data)
-            experiments.all(args.rows, args.seeds, args.jobs)
-    except (DataError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
+            if args.data == "shapes" and not Path(experiments.train_json).exists():
+                write_shapes(Path(experiments.train_json).parents[1])
+            experiments.check_recipe()
+            try:
+                experiments.all(args.rows, args.seeds, args.jobs)
+            except RuntimeError as error:
+                problem = error
+        print(table(experiments, args.rows, args.seeds))
+    except (DataError, OSError) as error:
+        problem = error
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("stopped: the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
-    text = table(experiments, args.rows, args.seeds)
-    print(text)
-    experiments.out.mkdir(parents=True, exist_ok=True)
-    (experiments.out / "table.md").write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
     python selftraining.py --ckpt runs/boxinst-r50-coco/final.pt --data coco --out runs/labels.json
     python train.py --method condinst --train-json runs/labels.json --train-images datasets/coco/train2017 ...
 
-Its predictions are given to the boxes by Alg. 1, the masks cut to the boxes and written as a COCO annotation file,
-from which stage two learns as from true masks. BoxTeacher does both at once, and weighs each mask with its score.
+Its predictions are given to the boxes by Alg. 1, in the order of the mask-aware score (Sec. 2 takes the detector's),
+the masks cut to the boxes and written as a COCO annotation file, from which stage two learns as from true masks.
+BoxTeacher does both at once, and weighs each mask with its score.
 """
 import argparse
 import json
@@ -85,7 +86,7 @@ def agreement(annotations: CocoBoxes, rles: list[dict]) -> tuple[np.ndarray, np.
     """IoU with the masks that the annotations have, of the masks `rles` and of the boxes filled: (m,) each."""
     masks, filled = np.zeros(len(rles)), np.zeros(len(rles))
     for i, k in ((i, k) for i in range(len(annotations)) for k in range(*annotations.offsets[i:i + 2])):
-        truth = coco_mask.encode(np.asfortranarray(annotations.mask(i, k)))
+        truth = annotations.rle(i, k)
         x0, y0, x1, y1 = annotations.boxes[k].astype(float)
         box = coco_mask.frPyObjects(np.array([[x0, y0, x1 - x0, y1 - y0]]), *annotations.size(i))
         masks[k], filled[k] = coco_mask.iou([rles[k], *box], [truth], [0])[:, 0]

