@@ -272,7 +272,7 @@ def test_twenty_steps_on_one_batch_lower_every_loss_of_boxes(warm):
 def test_twenty_steps_on_one_batch_lower_the_losses_of_pseudo_masks(drawn, warm, tmp_path, monkeypatch):
     """A student that has forgotten its masks learns them again from the teacher, which is held still: otherwise
     it moves the target, and labels more boxes from step to step."""
-    monkeypatch.setattr(train.teacher_module, "update", lambda teacher, student, momentum: None)
+    monkeypatch.setattr(train.teacher_module, "update", lambda *_, **__: None)
     run, annotations = new_run(drawn, tmp_path, "--init", str(warm), "--optimizer", "adamw", "--lr", "5e-4",
                                "--iters", "100", "--warmup", "0", "--clip-grad", "10")
     torch.nn.init.normal_(run.model.head.controller.weight, std=0.01)
