@@ -96,8 +96,8 @@ def test_what_a_command_needs_another_one_makes():
 
 
 OF_SIZE = {"--amp", "--backbone", "--channels", "--schedule", "--iters", "--batch-size", "--lr", "--min-size",
-           "--max-size", "--teacher-min-size", "--teacher-max-size", "--init", "--train-json", "--train-images", "--data",
-           "--out"}
+           "--max-size", "--teacher-min-size", "--teacher-max-size", "--init", "--train-json", "--train-images",
+           "--data", "--out"}
 
 
 def without_size(options: list[str]) -> tuple[str, ...]:
