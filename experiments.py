@@ -85,7 +85,7 @@ class Experiments:
         (self.train_json, self.train_images), (self.val_json, self.val_images) = datasets(args.data)
         threads = max(1, cores() // args.jobs)
         self.environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        self.stopped, self.running, self.lock = False, set(), threading.Lock()
+        self.stopped, self.running, self.lock = False, set(), threading.RLock()
 
     def python(self, folder: Path, script: str, *options) -> None:
         """Run a script of this project, its output at the end of folder/log.txt; RuntimeError where it fails."""

@@ -116,11 +116,11 @@ def draw_labels(annotations: CocoBoxes, content: dict, path: str) -> None:
     """A sheet of 12 pictures from those with the surest masks to those with the least sure: boxes, masks, old masks."""
     results = [content["annotations"][row] for row in annotations.rows.tolist()]
     results = [row for row in results if row["score"] > 0]
-    surest = {}
+    scores = {}
     for row in results:
-        surest.setdefault(row["image_id"], []).append(row["score"])
+        scores.setdefault(row["image_id"], []).append(row["score"])
     place = {image_id: i for i, image_id in enumerate(annotations.image_ids.tolist())}
-    order = [place[image_id] for image_id, _ in sorted(surest.items(), key=lambda one: -np.mean(one[1]))]
+    order = [place[image_id] for image_id, _ in sorted(scores.items(), key=lambda one: -np.mean(one[1]))]
     rows = sheet_rows(annotations, ground_truth(annotations.json_path), results, 12, order)
     sheet(rows, path, [c["name"] for c in annotations.classes], threshold=0)
     print(f"sheet: {path}")
