@@ -1,13 +1,16 @@
-"""COCO-format annotation files: found, checked, and kept as flat arrays.
+"""COCO-format annotation files: found, checked, kept as flat arrays, and written.
 
-`datasets` says where the files are, `CocoBoxes` reads one. Everything that can be wrong with it is a DataError whose
-message is one line: which file, which ids, what to do. Boxes are xyxy in pixels, sizes (height, width). Learning
-from boxes never looks at `segmentation`; only `masks=True` does.
+`datasets` says where the files are, `CocoBoxes` reads one, `write_files` writes some. Whatever is wrong with a file is
+one line of text: which file, which ids, what to do. Functions named `..._problems` yield all such texts, for `python
+data.py check` (check.py); to read a file is to raise the first as a DataError. Boxes are xyxy in pixels, sizes (height,
+width). Learning from boxes never looks at `segmentation`; only `masks=True` does.
 """
+import contextlib
 import json
 import os
 import re
 import sys
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -24,9 +27,12 @@ COCO_NAMES = (
 COCO_IDS = sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
 COCO_CLASSES = [{"id": number, "name": name} for number, name in zip(COCO_IDS, COCO_NAMES)]
 
+NAMES = ("coco", "cityscapes", "shapes")      # data sets that are looked for under datasets/
+
 GET_DATA = ("put train2017/, val2017/ and annotations/ of cocodataset.org into datasets/coco, "
             "or make the small set: python data.py shapes datasets/shapes; "
-            "or the files of Cityscapes: python data.py cityscapes datasets/cityscapes")
+            "or the files of Cityscapes: python data.py cityscapes datasets/cityscapes; "
+            "or those of Pascal VOC or YOLO labels of your own: python data.py voc DIR, python data.py yolo DIR")
 
 
 class DataError(Exception):
@@ -49,29 +55,43 @@ def warn(message: str) -> None:
 
 def datasets(data: str, train_json=None, train_images=None, val_json=None, val_images=None):
     """-> ((train_json, train_images), (val_json, val_images)), the paths of `data`: coco, cityscapes, shapes or
-    a folder in COCO layout, or in Cityscapes' (its pictures stay in leftImg8bit). Files given one by one win."""
-    root = os.path.join("datasets", data) if data in ("coco", "cityscapes", "shapes") else data
-    cityscapes = data == "cityscapes" or os.path.isdir(os.path.join(root, "leftImg8bit"))
-    pictures = os.path.join("leftImg8bit", "{}") if cityscapes else "{}2017"
+    a folder in COCO layout, or one of other layout with annotation files added (see `picture_folder`). Files given
+    one by one win."""
+    root = os.path.join("datasets", data) if data in NAMES else data
     return ((train_json or os.path.join(root, "annotations", "instances_train2017.json"),
-             train_images or os.path.join(root, pictures.format("train"))),
+             train_images or picture_folder(data, root, "train")),
             (val_json or os.path.join(root, "annotations", "instances_val2017.json"),
-             val_images or os.path.join(root, pictures.format("val"))))
+             val_images or picture_folder(data, root, "val")))
+
+
+def picture_folder(data: str, root: str, split: str) -> str:
+    """Where the pictures of a split are: COCO's folder, or where Cityscapes, Pascal VOC and YOLO have them.
+
+    `data.py cityscapes`, `voc` and `yolo` leave pictures in their place; the file names of the last two begin there."""
+    if data == "cityscapes" or os.path.isdir(os.path.join(root, "leftImg8bit")):
+        return os.path.join(root, "leftImg8bit", split)
+    if data not in NAMES and not os.path.isdir(os.path.join(root, "train2017")) and any(
+            os.path.isdir(os.path.join(root, folder)) for folder in ("JPEGImages", "images")):
+        return root
+    return os.path.join(root, f"{split}2017")
 
 
 def first_five(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def refuse(path: str, kind: str, rows: list, broken, why: str) -> None:
-    """Raises DataError if any of `broken`, one bool for each of `rows`, holds; names the first five."""
+def named(path: str, kind: str, rows: list, bad: list[int], why: str) -> Iterator[str]:
+    """The text that `bad`, places in `rows`, are broken, if there are any; names the first five."""
     def name(i):
-        named = isinstance(rows[i], dict) and "id" in rows[i]
-        return f"id {rows[i]['id']!r:.40}" if named else f"entry {i}"
-    bad = [i for i, is_broken in enumerate(broken) if is_broken]
+        has_id = isinstance(rows[i], dict) and "id" in rows[i]
+        return f"id {rows[i]['id']!r:.40}" if has_id else f"entry {i}"
     if bad:
-        names = first_five([name(i) for i in bad])
-        raise DataError(f"{path}: {len(bad)} of {len(rows)} {kind} {why} ({names})")
+        yield f"{path}: {len(bad)} of {len(rows)} {kind} {why} ({first_five([name(i) for i in bad[:6]])})"
+
+
+def raise_first(problems: Iterable[str]) -> None:
+    for problem in problems:
+        raise DataError(problem)
 
 
 def is_integer(value) -> bool:
@@ -89,11 +109,13 @@ def is_side(value) -> bool:
 
 
 def is_name(value) -> bool:
-    return type(value) is str and value != ""
+    return type(value) is str and value != "" and not re.search(r"[\ud800-\udfff]", value)   # half a pair of surrogates
 
 
 def is_inside(name) -> bool:
-    return is_name(name) and not os.path.isabs(name) and ".." not in re.split(r"[/\\]", name)
+    # \udc80 to \udcff stand for bytes of a file's name that are no UTF-8, other halves of pairs for nothing.
+    return (type(name) is str and name != "" and not os.path.isabs(name) and ".." not in re.split(r"[/\\]", name)
+            and not re.search(r"[\ud800-\udc7f\udd00-\udfff]", name))
 
 
 FORMS = {"id": (is_integer, "an integer"), "image_id": (is_integer, "an integer"),
@@ -107,7 +129,15 @@ KEYS = {"images": ("id", "file_name", "width", "height"), "categories": ("id", "
 
 def read_coco(path: str) -> dict[str, list[dict]]:
     """A COCO file, checked: its `images`, `annotations`, `categories` have all their KEYS in the right form
-    and an id of their own. COCO's test pictures come without annotations: then there are none. Raises DataError."""
+    and an id of their own, and every annotation a known picture and category. Raises DataError."""
+    content = load_json(path)
+    raise_first(content_problems(path, content))
+    return content
+
+
+def load_json(path: str):
+    """What a COCO file holds, unchecked. COCO's test pictures come without annotations: then there are none.
+    Raises DataError."""
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
@@ -115,48 +145,83 @@ def read_coco(path: str) -> dict[str, list[dict]]:
         raise DataError(f"annotation file {path} is missing; {GET_DATA}") from None
     except OSError as error:
         raise DataError(f"annotation file {path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}") from None
     if isinstance(content, dict) and "images" in content and "categories" in content:
         content.setdefault("annotations", [])
-    for kind, keys in KEYS.items():
-        if not isinstance(content, dict) or not isinstance(content.get(kind), list):
-            raise DataError(f"{path} has no list '{kind}': it is not a COCO annotation file")
-        check_rows(path, kind, content[kind], keys)
     return content
 
 
-def check_rows(path: str, kind: str, rows: list, keys: tuple[str, ...]) -> None:
-    refuse(path, kind, rows, (type(row) is not dict for row in rows), "are no objects")
-    for key in keys:
-        refuse(path, kind, rows, (key not in row for row in rows), f"have no '{key}'")
+def content_problems(path: str, content) -> Iterator[str]:
+    """Everything by which the content of a JSON file is none of a COCO annotation file, list by list."""
+    lists = {kind: content.get(kind) for kind in KEYS} if isinstance(content, dict) else {"images": None}
+    for kind, rows in lists.items():
+        if isinstance(rows, list):
+            yield from row_problems(path, kind, rows)
+        else:
+            yield f"{path} has no list '{kind}': it is not a COCO annotation file"
+    if all(isinstance(rows, list) for rows in lists.values()):
+        for key, kind in (("image_id", "images"), ("category_id", "categories")):
+            known = {number for _, number in integers(lists[kind], "id")}
+            unknown = [i for i, number in integers(lists["annotations"], key) if number not in known]
+            yield from named(path, "annotations", lists["annotations"], unknown, f"have an unknown {key}")
+
+
+def integers(rows: list, key: str) -> list[tuple[int, int]]:
+    """(place, value) of the rows of which `key` is an integer."""
+    return [(i, row[key]) for i, row in enumerate(rows) if type(row) is dict and is_integer(row.get(key))]
+
+
+def row_problems(path: str, kind: str, rows: list) -> Iterator[str]:
+    """What is wrong with one list of a COCO file. A row that breaks a rule is not asked what builds on that rule."""
+    objects = [i for i, row in enumerate(rows) if type(row) is dict]
+    yield from named(path, kind, rows, [i for i, row in enumerate(rows) if type(row) is not dict], "are no objects")
+    for key in KEYS[kind]:
         right, form = FORMS[key]
-        refuse(path, kind, rows, (not right(row[key]) for row in rows), f"have a '{key}' that is not {form}")
-    first = np.unique([row["id"] for row in rows], return_index=True)[1]
-    refuse(path, kind, rows, ~np.isin(np.arange(len(rows)), first), "have the id of another one")
+        yield from named(path, kind, rows, [i for i in objects if key not in rows[i]], f"have no '{key}'")
+        yield from named(path, kind, rows, [i for i in objects if key in rows[i] and not right(rows[i][key])],
+                         f"have a '{key}' that is not {form}")
+    ids = integers(rows, "id")
+    first = {number: i for i, number in reversed(ids)}
+    yield from named(path, kind, rows, [i for i, number in ids if first[number] != i], "have the id of another one")
     if not rows and kind != "annotations":
-        raise DataError(f"{path} has no {kind}")
+        yield f"{path} has no {kind}"
 
 
-def check_pictures(path: str, images: list[dict], image_dir: str) -> None:
-    """Raises DataError where the folder or a picture is missing."""
+def picture_problems(path: str, images: list[dict], image_dir: str) -> Iterator[str]:
+    """Whether the folder or some of the pictures are missing."""
     if not os.path.isdir(image_dir):
-        raise DataError(f"picture folder {image_dir} is missing; {GET_DATA}")
-    # One listing of the folder instead of a question a picture: the folder may be on a network.
-    there = {entry.name for entry in os.scandir(image_dir)}
+        yield f"picture folder {image_dir} is missing; {GET_DATA}"
+        return
+    try:
+        # One listing of the folder instead of a question a picture: the folder may be on a network.
+        there = {entry.name for entry in os.scandir(image_dir)}
+    except OSError as error:
+        yield f"picture folder {image_dir} cannot be read: {error.strerror}"
+        return
     missing = [row for row in images if row["file_name"] not in there
                and not os.path.exists(os.path.join(image_dir, row["file_name"]))]
     if missing:
-        raise DataError(f"{len(missing)} of {len(images)} pictures of {path} are missing in {image_dir}, "
-                        f"the first: {missing[0]['file_name']!r} (id {missing[0]['id']})")
+        ids = first_five([f"id {row['id']}" for row in missing[:6]])
+        yield (f"{len(missing)} of {len(images)} pictures of {path} are missing in {image_dir}, "
+               f"the first: {missing[0]['file_name']!r} ({ids})")
+
+
+def category_problems(path: str, classes: list[dict], val_path: str, val_classes: list[dict]) -> Iterator[str]:
+    """Whether the files to train and to evaluate on, of `classes` as in CocoBoxes, do not go together."""
+    if classes != val_classes:
+        yield f"{val_path} has other categories than {path}: both must list the same ids and names"
 
 
 def compressed_rle(path: str, annotation: dict, size: tuple[int, int]) -> bytes:
-    """Counts of the compressed RLE of an annotation's `segmentation`: polygons, or RLE, compressed or not.
+    """Counts of the compressed RLE of an annotation's `segmentation`: polygons, none at all (an empty list: an empty
+    mask), or RLE, compressed or not.
 
     Raises DataError, also where an RLE has another size than its picture."""
     segmentation = annotation.get("segmentation")
     try:
+        if segmentation == []:
+            segmentation = {"size": size, "counts": [size[0] * size[1]]}
         if not segmentation:
             raise ValueError("there is none, and masks are needed")
         if isinstance(segmentation, list):
@@ -170,9 +235,33 @@ def compressed_rle(path: str, annotation: dict, size: tuple[int, int]) -> bytes:
         raise DataError(f"{path}: annotation id {annotation['id']}: no usable segmentation: {why}") from None
 
 
+def positions(values: list[int], ids: np.ndarray) -> np.ndarray:
+    """Where in `ids` each of the values stands; all do."""
+    order = np.argsort(ids)
+    return order[np.searchsorted(ids, np.array(values, np.int64), sorter=order)]
+
+
 def packed(strings: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     """-> the n strings in one uint8 array, and the (n+1,) offsets of each in it."""
     return np.frombuffer(b"".join(strings), np.uint8), np.cumsum([0, *map(len, strings)])
+
+
+def clipped(annotations: list[dict], sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Boxes within their pictures, `sizes` (all,2) -> (all,4) float64 xyxy; (all,) bool, those of crowds; (all,)
+    bool, others of under 1 px."""
+    xywh = np.array([row["bbox"] for row in annotations], np.float64).reshape(-1, 4)
+    limits = sizes[:, ::-1]
+    low, high = np.clip(xywh[:, :2], 0, limits), np.clip(xywh[:, :2] + xywh[:, 2:], 0, limits)
+    crowd = np.array([bool(row.get("iscrowd")) for row in annotations], bool)
+    small = (high - low < 1 - 1e-6).any(1) & ~crowd              # (0.4 + 1) - 0.4 is a little under 1
+    return np.concatenate([low, high], 1), crowd, small
+
+
+def small_problems(path: str, annotations: list[dict], small: np.ndarray) -> Iterator[str]:
+    if small.any():
+        ids = first_five([str(annotations[i]["id"]) for i in np.flatnonzero(small)[:6]])
+        yield (f"{path}: {small.sum()} of {len(annotations)} boxes dropped, "
+               f"less than 1 pixel wide or high within the image (annotation id {ids})")
 
 
 class CocoBoxes:
@@ -181,7 +270,8 @@ class CocoBoxes:
     image_ids (n,) int64; sizes (n,2) int32, (height, width) of the files; boxes (m,4) float32 xyxy, pixels of
     the file, clipped to it; labels (m,) int64 from 0, label i being classes[i], {"id", "name"}, sorted by id;
     offsets (n+1,): picture i has the boxes offsets[i] to offsets[i+1]; rows (m,): where in the file's list of
-    annotations a box stands. With `masks` their masks too: `mask`.
+    annotations a box stands. With `masks` their masks too: `mask`; a box whose `segmentation` is an empty list has
+    an empty one, with a warning.
     Crowd boxes are left out; those under 1 px after the clipping too, with a warning. Raises DataError.
 
     Arrays, since a Python object for each box would be copied into every worker that as much as counts it."""
@@ -190,44 +280,37 @@ class CocoBoxes:
         self.json_path, self.image_dir = str(json_path), str(image_dir)
         content = read_coco(self.json_path)
         images, annotations = content["images"], content["annotations"]
-        check_pictures(self.json_path, images, self.image_dir)
+        raise_first(picture_problems(self.json_path, images, self.image_dir))
         self.classes = [{"id": row["id"], "name": row["name"]}
                         for row in sorted(content["categories"], key=lambda row: row["id"])]
         self.image_ids = np.array([row["id"] for row in images], np.int64)
         self.sizes = np.array([(row["height"], row["width"]) for row in images], np.int32)
         self.name_bytes, self.name_offsets = packed([os.fsencode(row["file_name"]) for row in images])
 
-        picture = self._positions(annotations, "image_id", self.image_ids)
-        label = self._positions(annotations, "category_id", np.array([row["id"] for row in self.classes]))
-        boxes, usable = self._usable_boxes(annotations, picture)
-        kept = np.flatnonzero(usable)
+        picture = positions([row["image_id"] for row in annotations], self.image_ids)
+        label = positions([row["category_id"] for row in annotations], np.array([row["id"] for row in self.classes]))
+        boxes, crowd, small = clipped(annotations, self.sizes[picture])
+        for problem in small_problems(self.json_path, annotations, small):
+            warn(problem)
+        kept = np.flatnonzero(~crowd & ~small)
         kept = kept[np.argsort(picture[kept], kind="stable")]
-        self.boxes, self.labels, self.rows = boxes[kept], label[kept], kept
+        self.boxes, self.labels, self.rows = boxes[kept].astype(np.float32), label[kept], kept
         self.offsets = np.searchsorted(picture[kept], np.arange(len(images) + 1))
         self.rles = None
         if masks:
+            self._check_masks([annotations[i] for i in kept])
             self.rles, self.rle_offsets = packed(
                 [compressed_rle(self.json_path, annotations[i], self.size(picture[i])) for i in kept])
 
-    def _positions(self, annotations: list[dict], key: str, ids: np.ndarray) -> np.ndarray:
-        """Where in `ids` the `key` of each annotation stands."""
-        values = np.array([row[key] for row in annotations], np.int64)
-        refuse(self.json_path, "annotations", annotations, ~np.isin(values, ids), f"have an unknown {key}")
-        order = np.argsort(ids)
-        return order[np.searchsorted(ids, values, sorter=order)]
-
-    def _usable_boxes(self, annotations: list[dict], picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """-> (all,4) float32 xyxy, clipped; (all,) bool, the boxes to learn from."""
-        xywh = np.array([row["bbox"] for row in annotations], np.float64).reshape(-1, 4)
-        limits = self.sizes[picture][:, ::-1]
-        low, high = np.clip(xywh[:, :2], 0, limits), np.clip(xywh[:, :2] + xywh[:, 2:], 0, limits)
-        crowd = np.array([bool(row.get("iscrowd")) for row in annotations], bool)
-        small = (high - low < 1 - 1e-6).any(1) & ~crowd          # (0.4 + 1) - 0.4 is a little under 1
-        if small.any():
-            ids = first_five([str(annotations[i]["id"]) for i in np.flatnonzero(small)])
-            warn(f"{self.json_path}: {small.sum()} of {len(annotations)} boxes dropped, "
-                 f"less than 1 pixel wide or high within the image (annotation id {ids})")
-        return np.concatenate([low, high], 1).astype(np.float32), ~crowd & ~small
+    def _check_masks(self, annotations: list[dict]) -> None:
+        """Warns of empty masks: dice is constant against them, so their boxes teach a box alone. Raises DataError where
+        all are empty."""
+        empty = [str(row["id"]) for row in annotations if row.get("segmentation") == []]
+        if empty and len(empty) == len(annotations):
+            raise DataError(f"{self.json_path}: all {len(empty)} boxes have an empty segmentation: there are no masks")
+        if empty:
+            warn(f"{self.json_path}: {len(empty)} of {len(annotations)} boxes have an empty segmentation: "
+                 f"learnt as boxes alone (annotation id {first_five(empty)})")
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -251,3 +334,22 @@ class CocoBoxes:
     def rle(self, i: int, box: int) -> dict:
         """The same as pycocotools' run lengths."""
         return {"size": self.size(i), "counts": self.rles[self.rle_offsets[box]:self.rle_offsets[box + 1]].tobytes()}
+
+
+def write_files(contents: dict[str, dict]) -> None:
+    """Write COCO files, {path: content}, each under a temporary name first: all are written before one is replaced.
+
+    Raises DataError."""
+    try:
+        for path, content in contents.items():
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path + ".tmp", "w", encoding="utf-8") as file:
+                json.dump(content, file)
+        for path in contents:
+            os.replace(path + ".tmp", path)
+    except OSError as error:
+        raise DataError(f"cannot write annotation file {path}: {error.strerror}") from None
+    finally:
+        for path in contents:
+            with contextlib.suppress(OSError):
+                os.remove(path + ".tmp")

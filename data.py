@@ -6,10 +6,14 @@ evaluation. Their boxes come from coco.py. Boxes are xyxy in pixels, sizes (heig
 
     python data.py shapes datasets/shapes              # writes the small embedded data set
     python data.py cityscapes datasets/cityscapes      # writes COCO annotation files for Cityscapes
+    python data.py voc DIR                             # the same for a folder in Pascal VOC's layout
+    python data.py yolo DIR                            # and for one in YOLO's
+    python data.py check DIR_OR_JSON...                # says what is wrong with a data set
 """
 import argparse
 import signal
 import sys
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -17,10 +21,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 from cityscapes import write_cityscapes
 from coco import CocoBoxes, DataError, UndecodableImage, warn
+from convert import write_voc, write_yolo
 from shapes import write_shapes
 
 STRIDE = 32      # batches are padded to a multiple of it: the stride of the backbone's last stage, pixels
@@ -47,11 +54,13 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def load_image(path: str, size: tuple[int, int]) -> Image.Image:
-    """RGB picture of the (height, width) that its annotation states. Raises UndecodableImage, DataError."""
+def load_image(path: str, size: tuple[int, int] | None = None) -> Image.Image:
+    """RGB picture of the (height, width) that its annotation states; None: as it is, turned as EXIF says.
+
+    Raises UndecodableImage, DataError."""
     try:
         with Image.open(path) as image:
-            return as_rgb(as_stated(image, path, size))
+            return as_rgb(as_stated(image, path, size) if size else ImageOps.exif_transpose(image))
     except DataError:
         raise
     except Exception as error:                   # Pillow: OSError, SyntaxError, ValueError, struct.error, ...
@@ -347,6 +356,40 @@ class TestImages(torch.utils.data.Dataset):
         return collate(samples, canvas_of([sample.image.shape[1:] for sample in samples]), None)
 
 
+class Readable(torch.utils.data.Dataset):
+    """The items of another data set; where a picture cannot be decoded, the message that says so."""
+
+    def __init__(self, pictures: torch.utils.data.Dataset):
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, i: int) -> Sample | str:
+        try:
+            return self.pictures[i]
+        except UndecodableImage as error:
+            return str(error)
+
+    @staticmethod
+    def collate(items: list[Sample | str]) -> tuple[Batch | None, list[str]]:
+        samples = [item for item in items if isinstance(item, Sample)]
+        batch = TestImages.collate(samples) if samples else None
+        return batch, [item for item in items if isinstance(item, str)]
+
+
+def readable_batches(pictures: torch.utils.data.Dataset, title: str, *, batch_size: int = 1, workers: int = 2,
+                     device: torch.device | str = "cpu") -> Iterator[Batch]:
+    """Batches of Samples on the device, with a progress bar; undecodable pictures are named and left out."""
+    loader = DataLoader(Readable(pictures), batch_size=batch_size, num_workers=workers, collate_fn=Readable.collate,
+                        pin_memory=torch.device(device).type == "cuda")
+    for batch, broken in tqdm(loader, desc=title, unit="batch", disable=None):
+        for message in broken:
+            warn(f"{message}; it is left out")
+        if batch is not None:
+            yield batch.to(device)
+
+
 def ignore_signals(worker: int) -> None:
     """For a training run's loading processes: torchrun, Slurm and Ctrl-C signal them too, but the step or the
     evaluation in hand is finished first and needs their batches."""
@@ -376,6 +419,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     cityscapes = commands.add_parser("cityscapes", help="write COCO annotation files for Cityscapes")
     cityscapes.add_argument("root", metavar="ROOT", help="folder that holds leftImg8bit and gtFine; the files go into "
                             "its sub-folder annotations")
+    for command, layout in (("voc", "Pascal VOC's layout: Annotations, JPEGImages, ImageSets"),
+                            ("yolo", "YOLO's layout: images, labels, data.yaml or classes.txt")):
+        convert = commands.add_parser(command, help=f"write COCO annotation files for a folder in {layout}")
+        convert.add_argument("root", metavar="DIR", help="the folder; the files go into its sub-folder annotations")
+    check = commands.add_parser("check", help="say what is wrong with a data set; exit status 1 where training would "
+                                "fail")
+    check.add_argument("paths", nargs="+", metavar="DIR_OR_JSON", help="a folder as --data of train.py takes it, or an "
+                       "annotation file in COCO format")
+    check.add_argument("--images", metavar="DIR", help="folder of the pictures of an annotation file, where they are "
+                       "not beside it")
     return parser.parse_args(argv)
 
 
@@ -384,6 +437,14 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if options.command == "cityscapes":
             write_cityscapes(options.root)
+        elif options.command == "voc":
+            write_voc(options.root)
+        elif options.command == "yolo":
+            write_yolo(options.root)
+        elif options.command == "check":
+            from check import check          # here, since check.py imports this file
+            if check(options.paths, options.images):
+                sys.exit(1)
         else:
             write_shapes(options.dir, options.train, options.val, options.size, options.seed)
     except DataError as error:

@@ -10,7 +10,6 @@ Everything that changes over a run (pictures, learning rate, EMA momentum, ramps
 a run that is stopped, killed or started on other processes goes on from its last checkpoint as if nothing had been.
 """
 import argparse
-import datetime
 import itertools
 import json
 import math
@@ -29,17 +28,17 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import checkpoint
 import teacher as teacher_module
 from backbone import BACKBONES
 from boxteacher import compute_losses, total_loss
 from checkpoint import CheckpointError
-from coco import CocoBoxes, DataError, datasets
+from coco import NAMES, CocoBoxes, DataError, category_problems, datasets, raise_first
 from data import AUGMENTATIONS, Batch, TrainBatches, check_sizes, ignore_signals, positive
 from evaluate import (coco_metrics, evaluate, output_file, pick_amp, pick_device, print_tables, probability,
                       start_distributed)
+from log import Log, LogError, draw_sheet, summary_writer
 from model import CondInst, build_model
 from pretrained import IMAGENET
 from schedule import RECIPES, SCHEDULES, learning_rate, make_plan, ramp_factor
@@ -212,78 +211,6 @@ class Run:
             dist.barrier()
 
 
-def logged_iteration(line: str) -> float:
-    """The iteration of a line of metrics.jsonl; infinite where the process was killed in the midst of writing it."""
-    try:
-        return json.loads(line)["iter"]
-    except ValueError:
-        return math.inf
-
-
-class Log:
-    """metrics.jsonl and the progress bar, on the first process; sums stay on the device between two lines."""
-
-    def __init__(self, run: Run):
-        self.run, self.path = run, run.out / "metrics.jsonl"
-        self.bar = self.file = None
-        if run.rank == 0:
-            # a killed run may have logged past its checkpoint: those iterations come again
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in lines if logged_iteration(line) <= run.iteration]
-            whole = self.path.with_suffix(".tmp")
-            whole.write_text("".join(line + "\n" for line in kept))
-            os.replace(whole, self.path)
-            self.file = self.path.open("a", buffering=1)
-            self.bar = tqdm(total=run.plan.iterations, initial=run.iteration, disable=None, smoothing=0.1, unit="it")
-        self.reset()
-
-    def reset(self) -> None:
-        self.losses, self.counts, self.steps, self.skipped = {}, {}, 0, 0
-        self.start, self.waited = time.perf_counter(), 0.0
-
-    def step(self, result: StepResult, waited: float) -> None:
-        self.steps, self.waited, self.skipped = self.steps + 1, self.waited + waited, self.skipped + result.skipped
-        for sums, values in ((self.losses, result.losses), (self.counts, result.counts)):
-            for name, value in values.items():
-                sums[name] = sums.get(name, 0) + (torch.zeros_like(value) if result.skipped else value)
-        if self.bar is not None:
-            self.bar.update()
-
-    def write(self) -> None:
-        """One line: means since the last one, over all processes (counts: sums over them, per iteration).
-
-        Skipped steps have no part in them; where all were skipped the means are null.
-        """
-        run = self.run
-        values = torch.stack([v.float() for v in (*self.losses.values(), *self.counts.values())])
-        values /= self.steps - self.skipped
-        if run.world_size > 1:
-            dist.all_reduce(values)
-            values[:len(self.losses)] /= run.world_size
-        values = dict(zip((*self.losses, *self.counts), values.tolist()))
-        for name, of in (("student_iou", "student_boxes"), ("label_iou", "pseudo_masks")):  # sums over boxes so far
-            if name in values:
-                values[name] = values[name] / values[of] if values[of] else math.nan
-        seconds = (time.perf_counter() - self.start) / self.steps
-        line = {"iter": run.iteration, "lr": learning_rate(run.iteration - 1, run.plan),
-                "ramp": ramp_factor(run.iteration - 1, run.plan),
-                **{name: v if math.isfinite(v) else None for name, v in values.items()}, "skipped_steps": self.skipped,
-                "seconds": seconds, "data_seconds": self.waited / self.steps}
-        if run.rank == 0:
-            self.file.write(json.dumps(line) + "\n")
-            text = " ".join(f"{name.removeprefix('loss_')} {values[name]:.3f}" for name in self.losses)
-            if self.bar.disable:
-                left = datetime.timedelta(seconds=round(seconds * (run.plan.iterations - run.iteration)))
-                print(f"{run.iteration}/{run.plan.iterations} {text} | {seconds:.3f} s/it, {left} left", flush=True)
-            else:
-                self.bar.set_postfix_str(text)
-        self.reset()
-
-    def evaluation(self, metrics: dict) -> None:
-        self.file.write(json.dumps({"iter": self.run.iteration, "eval": metrics}) + "\n")
-        self.reset()  # its time is not that of an iteration
-
-
 def run_evaluation(run: Run, log: Log, annotations: CocoBoxes) -> None:
     results = evaluate(run.evaluated(), annotations, min_size=run.args.teacher_min_size,
                        max_size=run.args.teacher_max_size, rescore=run.args.method == "boxteacher",
@@ -292,7 +219,14 @@ def run_evaluation(run: Run, log: Log, annotations: CocoBoxes) -> None:
     if run.rank == 0:
         metrics = coco_metrics(annotations.json_path, results)
         print_tables(metrics)
-        log.evaluation(metrics)
+        log.evaluation(run.iteration, metrics)
+
+
+def draw_labels(run: Run, log: Log, annotations: CocoBoxes) -> None:
+    if run.rank == 0:
+        draw_sheet(run.out / f"labels-{run.iteration:07}.png", f"their masks at iteration {run.iteration}",
+                   run.evaluated(), annotations, run.args, run.autocast())
+        log.reset()  # its time is not that of an iteration
 
 
 class StopSignals:
@@ -344,7 +278,8 @@ def train(run: Run, batches: TrainBatches, validation: CocoBoxes | None, signals
     loader = DataLoader(batches, batch_size=None, sampler=range(run.iteration * k, plan.iterations * k),
                         num_workers=args.workers, collate_fn=TrainBatches.collate, worker_init_fn=ignore_signals,
                         pin_memory=run.device.type == "cuda")
-    log, broken, bad_in_a_row = Log(run), set(), 0
+    broken, bad_in_a_row = set(), 0
+    log = Log(run.out, plan, run.iteration, run.rank, run.world_size, args.tensorboard)
     micro_batches = iter(loader)
     while run.iteration < plan.iterations:
         waiting = time.perf_counter()
@@ -358,15 +293,17 @@ def train(run: Run, batches: TrainBatches, validation: CocoBoxes | None, signals
             report_nonfinite(run, now, result)
         run.iteration += 1
 
-        log.step(result, waited)
+        log.step(result.losses, result.counts, result.skipped, waited)
         done = result.stop or run.iteration == plan.iterations
-        pause = done or (validation is not None and run.iteration % args.eval_every == 0)  # log and save before it
+        pause = done or run.iteration % args.eval_every == 0  # to look at the model; log and save before it
         if run.iteration % args.log_every == 0 or pause:
-            log.write()
+            log.write(run.iteration)
         if run.iteration % args.checkpoint_every == 0 or pause:
             run.save()
         if result.stop:
             return signals.asked or signal.SIGTERM
+        if pause:
+            draw_labels(run, log, batches.annotations)
         if pause and validation is not None:
             run_evaluation(run, log, validation)
     return 0
@@ -462,9 +399,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="of the first weights, the order of pictures and their augmentation")
     add("--out", metavar="DIR", help="run folder; None: runs/<method>-<backbone>-<data>")
     add("--fresh", action="store_true", help="move an earlier run in OUT aside instead of going on with it")
-    add("--eval-every", type=positive, default=10000, help="iterations between evaluations; one more at the end")
+    add("--eval-every", type=positive, default=10000, help="iterations between evaluations, and between drawings of "
+        "masks on training pictures (OUT/labels-*.png); one more at the end")
     add("--checkpoint-every", type=positive, default=5000, help="iterations between checkpoints")
     add("--log-every", type=positive, default=20, help="iterations between log lines")
+    add("--tensorboard", action="store_true", help="write what metrics.jsonl says for TensorBoard too, into "
+        "OUT/tensorboard (pip install tensorboard)")
 
     args = parser.parse_args(argv)
     # torchrun starts all processes again with the same arguments when one has died: then the run goes on
@@ -489,16 +429,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoBoxes, CocoBoxes | None]:
-    """Both splits, checked; evaluation is left out where only training files were named."""
+    """Both splits, checked; no evaluation where only training files were named, or a folder that has only these."""
     train_files, val_files = datasets(args.data, args.train_json, args.train_images, args.val_json, args.val_images)
     annotations = CocoBoxes(*train_files, masks=args.method == "condinst" or args.measure_labels)
-    validation = CocoBoxes(*val_files) if args.val_json or not args.train_json else None
+    validate = bool(args.val_json or not args.train_json)
+    if validate and not args.val_json and args.data not in NAMES and not os.path.exists(val_files[0]):
+        validate = False
+        if rank == 0:
+            print(f"no evaluation: there is no {val_files[0]}")
+    validation = CocoBoxes(*val_files) if validate else None
     for split in (annotations, validation):
         if rank == 0 and split is not None:
             check_sizes(split)
-    if validation is not None and validation.classes != annotations.classes:
-        raise DataError(f"{val_files[0]} has other categories than {train_files[0]}: "
-                        "both must list the same ids and names")
+    if validation is not None:
+        raise_first(category_problems(train_files[0], annotations.classes, val_files[0], validation.classes))
     return annotations, validation
 
 
@@ -539,6 +483,8 @@ def describe(run: Run, annotations: CocoBoxes) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     try:
+        if args.tensorboard:
+            summary_writer()  # raises before anything is done; in all processes, so that none waits for another
         rank, world_size, device = start_distributed(args.device)
         annotations, validation = open_data(args, rank)
         batches = training_batches(args, annotations, rank, world_size)  # raises before anything is written
@@ -557,7 +503,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"{run.out} is complete: {run.iteration} iterations; evaluate.py --ckpt {run.out / 'final.pt'}")
         if dist.is_initialized():
             dist.destroy_process_group()
-    except (DataError, CheckpointError, TrainingError, OSError) as error:
+    except (DataError, CheckpointError, LogError, TrainingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     finally:

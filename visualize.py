@@ -1,10 +1,11 @@
 """Pictures for people: instances drawn over a picture, and sheets of what a model finds.
 
 `draw_instances` draws one picture. `sheet` puts three panels of each picture side by side: the input with its
-boxes, the predicted masks, the ground-truth masks. Colours tell instances apart and are the same every time;
-on a sheet a prediction takes the colour of the ground-truth object that it overlaps.
+boxes, the predicted masks, the ground-truth masks where there are any. Colours tell instances apart and are the
+same every time; on a sheet a prediction takes the colour of the ground-truth object that it overlaps.
 """
 
+import colorsys
 import os
 from collections.abc import Iterable
 
@@ -38,24 +39,53 @@ def draw_instances(picture: Tensor, boxes: Tensor, labels: Tensor, scores: Tenso
 
     boxes (N, 4) xyxy in pixels of the picture. With masks (N, H, W) bool each instance is a translucent fill
     with its outline, without masks it is its box. names[label] and the score are written where there is room.
-    colours: index into COLOURS for each instance, by default its position.
+    colours: number of the colour of each instance, by default its position.
     """
-    colours = [COLOURS[c % len(COLOURS)] for c in (range(len(boxes)) if colours is None else colours)]
+    colours = [colour_of(c) for c in (range(len(boxes)) if colours is None else colours)]
     width = max(2, round(max(picture.shape[1:]) / 200))
     if masks is None:
         if len(boxes):
             picture = draw_bounding_boxes(picture, boxes.round(), colors=colours, width=width)
     else:
         # one after the other: drawn together, torchvision paints the pixels that two masks share black
-        for mask, colour in zip(masks, colours):
-            picture = draw_segmentation_masks(picture, mask, alpha=0.45, colors=colour)
-        for mask, colour in zip(masks, colours):
-            picture = draw_segmentation_masks(picture, outline(mask, width), alpha=1.0, colors=colour)
-            picture = draw_segmentation_masks(picture, outline(~mask, 1), alpha=0.5, colors="black")
+        picture, windows = picture.clone(), [window(mask, width) for mask in masks]
+        for draw in (fill_mask, outline_mask):
+            for mask, (y, x), colour in zip(masks, windows, colours):
+                picture[:, y, x] = draw(picture[:, y, x], mask[y, x], colour, width)
     texts = [names[label] if names else str(label) for label in labels.tolist()]
     if scores is not None:
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores.tolist())]
     return write_texts(picture, boxes, texts, colours)
+
+
+def fill_mask(picture: Tensor, mask: Tensor, colour: tuple, width: int) -> Tensor:
+    return draw_segmentation_masks(picture, mask, alpha=0.45, colors=colour)
+
+
+def outline_mask(picture: Tensor, mask: Tensor, colour: tuple, width: int) -> Tensor:
+    """The mask's outline in its colour, `width` pixels wide, with a dark line around for bright pictures."""
+    picture = draw_segmentation_masks(picture, outline(mask, width), alpha=1.0, colors=colour)
+    return draw_segmentation_masks(picture, outline(~mask, 1), alpha=0.5, colors="black")
+
+
+def colour_of(number: int) -> tuple[int, int, int]:
+    """RGB: those of COLOURS first, then hues that a golden ratio of the circle parts, so that they stay distinct."""
+    if number < len(COLOURS):
+        return COLOURS[number]
+    hue = number * 0.618034 % 1
+    return tuple(round(255 * x) for x in colorsys.hsv_to_rgb(hue, (0.55, 0.75, 0.95)[number % 3], 0.9))
+
+
+def window(mask: Tensor, margin: int) -> tuple[slice, slice]:
+    """Rows and columns of a mask (H, W) and `margin` pixels around: drawing then costs what the object covers.
+
+    The first cell of the picture where the mask is empty.
+    """
+    y, x = mask.any(1).nonzero(), mask.any(0).nonzero()
+    if not len(y):
+        return slice(0, 1), slice(0, 1)
+    return (slice(max(0, int(y[0]) - margin), int(y[-1]) + margin + 1),
+            slice(max(0, int(x[0]) - margin), int(x[-1]) + margin + 1))
 
 
 def outline(mask: Tensor, width: int) -> Tensor:
@@ -143,39 +173,44 @@ def panels(row: tuple, names: list[str] | None, threshold: float) -> list[Image.
         return interpolate(masks[:, None].float(), size, mode="nearest-exact")[:, 0].bool() if len(masks) \
             else masks.new_zeros((0, *size))
 
-    keep = found.scores >= threshold
-    true_boxes, found_boxes = boxes * scale, found.boxes[keep] * scale
-    colours = matching_colours(boxes, found.boxes[keep])
+    found = Instances(*(x[found.scores >= threshold] for x in found))
+    true_boxes, found_boxes, filled = boxes * scale, found.boxes * scale, found.masks.flatten(1).any(1)
+    colours, predicted = torch.tensor(matching_colours(boxes, found.boxes), dtype=torch.int64), picture
+    if not filled.all():  # an instance without a mask is its box, and leaves the room for names to the others
+        predicted = draw_bounding_boxes(picture, found_boxes[~filled].round(), width=2,
+                                        colors=[colour_of(c) for c in colours[~filled].tolist()])
     drawn = [
         draw_instances(picture, true_boxes, labels, names=names),
-        draw_instances(picture, found_boxes, found.labels[keep], found.scores[keep],
-                       resized(found.masks[keep]), names, colours),
+        draw_instances(predicted, found_boxes[filled], found.labels[filled], found.scores[filled],
+                       resized(found.masks[filled]), names, colours[filled].tolist()),
         picture // 4 if true_masks is None
         else draw_instances(picture, true_boxes, labels, masks=resized(true_masks), names=names)]
     return [to_pil_image(panel) for panel in drawn]
 
 
-def sheet(rows: list[tuple], path: str, names: list[str] | None = None, threshold: float = 0.6) -> None:
+def sheet(rows: list[tuple], path: str, names: list[str] | None = None, threshold: float = 0.6,
+          title: str | None = None) -> None:
     """Write a PNG with three panels for each row, two rows beside each other when there are more than four.
 
     A row is (picture uint8 (3, H, W), boxes (G, 4) xyxy in its pixels, labels (G,), predicted Instances at
-    its size, ground-truth masks (G, H, W) bool or None: a dark panel). Predictions below the threshold
-    are left out; rescored, as sqrt(d q), most of those below 0.6 are false.
+    its size, ground-truth masks (G, H, W) bool or None: a dark panel, and no third one where all rows have None).
+    Predictions below the threshold are left out; rescored, as sqrt(d q), most of those below 0.6 are false.
+    title: of the predictions, None: "predicted masks" and the threshold.
     """
-    per_line = 2 if len(rows) > 4 else 1
-    drawn = [panels(row, names, threshold) for row in rows]
+    per_line, columns = 2 if len(rows) > 4 else 1, 2 if all(row[4] is None for row in rows) else 3
+    drawn = [panels(row, names, threshold)[:columns] for row in rows]
     lines = [drawn[i:i + per_line] for i in range(0, len(drawn), per_line)]
     heights = [max(panel.height for row in line for panel in row) for line in lines]
     cell = PANEL + GAP
-    canvas = Image.new("RGB", (3 * per_line * cell + (per_line - 1) * 4 * GAP + GAP,
+    canvas = Image.new("RGB", (columns * per_line * cell + (per_line - 1) * 4 * GAP + GAP,
                                HEADER + sum(heights) + GAP * len(lines)), BACKGROUND)
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=16)
-    titles = ["input and its boxes", f"predicted masks, score >= {threshold:g}", "ground-truth masks"]
+    titles = ["input and its boxes", title or f"predicted masks, score >= {threshold:g}", "ground-truth masks"]
     y = HEADER
     for line, height in zip(lines, heights):
         for place, row in enumerate(line):
             for column, panel in enumerate(row):
-                x = GAP + place * (3 * cell + 4 * GAP) + column * cell
+                x = GAP + place * (columns * cell + 4 * GAP) + column * cell
                 draw.text((x + PANEL // 2, HEADER // 2), titles[column], fill="white", font=font, anchor="mm")
                 canvas.paste(panel, (x + (PANEL - panel.width) // 2, y + (height - panel.height) // 2))
         y += height + GAP

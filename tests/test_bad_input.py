@@ -153,7 +153,7 @@ def test_missing_pictures(tmp_path):
 
 
 @pytest.mark.parametrize("segmentation", [
-    None, [], {}, "garbage", 7, [[]], [[1, 2]], [["a"] * 6], [1, 2, 3],
+    None, {}, "garbage", 7, [[]], [[1, 2]], [["a"] * 6], [1, 2, 3],
     {"size": [20, 30]}, {"counts": [5, 5]},
     {"size": [30, 20], "counts": [300, 300]}, {"size": [20, 30], "counts": [300, 301]},
     {"size": [20, 30], "counts": ["a"]}, {"size": [20, 30], "counts": 5}])

@@ -191,7 +191,7 @@ DEFAULTS = {
     "teacher_min_size": 800, "teacher_max_size": 1333, "augment": "none", "pixel_loss": "dice",
     "lambda_pixel": 0.5, "lambda_affinity": 0.1, "score": "mask-aware", "ema": 0.999, "amp": "auto",
     "workers": 4, "seed": 0, "out": "runs/boxteacher-r50-coco", "fresh": False, "eval_every": 10_000,
-    "checkpoint_every": 5_000, "log_every": 20}
+    "checkpoint_every": 5_000, "log_every": 20, "tensorboard": False}
 
 
 def test_every_option_of_the_contract_and_its_default(capsys):
@@ -446,6 +446,7 @@ def test_a_run_from_the_data_to_the_evaluation(drawn, warm, tmp_path, capsys, me
                         for name in LOSSES[method])
             assert line["loss"] == pytest.approx(total, rel=1e-5) and line["positives"] > 0 < line["seconds"]
             assert (line["pseudo_masks"] > 0) == (method == "boxteacher")
+    assert [path.name for path in sorted(out.glob("labels-*"))] == ["labels-0000002.png", "labels-0000004.png"]
     config = json.loads((out / "config.json").read_text())
     assert config["method"] == method and config["batch_size"] == 4 and config["plan"]["iterations"] == 4
     model, info = load_model(out / "final.pt")
@@ -673,4 +674,5 @@ def test_two_processes_are_one_process_with_the_same_batch(drawn, warm, tmp_path
         print(f"{name}: one and two processes differ by {difference:.2e} of a loss")
         assert difference < 1e-3, name
     assert losses_of(tmp_path / "one/warm")[0]["pseudo_masks"] > 0
+    assert (tmp_path / "two/warm/labels-0000005.png").exists()
     assert [line["skipped_steps"] for line in losses_of(tmp_path / "two/nan")] == [0, 1, 0, 0]
