@@ -120,6 +120,12 @@ def load_model(path: str | Path, weights: str | None = None) -> tuple[CondInst, 
     return network(path, state, weights).eval(), info | {"weights": weights}
 
 
+def test_size(info: dict) -> tuple[int, int]:
+    """The shorter and the longest side at which a checkpoint is tested, pixels: COCO's where it states none."""
+    config = info["config"] or {}
+    return config.get("test_min_size") or 800, config.get("test_max_size") or 1333
+
+
 def network(path: str | Path, state: dict, weights: str) -> CondInst:
     """The network of a checkpoint with its "teacher" or "student" weights; CheckpointError where they do not fit."""
     try:
@@ -176,7 +182,7 @@ def load_backbone(name: str, source: str) -> tuple[dict, bool]:
 
 def describe(path: str | Path, state: dict) -> str:
     """What a checkpoint is, one line a fact. Raises CheckpointError where its weights do not fit."""
-    spec, released, config = state["model"], "dropped" in state, state["config"]
+    spec, released = state["model"], "dropped" in state
     origin = "BoxTeacher, as its authors released it" if state["teacher"] else "AdelaiDet"
     reports = "sqrt(detection score x mask quality)" if state["method"] == "boxteacher" else "the detection score"
     backbone = spec["backbone"] + ", stride in the first 1x1 convolution" * spec.get("stride_in_1x1", False)
@@ -194,7 +200,7 @@ def describe(path: str | Path, state: dict) -> str:
              "classes": f"{spec['num_classes']}: {names}",
              "weights": f"{parameters / 1e6:.1f} million parameters in each of: {', '.join(present)}",
              "iteration": "not said" if state["iteration"] is None else state["iteration"],
-             "test size": f"{config.get('test_min_size') or 800}, at most {config.get('test_max_size') or 1333} pixels",
+             "test size": "{}, at most {} pixels".format(*test_size(state)),
              "resume": "yes, as last.pt of a run" if "optimizer" in state else "no, weights only",
              "dropped": ("\n" + " " * 11).join(summary(state.get("dropped", {}))) or "nothing"}
     return "\n".join(f"{name:11}{fact}" for name, fact in facts.items())

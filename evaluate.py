@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import cityscapes
-from checkpoint import CheckpointError, load_model
+from checkpoint import CheckpointError, load_model, test_size
 from coco import CocoBoxes, DataError, datasets
 from curves import draw_curves
 from data import Batch, TestImages, check_sizes, positive
@@ -343,10 +343,8 @@ def run(args: argparse.Namespace) -> None:
         check_sizes(annotations)
         if args.cityscapes_results:
             cityscapes_scripts = cityscapes.prepare(annotations, args.cityscapes_results)
-    config = info.get("config") or {}
     rescore = info["method"] == "boxteacher" if args.rescore == "auto" else args.rescore == "on"
-    min_size = args.min_size or config.get("test_min_size") or 800
-    max_size = args.max_size or config.get("test_max_size") or 1333
+    min_size, max_size = args.min_size or test_size(info)[0], args.max_size or test_size(info)[1]
     if rank == 0:
         print(f"{info['method']} {info['model']['backbone']}, {info['weights']}'s weights, scores "
               f"{'rescored by masks' if rescore else 'of the detector'}: {len(annotations)} pictures at "

@@ -12,10 +12,13 @@ Teacher and student are two of these with different weights. Sources: FCOS (Tian
 CondInst (Tian et al., ECCV 2020).
 """
 import math
+import os
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
@@ -359,3 +362,46 @@ def predict(model: CondInst, images: Tensor, sizes: list[tuple[int, int]], origi
         scores = (found.scores[keep] * quality).sqrt() if rescore else found.scores[keep]
         answers.append(Instances(boxes[keep].cpu(), scores.cpu(), found.labels[keep].cpu(), masks))
     return answers
+
+
+# ------------------------------------------------------------------------------------- for programs of one's own
+
+
+def confident(instances: Instances, score: float) -> Instances:
+    """Those of at least this score."""
+    return Instances(*(x[instances.scores >= score] for x in instances))
+
+
+class Predictor:
+    """A trained model that takes pictures: what `load` gives. classes: the name of each label."""
+
+    def __init__(self, network: CondInst, classes: list[str], size: tuple[int, int], rescore: bool):
+        self.network, self.classes, self.size, self.rescore = network, classes, size, rescore
+
+    def predict(self, image, score_threshold: float = 0.3) -> Instances:
+        """The instances of one picture whose score, as it is reported, is at least score_threshold.
+
+        image: a file's path, a Pillow picture, or an array or tensor (height, width, 3), uint8 RGB.
+        """
+        from data import as_rgb, canvas_of, load_image, padded, pixels, resized, view  # which build on this file
+        if isinstance(image, (str, os.PathLike)):
+            image = load_image(os.fspath(image))
+        elif not isinstance(image, Image.Image):
+            image = Image.fromarray(np.asarray(image))
+        height, width = image.height, image.width
+        size = resized(height, width, *self.size)
+        picture = padded(pixels(view(as_rgb(image), size, flip=False)), canvas_of([size]))
+        images = picture[None].to(self.network.mean.device)
+        found = predict(self.network, images, [size], [(height, width)], min(0.05, score_threshold), self.rescore)
+        return confident(found[0], score_threshold)
+
+
+def load(ckpt, device: str = "cpu", weights: str | None = None) -> Predictor:
+    """A trained model from a checkpoint of this project, or a released one, as in evaluate.py.
+
+    weights: "teacher" or "student"; None: the teacher's where there are any. Raises CheckpointError.
+    """
+    from checkpoint import load_model, test_size  # which builds on this file
+    network, info = load_model(ckpt, weights)
+    classes = info["classes"] or [{"name": str(label)} for label in range(network.num_classes)]
+    return Predictor(network.to(device), [c["name"] for c in classes], test_size(info), info["method"] == "boxteacher")

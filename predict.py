@@ -1,0 +1,275 @@
+"""Masks for pictures, and masks for boxes: what a trained model is for.
+
+    python predict.py --ckpt CKPT pictures/ photo.jpg --out found              finds objects in pictures
+    python predict.py --ckpt CKPT --boxes boxes.json --images pictures/ --out masks     gives each box its mask
+
+The first writes `predictions.json` (COCO results, with the `file_name` of each) and a drawn picture for each picture.
+The second writes `masks.json`, the annotation file with masks, scores and where they come from (label.py); a drawn
+picture for each picture; and `review.html`, the least certain masks first (review.py).
+"""
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from checkpoint import CheckpointError, load_model, test_size
+from coco import CocoBoxes, DataError, UndecodableImage, warn
+from data import Sample, check_sizes, load_image, pixels, positive, readable_batches, resized, view
+from evaluate import coco_results, output_file, pick_amp, pick_device, probability, write_json
+from label import ASSIGNED, PROMPTED, label_dataset, model_classes, opencv, polygons, report_agreement, with_masks
+from model import CondInst, confident, predict
+from review import write_review
+from visualize import corners, draw_instances, stack
+
+DRAWN = (480, 1600)  # the longer side of a drawn picture lies between these, pixels: both small and huge ones are read
+
+
+# ------------------------------------------------------------------------------------------- finding objects
+
+
+def find_pictures(paths: list[str], out: Path) -> list[tuple[str, str]]:
+    """(path, name) of every picture among `paths`, files and folders, which are searched to the bottom but for `out`.
+
+    A name is the path within the folder that was given; where pictures of two folders share one, the later has a
+    number before its suffix. Raises DataError where a path does not exist or there is no picture at all.
+    """
+    known, found, names = Image.registered_extensions(), [], set()
+    for path in paths:
+        if os.path.isdir(path):
+            files = sorted(file for file in Path(path).rglob("*") if file.suffix.lower() in known and file.is_file()
+                           and out.resolve() not in file.resolve().parents)
+            found += [(str(file), str(file.relative_to(path))) for file in files]
+        elif os.path.exists(path):
+            found.append((path, os.path.basename(path)))
+        else:
+            raise DataError(f"{path} does not exist")
+    if not found:
+        raise DataError(f"no pictures in {', '.join(paths)}")
+    return [(path, unused(name, names)) for path, name in dict.fromkeys(found)]
+
+
+def unused(name: str, names: set[str]) -> str:
+    """`name`, or the first of name-2, name-3, ... that is not among `names` yet, which it joins."""
+    stem, suffix = os.path.splitext(name)
+    number, free = 2, name
+    while free in names:
+        free, number = f"{stem}-{number}{suffix}", number + 1
+    names.add(free)
+    return free
+
+
+class Pictures(Dataset):
+    """Item i is picture i at the test size, without boxes; its image_id is i + 1."""
+
+    def __init__(self, paths: list[str], min_size: int, max_size: int):
+        self.paths, self.min_size, self.max_size = paths, min_size, max_size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> Sample:
+        image = load_image(self.paths[i])
+        size = resized(image.height, image.width, self.min_size, self.max_size)
+        return Sample(pixels(view(image, size, flip=False)), None, None, None, torch.zeros(0, 4),
+                      torch.zeros(0, dtype=torch.int64), (image.height, image.width), i + 1, [])
+
+
+@torch.no_grad()
+def find_objects(model: CondInst, pictures: Dataset, classes: list[dict], *, score_threshold: float, rescore: bool,
+                 device: torch.device, amp_dtype: torch.dtype | None, batch_size: int,
+                 workers: int) -> tuple[list[dict], int]:
+    """Detections of all pictures in COCO's results format, and how many pictures could be decoded."""
+    results, seen, cut = [], 0, min(0.05, score_threshold)
+    for batch in readable_batches(pictures, "predict", batch_size=batch_size, workers=workers, device=device):
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+            answers = predict(model, batch.images, batch.sizes, batch.original_sizes, cut, rescore)
+        for image_id, instances in zip(batch.image_ids, answers):
+            results += coco_results(image_id, confident(instances, score_threshold), classes)
+        seen += len(answers)
+    return results, seen
+
+
+# ----------------------------------------------------------------------------------------------- drawing
+
+
+class Drawings(Dataset):
+    """Item i draws picture i and writes it: a data set, so that loading processes can share the work.
+
+    pictures: (path, (height, width) or None for the file's own, objects, the file to write). An object has bbox,
+    category_id, score and segmentation (RLE), as in COCO's results.
+    """
+
+    def __init__(self, pictures: list[tuple], classes: list[dict]):
+        self.pictures = pictures
+        self.names, self.label = [c["name"] for c in classes], {c["id"]: i for i, c in enumerate(classes)}
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, i: int) -> str:
+        """-> what went wrong, or nothing."""
+        path, size, objects, out = self.pictures[i]
+        try:
+            image = load_image(path, size)
+        except UndecodableImage:
+            return ""  # named before
+        try:
+            os.makedirs(os.path.dirname(out), exist_ok=True)
+            self.drawn(image, objects).save(out, quality=90)
+        except OSError as error:
+            return f"cannot write {out}: {error.strerror or error}"
+        return ""
+
+    def drawn(self, image: Image.Image, objects: list[dict]) -> Image.Image:
+        longest = max(image.size)
+        scale = min(max(longest, DRAWN[0]), DRAWN[1]) / longest
+        size = max(1, round(image.height * scale)), max(1, round(image.width * scale))
+        masks = [np.asarray(Image.fromarray(coco_mask.decode(one["segmentation"])).resize(size[::-1], Image.NEAREST))
+                 for one in objects]
+        picture = draw_instances(
+            pixels(view(image, size, flip=False)), corners(objects) * scale,
+            torch.tensor([self.label[one["category_id"]] for one in objects], dtype=torch.int64),
+            torch.tensor([one["score"] for one in objects]), stack(masks, *size), self.names)
+        return Image.fromarray(picture.permute(1, 2, 0).numpy())
+
+
+def draw_all(drawings: Drawings, workers: int) -> None:
+    loader = DataLoader(drawings, batch_size=None, num_workers=workers)
+    problems = [problem for problem in tqdm(loader, desc="draw", unit="picture", disable=None) if problem]
+    if problems:
+        raise DataError(f"{len(problems)} of {len(drawings)} pictures were not drawn, the first: {problems[0]}")
+
+
+def drawn_names(names: list[str], folder: str) -> list[str]:
+    """A file of its own for each picture's drawing, of its name, as JPEG."""
+    taken = set()
+    return [os.path.join(folder, unused(os.path.splitext(name)[0] + ".jpg", taken)) for name in names]
+
+
+# ------------------------------------------------------------------------------------------- command line
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Find objects with their masks in pictures, or give boxes their "
+                                     "masks.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("pictures", nargs="*", metavar="IMAGE_OR_FOLDER", help="pictures, and folders of them with all below")
+    add("--ckpt", required=True, metavar="FILE", help="a checkpoint, of this project or a released one")
+    add("--out", required=True, metavar="DIR", help="folder for the results, made where it is missing")
+    add("--boxes", metavar="FILE", help="in place of pictures: give each box of this COCO annotation file a mask")
+    add("--images", metavar="DIR", help="the pictures of --boxes")
+    add("--min-score", type=probability, default=0.0, help="with --boxes: leave masks below this score (0 to 1) out "
+        "and list their boxes for review")
+    add("--polygons", action="store_true", help="with --boxes: write polygons in place of run lengths (holes are "
+        "filled); needs OpenCV: pip install opencv-python-headless")
+    add("--measure", action="store_true", help="with --boxes that have masks already: print how well the new ones "
+        "agree with them")
+    add("--review-count", type=positive, default=200, help="with --boxes: masks on the review page, the least certain")
+    add("--score-threshold", type=probability, default=0.3, help="of pictures: objects whose score, as it is "
+        "written, is below it are left out (0 to 1)")
+    add("--rescore", choices=["auto", "on", "off"], default="auto",
+        help="of pictures: report sqrt(detection score x mask probability); auto: on where the method is boxteacher")
+    add("--weights", choices=["teacher", "student"], help="None: the teacher's where there are any")
+    add("--min-size", type=positive, metavar="PIXELS", help="shorter side; None: the checkpoint's test size, or 800")
+    add("--max-size", type=positive, metavar="PIXELS", help="longest side; None: the checkpoint's test size, or 1333")
+    add("--device", type=pick_device, default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1")
+    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
+        help="mixed precision; auto: bf16 or else fp16 on CUDA, off on CPU")
+    add("--batch-size", type=positive, default=1, help="pictures per forward pass")
+    add("--workers", type=int, default=2, help="processes that load and draw pictures")
+    args = parser.parse_args(argv)
+    if bool(args.pictures) == bool(args.boxes):
+        parser.error("either pictures (files or folders) or --boxes FILE is needed")
+    if bool(args.boxes) != bool(args.images):
+        parser.error("--boxes and --images go together")
+    if args.workers < 0:
+        parser.error(f"argument --workers: {args.workers} is less than 0")
+    return args
+
+
+def predict_pictures(args: argparse.Namespace, model: CondInst, info: dict, how: dict) -> None:
+    """predict.py IMAGE_OR_FOLDER...: predictions.json first, then the drawings."""
+    out, found = Path(args.out), find_pictures(args.pictures, Path(args.out))
+    paths, names = map(list, zip(*found))
+    classes = info["classes"] or [{"id": i, "name": str(i)} for i in range(model.num_classes)]
+    rescore = info["method"] == "boxteacher" if args.rescore == "auto" else args.rescore == "on"
+    output_file(str(out / "predictions.json"))
+    min_size, max_size = how.pop("min_size"), how.pop("max_size")
+    results, seen = find_objects(model, Pictures(paths, min_size, max_size), classes, rescore=rescore,
+                                 score_threshold=args.score_threshold, **how)
+    if not seen:
+        raise DataError(f"none of the {len(paths)} pictures can be decoded")
+    objects = [[] for _ in paths]
+    for result in results:
+        result["file_name"] = names[result["image_id"] - 1]
+        objects[result["image_id"] - 1].append(result)
+    write_json(str(out / "predictions.json"), results)
+    print(f"{out / 'predictions.json'}: {len(results)} objects of score >= {args.score_threshold:g} in {seen} pictures")
+    outs = drawn_names(names, str(out))
+    draw_all(Drawings(list(zip(paths, [None] * len(paths), objects, outs)), classes), args.workers)
+    print(f"{out}: {seen} pictures with what was found in them")
+
+
+def label_boxes(args: argparse.Namespace, model: CondInst, info: dict, how: dict) -> None:
+    """predict.py --boxes: masks.json first, then the review page and the drawings."""
+    out = Path(args.out)
+    annotations = CocoBoxes(args.boxes, args.images, masks=args.measure)
+    check_sizes(annotations)
+    output_file(str(out / "masks.json"))
+    classes = model_classes(info["classes"], annotations.classes)
+    unknown = [c["name"] for c, known in zip(annotations.classes, classes.tolist()) if known < 0]
+    if unknown:
+        warn(f"{args.ckpt} was not trained for {', '.join(map(repr, unknown[:5]))}{', ...' * (len(unknown) > 5)}: such "
+             "boxes take what fits them of any class")
+    labels = label_dataset(model, annotations, classes=classes, **how)
+    content = with_masks(annotations, labels, args.min_score)
+    if args.polygons:
+        for annotation in content["annotations"]:
+            if annotation.get("source") and annotation["segmentation"]:
+                annotation["segmentation"] = polygons(annotation["segmentation"])
+    write_json(str(out / "masks.json"), content)
+    assigned, prompted, none = map(labels.sources.count, (ASSIGNED, PROMPTED, None))
+    print(f"{out / 'masks.json'}: {len(labels.rles)} boxes, {assigned} masks assigned, {prompted} prompted"
+          + f", {none} boxes without a mask" * bool(none))
+    if args.measure:
+        report_agreement(annotations, labels)
+    if (low := (labels.scores < args.min_score).sum()):
+        print(f"{low} of them score below {args.min_score:g}: their segmentation stays empty")
+    rows = annotations.rows.tolist()
+    names = [os.path.relpath(annotations.path(i), args.images) for i in range(len(annotations))]
+    drawings = drawn_names(names, "pictures")
+    write_review(annotations, labels, [content["annotations"][row]["id"] for row in rows], list(zip(names, drawings)),
+                 str(out / "review.html"), args.review_count, args.min_score)
+    print(f"{out / 'review.html'}: the least certain masks first")
+    objects = [content["annotations"][row] | {"segmentation": rle} for row, rle in zip(rows, labels.rles)]
+    pictures = [(annotations.path(i), annotations.size(i),
+                 [one for one in objects[slice(*annotations.offsets[i:i + 2])] if one["segmentation"]],
+                 str(out / drawings[i])) for i in range(len(annotations))]
+    draw_all(Drawings(pictures, annotations.classes), args.workers)
+    print(f"{out / 'pictures'}: {len(annotations)} pictures with their masks")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    try:
+        if args.polygons:
+            opencv()  # says that it is missing before the work, not after it
+        model, info = load_model(args.ckpt, args.weights)
+        how = dict(min_size=args.min_size or test_size(info)[0], max_size=args.max_size or test_size(info)[1],
+                   device=args.device, amp_dtype=pick_amp(args.amp, args.device), batch_size=args.batch_size,
+                   workers=args.workers)
+        (label_boxes if args.boxes else predict_pictures)(args, model.to(args.device), info, how)
+    except (DataError, CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""label.py: masks for boxes, found by the detector or asked for; and how they are measured."""
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from assign import box_masks, picture_targets
+from coco import CocoBoxes
+from label import (ASSIGNED, PROMPTED, Labels, agreement, assigned_rows, cut_masks, label_dataset, label_picture,
+                   model_classes, original_boxes, owners, polygons, prompt, report_agreement, with_masks)
+from model import STRIDES, Predictions, build_model, make_locations, mask_logits
+from test_teacher import made_up
+from test_train import drawn  # noqa: F401
+
+EVERYWHERE = torch.full((12, 16), 6.0)
+
+
+def decoded(rles: list) -> torch.Tensor:
+    return torch.from_numpy(np.stack([coco_mask.decode(rle) for rle in rles])).bool()
+
+
+def random_picture(height: int, width: int, classes: int = 3, seed: int = 0) -> Predictions:
+    """Predictions of an untrained network that sees nothing anywhere, but would draw masks if it were asked."""
+    g = torch.Generator().manual_seed(seed)
+    locations = make_locations([(-(-height // s), -(-width // s)) for s in STRIDES], torch.device("cpu"))
+    n = len(locations.xy)
+    return Predictions(torch.rand(1, n, classes, generator=g) - 9, torch.zeros(1, n, 4), torch.zeros(1, n),
+                       torch.randn(1, n, 233, generator=g), torch.randn(1, 16, height // 8, width // 8, generator=g),
+                       locations)
+
+
+# ------------------------------------------------------------------------------------------------ Alg. 1 alone
+
+
+def test_masks_go_to_their_boxes_and_are_cut_there():
+    """Three boxes: one found twice, one found, one missed. The picture's own size is twice that of the input."""
+    size, boxes = (96, 128), [[16.0, 24, 72, 64], [80, 30, 110, 70], [4, 70, 40, 90]]
+    vague = torch.full((12, 16), 0.4)
+    predictions = made_up([[(boxes[0], 0.5, vague), (boxes[0], 0.5, EVERYWHERE), (boxes[1], 0.3, EVERYWHERE)]], size)
+    labels = label_picture(predictions, torch.tensor(boxes), size, (192, 256))
+    x0, y0, x1, y1 = (2 * torch.tensor(boxes)).int().T.tolist()
+    for i in range(2):  # the whole box, and not a pixel more
+        expected = torch.zeros(192, 256, dtype=torch.bool)
+        expected[y0[i]:y1[i], x0[i]:x1[i]] = True
+        assert torch.equal(decoded([labels.rles[i]])[0], expected)
+    assert labels.rles[2] is None and labels.sources == [ASSIGNED, ASSIGNED, None]
+    q = torch.tensor(6.0).sigmoid().item()
+    assert labels.scores.tolist() == pytest.approx([math.sqrt(math.sqrt(0.5) * q), math.sqrt(math.sqrt(0.3) * q), 0],
+                                                   abs=1e-4)
+    labels = label_picture(predictions, torch.tensor(boxes), size, size, score_threshold=0.8)
+    assert labels.rles[0] and labels.rles[1] is None and labels.scores[1] == 0
+    labels = label_picture(predictions, torch.zeros(0, 4), size, size)
+    assert labels.rles == [] and labels.scores.shape == (0,)
+
+
+def test_a_box_touches_the_pixels_that_it_covers_in_part():
+    masks = original_boxes(torch.tensor([[1.5, 2, 3, 4.25], [0, 0, 8, 8]]), (8, 8), (8, 8))
+    assert masks[0].nonzero().amin(0).tolist() == [2, 1] and masks[0].nonzero().amax(0).tolist() == [4, 2]
+    assert masks[1].all()
+    third = original_boxes(torch.tensor([[0, 0, 8 / 3, 8 / 3]]), (8, 8), (9, 9))  # 3.0000002 is 3
+    assert third.sum() == 9
+
+
+def test_a_box_takes_detections_of_its_own_class_and_one_location_answers_once():
+    """The detection has class 1. A location found as two classes is two detections with one mask."""
+    size, box = (96, 128), torch.tensor([[16.0, 24, 72, 64]])
+    predictions = made_up([[(box[0].tolist(), 0.01, EVERYWHERE), (box[0].tolist(), 0.5, EVERYWHERE)]], size)
+
+    def rows(boxes, classes):
+        return assigned_rows(predictions, boxes, size, 0.05, classes)[0].tolist()
+
+    row = int(predictions.class_logits[0, :, 1].argmax())
+    assert rows(box, None) == rows(box, torch.tensor([1])) == rows(box, torch.tensor([-1])) == [row]
+    assert rows(box, torch.tensor([2])) == [-1]
+    predictions.class_logits[0, row, 2] = 0.2
+    assert rows(box.repeat(2, 1), None) == [row, row]
+    assert rows(box.repeat(2, 1), torch.tensor([1, 2])) == [-1, row]  # 2 is the surer one
+    labels = label_picture(predictions, box.repeat(2, 1), size, size, classes=torch.tensor([1, 2]))
+    assert labels.sources == [PROMPTED, ASSIGNED]
+
+
+# --------------------------------------------------------------------------------------------------- prompting
+
+
+def test_the_best_of_the_boxs_own_locations_answers():
+    """Scores by hand: own class, centerness and the mask within the box; nothing else may win."""
+    size, boxes = (96, 128), torch.tensor([[16.0, 24, 72, 64], [80, 30, 110, 70]])
+    picture, classes = random_picture(*size), torch.tensor([1, -1])
+    owner = picture_targets(picture.locations, boxes, classes, 3)[2]
+    rows, scores = torch.full((2,), -1), torch.zeros(2)
+    prompt(picture, boxes, classes, size, rows, scores)
+    for g, of in enumerate((lambda p: p[:, 1], lambda p: p.amax(1))):
+        own = (owner == g).nonzero()[:, 0]
+        assert len(own) > 4
+        p = mask_logits(picture, [own]).sigmoid()
+        inside = (p > 0.5) & box_masks(boxes[g:g + 1], *p.shape[1:])
+        c = (of(picture.class_logits[0, own].sigmoid()) * 0.5).sqrt()
+        expected = (c * (p * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)).sqrt()
+        assert rows[g] == own[expected.argmax()] and scores[g] == pytest.approx(expected.max().item(), rel=1e-5)
+
+
+def test_owners_in_parts_are_fcos_targets(monkeypatch):
+    picture, boxes = random_picture(96, 128), torch.rand(50, 4, generator=torch.Generator().manual_seed(1))
+    boxes = torch.cat([boxes[:, :2] * 60, boxes[:, :2] * 60 + 10 + boxes[:, 2:] * 30], 1)
+    whole = picture_targets(picture.locations, boxes, torch.zeros(50, dtype=torch.int64), 1)[2]
+    assert torch.equal(owners(picture.locations, boxes), whole) and len(whole.unique()) > 10
+    assert torch.equal(owners(picture.locations, boxes.repeat(2 ** 12, 1))[whole < 0], whole[whole < 0])
+
+
+def test_two_boxes_never_share_a_location():
+    """Equal boxes, boxes within boxes, boxes between the locations: each has an answer of its own, of its level."""
+    boxes = torch.tensor([[16.0, 24, 72, 64]] * 12 + [[30.0, 30, 33, 33]] * 3 + [[0.0, 0, 2, 1], [127, 95, 128, 96]])
+    picture, size = random_picture(96, 128), (96, 128)
+    rows, scores = torch.full((len(boxes),), -1), torch.zeros(len(boxes))
+    prompt(picture, boxes, torch.zeros(len(boxes), dtype=torch.int64), size, rows, scores)
+    assert len(rows.unique()) == len(boxes) and (rows >= 0).all() and (scores > 0).all()
+    assert (picture.locations.level[rows] == 0).all()
+    distance = (picture.locations.xy[rows] - (boxes[:, :2] + boxes[:, 2:]) / 2).abs().amax(1)
+    assert (distance < 40).all() and (distance[12:] < 20).all()
+
+
+def test_more_boxes_than_locations_still_all_have_a_mask():
+    boxes = torch.rand(300, 4, generator=torch.Generator().manual_seed(0)) * 30
+    boxes[:, 2:] += boxes[:, :2] + 1
+    picture = random_picture(64, 64)
+    assert len(picture.locations.xy) < 300
+    labels = label_picture(picture, boxes, (64, 64), (64, 64), classes=torch.zeros(300, dtype=torch.int64))
+    assert labels.sources == [PROMPTED] * 300
+    masks = decoded(labels.rles)
+    assert masks.any(2).any(1).all() and not (masks & ~original_boxes(boxes, (64, 64), (64, 64))).any()
+
+
+def test_where_the_head_sees_nothing_the_box_is_the_mask_and_the_score_says_so():
+    size, box = (96, 128), torch.tensor([[16.0, 24, 72, 64]])
+    picture = made_up([[(box[0].tolist(), 0.01, -EVERYWHERE)]], size)
+    labels = label_picture(picture, box, size, size, classes=torch.tensor([0]))
+    assert decoded(labels.rles).sum() == 56 * 40 and labels.scores.tolist() == [0] and labels.sources == [PROMPTED]
+
+
+def test_chunks_of_masks_change_nothing(monkeypatch):
+    picture, boxes = random_picture(96, 128), torch.tensor([[16.0, 24, 72, 64], [80, 30, 110, 70], [4, 70, 40, 90]])
+    rows = torch.tensor([5, -1, 40])
+    whole = cut_masks(picture, rows, boxes, (96, 128), (50, 70))
+    monkeypatch.setattr("label.CHUNK", 1)
+    assert cut_masks(picture, rows, boxes, (96, 128), (50, 70)) == whole
+    assert whole[1] is None and whole[0]["size"] == [50, 70] and whole[0] != whole[2]
+
+
+# ------------------------------------------------------------------------------------------------- a data set
+
+
+def test_a_data_set_in_batches(drawn):  # noqa: F811
+    """Every box of every picture, in the file's order; a picture of another shape is padded and changes nothing."""
+    torch.manual_seed(0)
+    model = build_model("r18-slim", 8, channels=32, frozen=False)
+    annotations = CocoBoxes(drawn / "annotations/instances_train2017.json", drawn / "train2017")
+    classes = torch.arange(len(annotations.classes))
+    one, four = (label_dataset(model, annotations, min_size=64, max_size=64, classes=classes, batch_size=n, workers=0)
+                 for n in (1, 4))
+    assert one.sources == four.sources == [PROMPTED] * len(annotations.boxes)
+    assert np.allclose(one.scores, four.scores, atol=1e-5) and one.scores.std() > 0
+    same = coco_mask.iou([one.rles[0]], [four.rles[0]], [0])
+    assert same > 0.98
+    x, y, w, h = np.array([coco_mask.toBbox(rle) for rle in one.rles]).T
+    x0, y0, x1, y1 = annotations.boxes.T
+    assert (x >= np.floor(x0)).all() and (x + w <= np.ceil(x1)).all()
+    assert (y >= np.floor(y0)).all() and (y + h <= np.ceil(y1)).all()
+
+
+def test_an_undecodable_picture_is_named_and_its_boxes_have_no_mask(drawn, tmp_path, capsys):  # noqa: F811
+    shutil.copytree(drawn, tmp_path / "set")
+    broken = sorted((tmp_path / "set/train2017").iterdir())[3]
+    broken.write_bytes(broken.read_bytes()[:200])
+    model = build_model("r18-slim", 8, channels=32, frozen=False)
+    annotations = CocoBoxes(tmp_path / "set/annotations/instances_train2017.json", tmp_path / "set/train2017")
+    labels = label_dataset(model, annotations, min_size=64, max_size=64, workers=0, batch_size=4,
+                           classes=torch.arange(len(annotations.classes)))
+    own = range(*annotations.offsets[3:5])
+    assert [k for k, source in enumerate(labels.sources) if source is None] == [*own] and len(own)
+    assert all(labels.rles[k] is None and labels.scores[k] == 0 for k in own)
+    assert str(broken) in capsys.readouterr().err
+
+
+def test_classes_meet_by_name():
+    ours = [{"id": 7, "name": "dog"}, {"id": 8, "name": "gnu"}, {"id": 9, "name": "cat"}]
+    assert model_classes([{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}], ours).tolist() == [1, -1, 0]
+    assert model_classes(None, ours).tolist() == [-1, -1, -1]
+
+
+def test_the_file_keeps_what_it_had(tmp_path):
+    """Masks under --min-score stay out, their score does not; dropped boxes say that they have none; crowds stay."""
+    boxes = [[2, 2, 10, 10], [20, 2, 10, 10], [5, 5, 0.2, 9], [1, 1, 30, 30]]
+    content = {"info": {"year": 2026}, "licenses": [{"id": 1}],
+               "images": [{"id": 5, "file_name": "a.png", "width": 40, "height": 30, "date": "today"}],
+               "categories": [{"id": 3, "name": "x", "supercategory": "y"}],
+               "annotations": [{"id": 10 + i, "image_id": 5, "category_id": 3, "bbox": box, "attributes": {"i": i}}
+                               for i, box in enumerate(boxes)]}
+    content["annotations"][3] |= {"iscrowd": 1, "segmentation": "of old"}
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    annotations = CocoBoxes(tmp_path / "boxes.json", tmp_path)
+    rle = coco_mask.encode(np.asfortranarray(np.eye(30, 40, dtype=np.uint8)))
+    rle = {"size": rle["size"], "counts": rle["counts"].decode()}
+    new = with_masks(annotations, Labels([rle, rle], np.array([0.7, 0.2]), [ASSIGNED, PROMPTED]), min_score=0.5)
+    own = [{"segmentation": rle, "area": 30, "score": 0.7, "source": ASSIGNED},
+           {"segmentation": [], "area": 0, "score": 0.2, "source": PROMPTED},
+           {"segmentation": [], "area": 0, "score": 0.0, "source": None}, {}]
+    assert new == content | {"annotations": [row | mine for row, mine in zip(content["annotations"], own)]}
+
+
+def test_polygons_draw_the_same_pixels():
+    pytest.importorskip("cv2")
+    mask = np.zeros((40, 50), np.uint8)
+    mask[5:20, 10:30] = mask[25:26, 40:41] = 1  # a rectangle, and one pixel
+    y, x = np.mgrid[:40, :50]
+    mask[(y - 30) ** 2 + (x - 15) ** 2 < 49] = 1
+    shapes = polygons(coco_mask.encode(np.asfortranarray(mask)))
+    assert len(shapes) == 3 and all(len(shape) >= 6 and len(shape) % 2 == 0 for shape in shapes)
+    again = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(shapes, 40, 50)))
+    assert (again != mask).sum() <= 4 and again[25, 40]
+
+
+# ------------------------------------------------------------------------------------------------- measuring
+
+
+def test_agreement_by_hand(drawn, tmp_path, capsys):  # noqa: F811
+    """A mask that is the hidden one, one that is empty, and one that is the box; and what is printed of them."""
+    annotations = CocoBoxes(drawn / "annotations/instances_train2017.json", drawn / "train2017", masks=True)
+    content = json.loads((drawn / "annotations/instances_train2017.json").read_text())
+    hidden = [content["annotations"][row]["segmentation"] for row in annotations.rows.tolist()]
+    hidden = [{"size": one["size"], "counts": one["counts"]} for one in hidden]
+    x0, y0, x1, y1 = annotations.boxes[2].astype(int)
+    box = np.zeros((64, 64), np.uint8, order="F")
+    box[y0:y1, x0:x1] = 1
+    rles = [*hidden[:2], coco_mask.encode(box), *hidden[3:]]
+    rles[1] = None
+    masks, filled = agreement(annotations, rles)
+    assert masks[0] == 1 and masks[1] == 0 and masks[2] == filled[2] and (masks[3:] == 1).all()
+    area = annotations.mask(0, 2).sum() / ((x1 - x0) * (y1 - y0))  # of the box: the drawn boxes are tight
+    assert filled[2] == pytest.approx(area) and (0 < filled).all() and (filled <= 1).all()
+
+    scores = np.linspace(0.9, 0.5, len(rles))
+    scores[1] = 0
+    sources = [ASSIGNED, None, PROMPTED, *[ASSIGNED] * (len(rles) - 3)]
+    report_agreement(annotations, Labels(rles, scores, sources))
+    lines = capsys.readouterr().out.splitlines()
+    values = {line[:36].strip(): line[36:].split() for line in lines[2:-1]}
+
+    def means(of) -> list[str]:
+        return [str(of.sum()), *(f"{x[of].mean():.3f}" if of.any() else "-" for x in (filled, masks))]
+
+    n, given = len(rles), scores > 0
+    assert values["prompted"] == ["1", *[f"{filled[2]:.3f}"] * 2] and values["assigned"][0] == str(n - 2)
+    quarter = (n - 1) // 4
+    assert values["all boxes"] == means(np.ones(n, bool)) and values["boxes with a mask"] == means(given)
+    assert values["boxes without a mask"] == ["1", f"{filled[1]:.3f}", "0.000"]
+    best, worst = np.delete(np.arange(n), 1)[:quarter], np.arange(n)[-quarter:]
+    assert values["the quarter of the best scores"] == means(np.isin(np.arange(n), best))
+    assert values["the quarter of the worst scores"] == means(np.isin(np.arange(n), worst))
+    assert values["the quarter of the best scores"][2] != "1.000" == values["the quarter of the worst scores"][2]
+    area = (annotations.boxes[:, 2:] - annotations.boxes[:, :2]).prod(1)
+    assert values["under 32 x 32 pixels"] == means(given & (area < 32 ** 2)) != means(given)
+    assert values["32 x 32 to 96 x 96"] == means(given & (area >= 32 ** 2)) and values["larger"] == ["0", "-", "-"]
+    assert lines[-1].endswith(f": {(masks[given].sum() + filled[1]) / n:.3f}")
+    report_agreement(annotations, Labels([None] * n, np.zeros(n), [None] * n))
+    assert capsys.readouterr().out.count("       -       -\n") == 8

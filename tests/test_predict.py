@@ -1,0 +1,377 @@
+"""predict.py and `from model import load`: from the command line to files, pictures and the review page."""
+import html.parser
+import json
+import re
+import shutil
+import sys
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+import checkpoint
+import evaluate
+import predict
+import train
+from coco import CocoBoxes
+from model import load
+from predict import Drawings, drawn_names, find_pictures, unused
+from test_train import SMALL, drawn, losses_of, one_line_error, warm  # noqa: F401
+from visualize import COLOURS, colour_of, window
+
+
+@pytest.fixture(scope="session")
+def sure(warm, tmp_path_factory):  # noqa: F811
+    """The short-trained network with masks of a kind: a diamond of radius 14 pixels around each location."""
+    path = tmp_path_factory.getbasetemp() / "sure.pt"
+    if not path.exists():
+        state = checkpoint.load(warm)
+        for part in ("student", "teacher"):
+            w1, w2, w3, rest = torch.zeros(8, 18), torch.eye(8), torch.full((8,), -40.0), torch.zeros(17)
+            w1[0, 0], w1[1, 0], w1[2, 1], w1[3, 1] = 1, -1, 1, -1    # |x| and |y|, from the location
+            rest[16] = 40 * 14 / 64
+            state[part]["head.controller.weight"].mul_(0.01)
+            state[part]["head.controller.bias"] = torch.cat([w1.flatten(), w2.flatten(), w3, rest])
+        checkpoint.save(state, path)
+    return path
+
+
+def failing(*arguments) -> int:
+    with pytest.raises(SystemExit) as end:
+        predict.main([str(a) for a in arguments])
+    return end.value.code
+
+
+# -------------------------------------------------------------------------------------------- finding objects
+
+
+def test_pictures_of_all_kinds_in_folders_below(drawn, sure, tmp_path, capsys):  # noqa: F811
+    """A picture for each picture, results as evaluate.py has them, a broken file named and left out."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    (folder / "deep").mkdir(parents=True)
+    source = sorted((drawn / "val2017").iterdir())
+    shutil.copy(source[0], folder / "a.jpg")
+    Image.open(source[1]).save(folder / "deep" / "a.png")
+    Image.open(source[2]).convert("L").save(folder / "deep" / "grüße.TIFF")
+    (folder / "b.png").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("nor is this")
+    predict.main(["--ckpt", str(sure), str(folder), str(source[0]), "--out", str(out), "--workers", "0",
+                  "--score-threshold", "0.05", "--batch-size", "2"])
+    assert f"{folder / 'b.png'} cannot be decoded" in capsys.readouterr().err
+    pictures = {str(file.relative_to(out)) for file in out.rglob("*.jpg")}
+    assert pictures == {"a.jpg", "deep/a.jpg", "deep/grüße.jpg", source[0].name}
+    assert max(Image.open(out / "a.jpg").size) == 480  # enlarged from 64 pixels, to be read
+
+    results = json.loads((out / "predictions.json").read_text())
+    names = {result["file_name"]: result["image_id"] for result in results}
+    assert set(names) <= {"a.jpg", "deep/a.png", "deep/grüße.TIFF", source[0].name} and len(names) >= 2
+    assert results and set(results[0]) == {"image_id", "category_id", "score", "bbox", "segmentation", "file_name"}
+    evaluate.main(["--ckpt", str(sure), "--data", str(drawn), "--workers", "0", "--results", str(tmp_path / "r.json"),
+                   "--device", "cpu"])
+    same = [r for r in json.loads((tmp_path / "r.json").read_text()) if r["image_id"] == 1 and r["score"] >= 0.05]
+    ours = [r for r in results if r["file_name"] == source[0].name]
+    assert len(ours) == len(same) > 0
+    for one, other in zip(ours, same):
+        assert one["segmentation"] == other["segmentation"] and one["category_id"] == other["category_id"]
+        assert one["bbox"] == pytest.approx(other["bbox"], abs=1e-3)
+    capsys.readouterr()
+    assert failing("--ckpt", sure, folder / "b.png", "--out", tmp_path / "none", "--workers", 0) == 1
+    assert "none of the 1 pictures can be decoded" in capsys.readouterr().err
+    assert not (tmp_path / "none" / "predictions.json").exists()
+
+
+def test_names_of_drawings_are_never_shared(tmp_path):
+    """Neither by pictures of two folders, nor by two formats; and what was written there is no input."""
+    for name in ("one/a.png", "two/a.png", "two/out/old.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    found = find_pictures([str(tmp_path / "one"), str(tmp_path / "two"), str(tmp_path / "one/a.png")],
+                          tmp_path / "two/out")
+    assert [name for _, name in found] == ["a.png", "a-2.png"]
+    assert drawn_names(["a.png", "a.tif", "x/a.png", "a-2.gif"], "out") == [
+        "out/a.jpg", "out/a-2.jpg", "out/x/a.jpg", "out/a-2-2.jpg"]
+    names = set()
+    assert [unused("a.b.c", names) for _ in range(3)] == ["a.b.c", "a.b-2.c", "a.b-3.c"]
+
+
+def test_a_picture_turned_by_exif_is_seen_as_people_see_it(sure, tmp_path):  # noqa: F811
+    picture = Image.fromarray((np.random.default_rng(0).random((40, 80, 3)) * 255).astype(np.uint8))
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "turned.png", exif=exif)
+    picture.rotate(-90, expand=True).save(tmp_path / "upright.png")
+    predict.main(["--ckpt", str(sure), str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "0",
+                  "--score-threshold", "0.01"])
+    results = json.loads((tmp_path / "out/predictions.json").read_text())
+    one, two = ([{k: r[k] for k in ("bbox", "segmentation")} for r in results if r["file_name"] == name]
+                for name in ("turned.png", "upright.png"))
+    assert one == two and one and one[0]["segmentation"]["size"] == [80, 40]
+
+
+# -------------------------------------------------------------------------------------------------- drawing
+
+
+def test_drawing_large_and_small_pictures():
+    """Whatever the size, the object is filled where its mask is, and the text can be read."""
+    classes = [{"id": 4, "name": "thing"}]
+    for width, height, drawn_width in ((60, 30, 480), (4000, 2000, 1600), (800, 400, 800)):
+        mask = np.zeros((height, width), np.uint8, order="F")
+        mask[height // 2:, width // 2:] = 1
+        one = {"bbox": [width / 2, height / 2, width / 2, height / 2], "category_id": 4, "score": 0.5,
+               "segmentation": coco_mask.encode(mask)}
+        picture = np.asarray(Drawings([], classes).drawn(Image.new("RGB", (width, height), (90, 90, 90)), [one]))
+        assert picture.shape == (drawn_width // 2, drawn_width, 3)
+        h, w = picture.shape[:2]
+        assert (picture[h * 3 // 4, w * 3 // 4] != 90).any() and (picture[h // 8, w // 4] == 90).all()
+        text = (picture[:h // 2] != 90).any(2)
+        assert 10 < text.any(1).sum() and (picture[:h // 2].max(2) == 255).any()
+
+
+def test_colours_stay_distinct_and_are_the_same_every_time():
+    colours = [colour_of(i) for i in range(40)]
+    assert colours[:len(COLOURS)] == COLOURS and len(set(colours)) == 40
+    assert colours == [colour_of(i) for i in range(40)]
+
+
+def test_the_window_of_a_mask():
+    mask = torch.zeros(20, 30, dtype=torch.bool)
+    assert window(mask, 3) == (slice(0, 1), slice(0, 1))
+    mask[5:7, 1] = True
+    y, x = window(mask, 3)
+    assert (y, x) == (slice(2, 10), slice(0, 5)) and mask[y, x].sum() == mask.sum()
+
+
+# --------------------------------------------------------------------------------------- masks for one's boxes
+
+
+class Page(html.parser.HTMLParser):
+    """The tags of a page, its text, and what it would fetch."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.source, self.tags, self.text, self.links = text, [], "", []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+EVIL = "<script>alert('x')</script> & \"q\" ß"
+
+
+@pytest.fixture
+def boxes(drawn, tmp_path):  # noqa: F811
+    """The drawn pictures' annotations without masks, one class with an evil name, with fields of a user's own."""
+    content = json.loads((drawn / "annotations/instances_train2017.json").read_text())
+    content |= {"info": {"by": "me"}, "licenses": [{"id": 1, "name": "CC"}]}
+    for row in content["annotations"]:
+        del row["segmentation"]
+        row["attributes"] = {"seen": True}
+    content["annotations"][0]["id"] = 2 ** 60
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    return tmp_path / "boxes.json", content
+
+
+def test_every_box_gets_a_mask_a_score_and_a_source(drawn, sure, boxes, tmp_path, capsys):  # noqa: F811
+    path, content = boxes
+    out, images = tmp_path / "masks", drawn / "train2017"
+    predict.main(["--ckpt", str(sure), "--boxes", str(path), "--images", str(images), "--out", str(out), "--workers",
+                  "0", "--review-count", "5"])
+    new = json.loads((out / "masks.json").read_text())
+    own = {"segmentation", "area", "score", "source"}
+    assert {k: v for k, v in new.items() if k != "annotations"} == {
+        k: v for k, v in content.items() if k != "annotations"}
+    for old, row in zip(content["annotations"], new["annotations"], strict=True):
+        assert {k: v for k, v in row.items() if k not in own} == {k: v for k, v in old.items() if k not in own}
+        assert row["area"] == coco_mask.area(row["segmentation"]) > 0 and 0 <= row["score"] <= 1
+    sources = [row["source"] for row in new["annotations"]]
+    assert set(sources) == {"assigned", "prompted"}
+    shown = capsys.readouterr().out
+    assert f"{len(sources)} boxes, {sources.count('assigned')} masks assigned, {sources.count('prompted')} prompted" \
+        in shown
+    assert len(COCO(out / "masks.json").anns) == len(sources)  # pycocotools reads it
+    assert len(list((out / "pictures").iterdir())) == 12
+
+    train.main(["--train-json", str(out / "masks.json"), "--train-images", str(images), *SMALL, "--iters", "2",
+                "--method", "condinst", "--out", str(tmp_path / "run")])
+    assert losses_of(tmp_path / "run")[-1]["loss_mask"] < 1
+
+    page = Page((out / "review.html").read_text())
+    assert page.tags.count("figure") == page.tags.count("img") == 5
+    links = [link for link in page.links if not link.startswith("data:image/jpeg;base64,")]
+    assert len(links) == 5 and all((out / link).exists() for link in links)
+    scores = sorted(row["score"] for row in new["annotations"])[:5]
+    assert [float(one) for one in re.findall(r'class="score">([\d.]+)<', page.source)] == pytest.approx(
+        scores, abs=0.00501)
+
+
+def test_low_scores_are_left_out_and_listed(drawn, sure, boxes, tmp_path, capsys):  # noqa: F811
+    path, content = boxes
+    out, images = tmp_path / "masks", drawn / "train2017"
+    command = ["--ckpt", str(sure), "--boxes", str(path), "--images", str(images), "--out", str(out), "--workers", "0"]
+    predict.main(command)
+    scores = np.array([row["score"] for row in json.loads((out / "masks.json").read_text())["annotations"]])
+    limit = float(np.quantile(scores, 0.9))
+    predict.main([*command, "--min-score", str(limit), "--review-count", "3"])
+    rows = json.loads((out / "masks.json").read_text())["annotations"]
+    low = [row["score"] < limit for row in rows]
+    assert 40 < sum(low) < 64 and all((row["segmentation"] == []) == is_low for row, is_low in zip(rows, low))
+    assert f"{sum(low)} of them score below" in capsys.readouterr().out
+    page = Page((out / "review.html").read_text())
+    assert page.tags.count("figure") == 3 and page.tags.count("li") == sum(low) - 3
+    named = {int(number) for number in re.findall(r"box (\d+)", page.text)}
+    assert named == {row["id"] for row, is_low in zip(rows, low) if is_low}
+    train.main(["--train-json", str(out / "masks.json"), "--train-images", str(images), *SMALL, "--iters", "1",
+                "--method", "condinst", "--out", str(tmp_path / "run")])  # such a box is learnt without its mask
+
+
+def test_polygons_in_place_of_run_lengths(drawn, sure, boxes, tmp_path):  # noqa: F811
+    pytest.importorskip("cv2")
+    path, _ = boxes
+    command = ["--ckpt", str(sure), "--boxes", str(path), "--images", str(drawn / "train2017"), "--workers", "0"]
+    predict.main([*command, "--out", str(tmp_path / "a")])
+    predict.main([*command, "--out", str(tmp_path / "b"), "--polygons"])
+    one, two = COCO(tmp_path / "a/masks.json"), COCO(tmp_path / "b/masks.json")
+    assert all(type(row["segmentation"]) is list for row in two.anns.values())
+    ious = [coco_mask.iou([one.annToRLE(one.anns[i])], [two.annToRLE(two.anns[i])], [0])[0, 0] for i in one.anns]
+    assert np.mean(ious) > 0.95
+    CocoBoxes(tmp_path / "b/masks.json", drawn / "train2017", masks=True)
+
+
+def test_polygons_without_opencv(drawn, sure, boxes, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    assert failing("--ckpt", sure, "--boxes", boxes[0], "--images", drawn / "train2017", "--out", tmp_path / "m",
+                   "--polygons") == 1
+    assert "pip install opencv-python-headless" in one_line_error(capsys) and not (tmp_path / "m").exists()
+
+
+def test_names_are_escaped_on_the_page(drawn, sure, boxes, tmp_path):  # noqa: F811
+    path, content = boxes
+    images = tmp_path / "images"
+    shutil.copytree(drawn / "train2017", images)
+    for row in content["categories"]:
+        row["name"] += EVIL
+    first = content["images"][0]
+    (images / first["file_name"]).rename(images / "<b>#?%20 ü.png")
+    first["file_name"] = "<b>#?%20 ü.png"
+    path.write_text(json.dumps(content))
+    out = tmp_path / "masks"
+    predict.main(["--ckpt", str(sure), "--boxes", str(path), "--images", str(images), "--out", str(out), "--workers",
+                  "0"])
+    page = Page((out / "review.html").read_text())
+    assert {"script", "b>"}.isdisjoint(page.tags) and page.text.count(EVIL) == len(content["annotations"])
+    assert "<b>#?%20 ü.png" in page.text
+    links = [unquote(link) for link in page.links if not link.startswith("data:")]
+    assert "pictures/<b>#?%20 ü.jpg" in links and all((out / link).exists() for link in links)
+
+
+def test_masks_are_measured_where_the_file_has_some(drawn, sure, tmp_path, capsys):  # noqa: F811
+    predict.main(["--ckpt", str(sure), "--boxes", str(drawn / "annotations/instances_val2017.json"), "--images",
+                  str(drawn / "val2017"), "--out", str(tmp_path), "--workers", "0", "--measure"])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("    prompted") for line in lines) and "boxes without a mask                       0" \
+        in "\n".join(lines)
+
+
+def test_a_checkpoint_of_other_classes_labels_all_the_same(drawn, sure, boxes, tmp_path, capsys):  # noqa: F811
+    path, content = boxes
+    content["categories"][0]["name"] = "gadget"
+    path.write_text(json.dumps(content))
+    predict.main(["--ckpt", str(sure), "--boxes", str(path), "--images", str(drawn / "train2017"), "--out",
+                  str(tmp_path / "m"), "--workers", "0"])
+    assert "was not trained for 'gadget'" in capsys.readouterr().err
+    assert all(row["segmentation"] for row in json.loads((tmp_path / "m/masks.json").read_text())["annotations"])
+
+
+def test_ten_thousand_boxes_on_one_picture(drawn, sure, tmp_path):  # noqa: F811
+    content = json.loads((drawn / "annotations/instances_val2017.json").read_text())
+    rng = np.random.default_rng(0)
+    corners = rng.random((10_000, 2)) * 55
+    sides = 2 + rng.random((10_000, 2)) * 6
+    content["annotations"] = [
+        {"id": i, "image_id": content["images"][0]["id"], "category_id": content["categories"][0]["id"],
+         "bbox": [*corner, *side]} for i, (corner, side) in enumerate(zip(corners.tolist(), sides.tolist()))]
+    content["images"] = content["images"][:1]
+    (tmp_path / "many.json").write_text(json.dumps(content))
+    predict.main(["--ckpt", str(sure), "--boxes", str(tmp_path / "many.json"), "--images", str(drawn / "val2017"),
+                  "--out", str(tmp_path / "m"), "--workers", "0"])
+    rows = json.loads((tmp_path / "m/masks.json").read_text())["annotations"]
+    assert len(rows) == 10_000 and all(row["segmentation"] for row in rows)
+
+
+HOSTILE = {
+    "traversal": (lambda c: c["images"][0].update(file_name="../../etc/passwd"), "inside the folder of pictures"),
+    "huge id": (lambda c: c["images"][0].update(id=10 ** 30), "not an integer"),
+    "text for a number": (lambda c: c["annotations"][0].update(bbox=["1", 2, 3, 4]), "4 finite numbers"),
+    "missing picture": (lambda c: c["images"][0].update(file_name="gone.jpg"), "'gone.jpg'"),
+    "wrong size": (lambda c: c["images"][0].update(width=65), "another size"),
+    "unknown image": (lambda c: c["annotations"][0].update(image_id=777), "unknown image_id"),
+    "no lists": (lambda c: c.clear(), "not a COCO annotation file"),
+}
+
+
+@pytest.mark.parametrize("change, message", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_files_are_one_line_and_nothing_is_written(change, message, drawn, sure, boxes, tmp_path,  # noqa: F811
+                                                           capsys):
+    path, content = boxes
+    change(content)
+    path.write_text(json.dumps(content))
+    out = tmp_path / "m"
+    assert failing("--ckpt", sure, "--boxes", path, "--images", drawn / "train2017", "--out", out) == 1
+    line = one_line_error(capsys)
+    assert message in line and str(path) in line and not out.exists()
+
+
+def test_zero_boxes_are_a_file_with_no_masks(drawn, sure, boxes, tmp_path, capsys):  # noqa: F811
+    path, content = boxes
+    content["annotations"] = []
+    path.write_text(json.dumps(content))
+    predict.main(["--ckpt", str(sure), "--boxes", str(path), "--images", str(drawn / "train2017"), "--out",
+                  str(tmp_path / "m"), "--workers", "0"])
+    assert json.loads((tmp_path / "m/masks.json").read_text()) == content
+    assert Page((tmp_path / "m/review.html").read_text()).tags.count("figure") == 0
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--out", "x"], "pictures"), (["a.jpg", "--boxes", "b.json", "--images", "i", "--out", "x"], "either"),
+    (["--boxes", "b.json", "--out", "x"], "--images go together"), (["a.jpg", "--workers", "-1", "--out", "x"], "-1"),
+    (["a.jpg", "--min-score", "2", "--out", "x"], "between 0 and 1")])
+def test_wrong_options(arguments, message, sure, capsys):  # noqa: F811
+    assert failing("--ckpt", sure, *arguments) == 2 and message in capsys.readouterr().err
+
+
+def test_wrong_paths_are_one_line(drawn, sure, tmp_path, capsys):  # noqa: F811
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    for arguments, message in ((["gone", "--out", tmp_path / "o"], "gone does not exist"),
+                               ([tmp_path / "empty", "--out", tmp_path / "o"], "no pictures in"),
+                               ([drawn / "val2017", "--out", tmp_path / "file"], "cannot write")):
+        assert failing("--ckpt", sure, *arguments, "--workers", 0) == 1 and message in one_line_error(capsys)
+    assert failing("--ckpt", tmp_path / "no.pt", drawn, "--out", tmp_path / "o") == 1
+
+
+# ----------------------------------------------------------------------------------------- in one's own program
+
+
+def test_a_model_takes_pictures_in_every_form(drawn, sure):  # noqa: F811
+    model = load(sure)
+    path = sorted((drawn / "val2017").iterdir())[0]
+    picture = Image.open(path).convert("RGB")
+    answers = [model.predict(image, score_threshold=0.05) for image in (
+        path, str(path), picture, np.asarray(picture), torch.from_numpy(np.array(picture)))]
+    first = answers[0]
+    assert len(first.boxes) and first.masks.shape == (len(first.boxes), 64, 64)
+    content = json.loads((drawn / "annotations/instances_val2017.json").read_text())
+    assert model.classes == [c["name"] for c in content["categories"]] and model.classes[first.labels[0]]
+    assert all(torch.equal(a, b) for other in answers[1:] for a, b in zip(first, other))
+    limit = float(first.scores.median())
+    few = model.predict(path, score_threshold=limit)
+    assert torch.equal(few.boxes, first.boxes[first.scores >= limit]) and 0 < len(few.boxes) < len(first.boxes)
