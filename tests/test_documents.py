@@ -10,6 +10,7 @@ import checkpoint
 import data
 import evaluate
 import experiments
+import predict
 import selftraining
 import train
 from backbone import BACKBONES
@@ -19,7 +20,8 @@ from test_train import SMALL, command, drawn, losses_of, same, warm  # noqa: F40
 PROJECT = Path(__file__).resolve().parent.parent
 PARSERS = {"train.py": train.parse_arguments, "evaluate.py": evaluate.parse_arguments,
            "selftraining.py": selftraining.parse_arguments, "experiments.py": experiments.parse_arguments,
-           "checkpoint.py": checkpoint.parse_arguments, "data.py": data.parse_arguments}
+           "checkpoint.py": checkpoint.parse_arguments, "data.py": data.parse_arguments,
+           "predict.py": predict.parse_arguments}
 TORCHRUN = re.compile(r"torchrun( --[a-z_]+=\S+)+ ")
 
 
