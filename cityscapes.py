@@ -11,10 +11,8 @@ in ROOT/leftImg8bit/{train,val}/CITY/, and `coco.datasets` looks for them there 
 nothing else needs). Its AP is not COCO's: objects of under 100 pixels do not count, nor do detections that lie mostly
 in a group or in void, and precision is averaged over recall in another way. So it is called, never written anew.
 """
-import contextlib
 import copy
 import importlib
-import json
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -25,7 +23,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from coco import CocoBoxes, DataError
+from coco import CocoBoxes, DataError, write_files
 
 # the eight classes that are scored as objects; their category ids are Cityscapes' label ids
 CLASSES = [{"id": 24, "name": "person"}, {"id": 25, "name": "rider"}, {"id": 26, "name": "car"},
@@ -45,18 +43,7 @@ def write_cityscapes(root: str) -> None:
     contents = {split: read_split(Path(root), split) for split in ("train", "val")}
     folder = os.path.join(root, "annotations")
     paths = {split: os.path.join(folder, f"instances_{split}2017.json") for split in contents}
-    try:
-        os.makedirs(folder, exist_ok=True)
-        for split, path in paths.items():
-            with open(path + ".tmp", "w", encoding="utf-8") as file:
-                json.dump(contents[split], file)
-        for path in paths.values():
-            os.replace(path + ".tmp", path)
-    except OSError as error:
-        for path in paths.values():
-            with contextlib.suppress(OSError):
-                os.remove(path + ".tmp")
-        raise DataError(f"cannot write annotation files into {folder}: {error.strerror}") from None
+    write_files({path: contents[split] for split, path in paths.items()})
     for split, path in paths.items():
         groups = sum(row["iscrowd"] for row in contents[split]["annotations"])
         print(f"{path}: {len(contents[split]['images'])} pictures, "

@@ -71,7 +71,7 @@ def picture_folder(data: str, root: str, split: str) -> str:
     if data == "cityscapes" or os.path.isdir(os.path.join(root, "leftImg8bit")):
         return os.path.join(root, "leftImg8bit", split)
     if data not in NAMES and not os.path.isdir(os.path.join(root, "train2017")) and any(
-            os.path.isdir(os.path.join(root, folder)) for folder in ("JPEGImages", "images")):
+            os.path.isdir(os.path.join(root, *folder)) for folder in (["JPEGImages"], ["images"], ["train", "images"])):
         return root
     return os.path.join(root, f"{split}2017")
 

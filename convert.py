@@ -1,7 +1,8 @@
 """Folders in the layout of Pascal VOC or YOLO: COCO annotation files for their boxes. Not from the paper.
 
     python data.py voc DIR          Annotations/*.xml, JPEGImages/, perhaps ImageSets/Main/train.txt and val.txt
-    python data.py yolo DIR         images/ and labels/, flat or with train/ and val/; data.yaml or classes.txt
+    python data.py yolo DIR         images/ and labels/, flat or with train/ and val/, or both within train/ and valid/;
+                                    data.yaml or classes.txt
     python train.py --data DIR
 
 `write_voc` and `write_yolo` add DIR/annotations/instances_{train,val}2017.json and nothing else: the pictures stay
@@ -40,7 +41,8 @@ def write_voc(root: str) -> None:
 
     Raises DataError."""
     root = Path(root)
-    check_root(root, "Annotations", "JPEGImages")
+    check_folders(root, "Annotations", "JPEGImages")
+    check_root(root)
     stems = sorted(path.stem for path in (root / "Annotations").glob("*.xml") if not path.name.startswith("."))
     splits = checked_splits(root, voc_splits(root, stems), stems)
     there = {}
@@ -154,11 +156,15 @@ def write_yolo(root: str) -> None:
 
     Raises DataError."""
     root = Path(root)
-    check_root(root, "images", "labels")
-    everything = pictures_in(root, root / "images")
+    parts = [root] if (root / "images").is_dir() else [path.parent for path in sorted(root.glob("*/images"))] or [root]
+    for part in parts:
+        check_folders(part, "images", "labels")
+    check_root(root)
+    everything = [name for part in parts for name in pictures_in(root, part / "images")]
     splits = checked_splits(root, yolo_splits(root, everything), everything)
     names = class_names(root)
-    check_labels(root, sorted({*everything, *(name for part in splits.values() for name in part)}))
+    check_labels(root, [part / "labels" for part in parts],
+                 sorted({*everything, *(name for names in splits.values() for name in names)}))
     found = read_all(root, splits, lambda name: read_txt(root, name, names))
     if names is None:
         names = {box["class"]: str(box["class"]) for picture in found.values() for box in picture.boxes}
@@ -168,9 +174,9 @@ def write_yolo(root: str) -> None:
 
 
 def yolo_splits(root: Path, everything: list[str]) -> dict[str, list[str]]:
-    """Pictures of each part: those of sub-folders of images/, or all are to train on."""
-    folders = {split: [root / "images" / name for name in names if (root / "images" / name).is_dir()]
-               for split, names in FOLDERS.items()}
+    """Pictures of each part: of folders in images/, or that have an images/ of their own; or all are to train on."""
+    folders = {split: [folder for name in names for folder in (root / "images" / name, root / name / "images")
+                       if folder.is_dir()] for split, names in FOLDERS.items()}
     if not any(folders.values()):
         return {"train": everything}
     return {split: [name for folder in some for name in pictures_in(root, folder)]
@@ -178,17 +184,19 @@ def yolo_splits(root: Path, everything: list[str]) -> dict[str, list[str]]:
 
 
 def label_file(root: Path, picture: str) -> Path:
-    return (root / "labels" / Path(picture).relative_to("images")).with_suffix(".txt")
+    parts = list(Path(picture).parts)
+    parts[parts.index("images")] = "labels"
+    return root.joinpath(*parts).with_suffix(".txt")
 
 
-def check_labels(root: Path, pictures: list[str]) -> None:
-    """Warns of label files without a picture. Raises DataError where two pictures share one."""
+def check_labels(root: Path, folders: list[Path], pictures: list[str]) -> None:
+    """Warns of label files below `folders` without a picture. Raises DataError where two pictures share one."""
     owners = {}
     for picture in pictures:
         other = owners.setdefault(label_file(root, picture), picture)
         if other != picture:
             raise DataError(f"{root}: {other!r} and {picture!r} share one label file, {label_file(root, picture)}")
-    alone = sorted(str(path) for path in files_in(root / "labels")
+    alone = sorted(str(path) for folder in folders for path in files_in(folder)
                    if path.suffix == ".txt" and path not in owners and path.name != "classes.txt")
     if alone:
         warn(f"{root}: {len(alone)} label files have no picture and are left out ({first_five(alone)})")
@@ -338,12 +346,16 @@ def numbered(entries: list[tuple[str | None, str]]) -> dict[int, str]:
 
 # ----------------------------------------------------------------------------------------- both layouts
 
-def check_root(root: Path, *folders: str) -> None:
-    """Raises DataError where a folder is missing, where pictures would be looked for in another, and where annotation
-    files are there that no conversion has made."""
+def check_folders(root: Path, *folders: str) -> None:
+    """Raises DataError where one is missing."""
     for folder in folders:
         if not (root / folder).is_dir():
             raise DataError(f"folder {root / folder} is missing; this layout has {' and '.join(folders)} in {root}")
+
+
+def check_root(root: Path) -> None:
+    """Raises DataError where pictures would be looked for elsewhere, and where annotation files are there that no
+    conversion has made."""
     for folder in ("train2017", "leftImg8bit"):
         if (root / folder).exists():
             raise DataError(f"{root / folder} is in the way: with it the pictures are looked for there; move it away")

@@ -11,7 +11,6 @@ masks. BoxTeacher does both at once, and weighs each mask with its score. A box 
 For masks of every box, to keep or to look at, see predict.py --boxes.
 """
 import argparse
-import json
 import sys
 
 import numpy as np

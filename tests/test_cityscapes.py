@@ -202,7 +202,7 @@ def test_unreadable_and_wrong_pictures_are_named(city):
 
 def test_a_folder_that_cannot_be_written(city):
     (city / "annotations").write_text("a file")
-    with pytest.raises(DataError, match="cannot write annotation files into .*annotations"):
+    with pytest.raises(DataError, match="cannot write annotation file .*annotations"):
         cityscapes.write_cityscapes(str(city))
 
 

@@ -245,6 +245,31 @@ def test_yolo_folders_of_the_parts(yolo, train_folder, val_folder, capsys):
     assert f"1 label files have no picture and are left out ({yolo / 'labels' / 'train' / 'alone.txt'})" in error
 
 
+def test_yolo_parts_that_hold_images_and_labels(yolo, capsys):
+    """As Roboflow exports them: train/images and train/labels, valid/..., test/..."""
+    for old, new in (("train", "train"), ("val", "valid")):
+        for kind in ("images", "labels"):
+            (yolo / new).mkdir(exist_ok=True)
+            if (yolo / kind / old).exists():
+                (yolo / kind / old).rename(yolo / new / kind)
+            else:
+                (yolo / new / kind).mkdir()
+    for kind in ("images", "labels"):
+        (yolo / kind / "val").exists() or (yolo / kind).rmdir()
+    put_picture(yolo / "test" / "images" / "t.png")
+    put(yolo / "test" / "labels" / "t.txt", "rubbish")
+    put(yolo / "train" / "labels" / "alone.txt", "0 0.5 0.5 1 1")
+    write_yolo(str(yolo))
+    assert [row[:2] for row in boxes(yolo)] == [("train/images/a.png", "bus"), ("train/images/c.png", "car")]
+    assert [row["file_name"] for row in read(yolo, "val")["images"]] == ["valid/images/b.png"]
+    error = capsys.readouterr().err
+    assert "1 of 4 pictures are in no part and are left out ('test/images/t.png')" in error and "alone.txt" in error
+    train_files, val_files = datasets(str(yolo))
+    assert len(CocoBoxes(*train_files)) == 2 and len(CocoBoxes(*val_files)) == 1
+    (yolo / "valid" / "labels").rmdir()
+    refused(write_yolo, yolo, f"{yolo / 'valid' / 'labels'} is missing")
+
+
 def test_yolo_val_without_train_and_val_without_pictures(yolo, capsys):
     os.remove(yolo / "images" / "val" / "b.png")
     write_yolo(str(yolo))
