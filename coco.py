@@ -139,7 +139,7 @@ def load_json(path: str):
     """What a COCO file holds, unchecked. COCO's test pictures come without annotations: then there are none.
     Raises DataError."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # editors of some systems begin a file with a mark
             content = json.load(file)
     except FileNotFoundError:
         raise DataError(f"annotation file {path} is missing; {GET_DATA}") from None

@@ -21,7 +21,6 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
@@ -32,6 +31,7 @@ from checkpoint import CheckpointError, load_model, test_size
 from coco import CocoBoxes, DataError, datasets
 from curves import draw_curves
 from data import Batch, TestImages, check_sizes, positive
+from label import encode
 from model import Instances, predict
 from quality import matches, report
 from visualize import sheet, sheet_rows
@@ -93,13 +93,9 @@ def coco_results(image_id: int, instances: Instances, classes: list[dict]) -> li
     """
     boxes = instances.boxes.double()
     boxes[:, 2:] -= boxes[:, :2]  # xyxy -> xywh
-    # RLE runs down the columns, so pycocotools wants (H, W, N) in Fortran order: the memory of an (N, W, H)
-    columns = instances.masks.to(torch.uint8).transpose(1, 2).contiguous().numpy()
-    encoded = coco_mask.encode(columns.transpose(2, 1, 0)) if len(columns) else []
-    rows = zip(instances.labels.tolist(), instances.scores.tolist(), boxes.tolist(), encoded)
+    rows = zip(instances.labels.tolist(), instances.scores.tolist(), boxes.tolist(), encode(instances.masks))
     return [{"image_id": image_id, "category_id": classes[label]["id"], "score": score, "bbox": box,
-             "segmentation": {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}}
-            for label, score, box, rle in rows]
+             "segmentation": rle} for label, score, box, rle in rows]
 
 
 def gather(found: list[list]) -> list:
@@ -114,7 +110,7 @@ def gather(found: list[list]) -> list:
 
 def ground_truth(json_path: str) -> COCO:
     """The annotation file as pycocotools' COCO, with what files of boxes alone leave out filled in."""
-    with open(json_path, encoding="utf-8") as file:
+    with open(json_path, encoding="utf-8-sig") as file:
         dataset = json.load(file)
     dataset.setdefault("info", {})
     dataset.setdefault("annotations", [])

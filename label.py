@@ -51,25 +51,24 @@ def label_picture(picture: Predictions, boxes: Tensor, size: tuple[int, int], or
     original_size: (height, width) of the masks.
     """
     rows, scores = assigned_rows(picture, boxes, size, score_threshold, classes)
-    sources = [ASSIGNED if row >= 0 else None for row in rows.tolist()]
-    if classes is not None:
-        left = (rows < 0).nonzero()[:, 0]
-        prompt(picture, boxes, classes, size, rows, scores)
-        for g in left.tolist():
-            sources[g] = PROMPTED
     rles = cut_masks(picture, rows, boxes, size, original_size)
-    for g, (rle, source) in enumerate(zip(rles, sources)):
-        if source and not coco_mask.area(rle):
-            # the head sees nothing in this box: the box itself, and a score that says so
-            rles[g], scores[g] = filled_box(boxes[g], size, original_size) if classes is not None else None, 0
-            sources[g] = PROMPTED if classes is not None else None
+    left = torch.tensor([rle is None for rle in rles], dtype=torch.bool)
+    rows[left], scores[left] = -1, 0
+    sources = [None if is_left else ASSIGNED for is_left in left.tolist()]
+    if classes is not None:
+        rows, scores = prompt(picture, boxes, classes, size, rows, scores)
+        asked = cut_masks(picture, torch.where(left, rows, -1), boxes, size, original_size)
+        for g in left.nonzero()[:, 0].tolist():
+            sources[g], rles[g] = PROMPTED, asked[g]
+            if asked[g] is None:  # the head sees nothing in this box: the box itself, and a score that says so
+                rles[g], scores[g] = filled_box(boxes[g], size, original_size), 0
     return Labels(rles, scores.numpy(), sources)
 
 
 def assigned_rows(picture: Predictions, boxes: Tensor, size: tuple[int, int], score_threshold: float,
                   classes: Tensor | None) -> tuple[Tensor, Tensor]:
     """Alg. 1: the location (G,) whose mask a box is given, -1 for none, and its mask-aware score (G,). On the CPU."""
-    found = detect(picture)
+    found = detect(picture, limit=100 if classes is None else max(100, 2 * len(boxes)))
     logits, iou = mask_logits(picture, [found.rows]), box_iou(found.boxes, boxes)
     if classes is not None:
         iou = iou * ((found.labels[:, None] == classes) | (classes < 0))
@@ -88,14 +87,16 @@ def assigned_rows(picture: Predictions, boxes: Tensor, size: tuple[int, int], sc
 
 
 def prompt(picture: Predictions, boxes: Tensor, classes: Tensor, size: tuple[int, int], rows: Tensor,
-           scores: Tensor) -> None:
-    """Fill in the rows (G,) that are -1, and their scores: the locations that FCOS would have learn this box are asked.
+           scores: Tensor) -> tuple[Tensor, Tensor]:
+    """rows and scores (G,) with those that are -1 filled in: the locations that FCOS would have learn a box are asked.
 
     These are of the box's own level, and of no other box. A box has none where smaller ones cover its centre, or
     where it lies between the locations of its level: then the nearest that are free. No location answers twice, as
     long as there are more of them than boxes.
     """
-    taken = torch.zeros(len(picture.locations.xy), dtype=torch.bool)
+    rows, scores = rows.clone(), scores.clone()
+    locations = Locations(*(x.cpu() for x in picture.locations))
+    taken = torch.zeros(len(locations.xy), dtype=torch.bool)
     taken[rows[rows >= 0]] = True
     owner = owners(picture.locations, boxes)                          # (L,) the box that a location would learn
     own = ((owner >= 0) & ~taken).nonzero()[:, 0]
@@ -105,11 +106,12 @@ def prompt(picture: Predictions, boxes: Tensor, classes: Tensor, size: tuple[int
         rows[owner[own[k]]], scores[owner[own[k]]] = own[k], own_scores[k]
     taken[rows[rows >= 0]] = True
     for g in (rows < 0).nonzero()[:, 0].tolist():
-        near = nearest(picture.locations, boxes[g], taken, owner >= 0)
+        near = nearest(locations, boxes[g].cpu(), taken, owner >= 0)
         near_scores = prompt_scores(picture, near, torch.full_like(near, g), boxes, classes, size)
         best = near_scores.argmax()
         rows[g], scores[g] = near[best], near_scores[best]
         taken[near[best]] = True
+    return rows, scores
 
 
 def owners(locations: Locations, boxes: Tensor) -> Tensor:
@@ -122,14 +124,14 @@ def owners(locations: Locations, boxes: Tensor) -> Tensor:
 def nearest(locations: Locations, box: Tensor, taken: Tensor, owned: Tensor) -> Tensor:
     """The CANDIDATES locations to ask for a box (4,): free ones of its level near its centre, first those that no
     other box owns; where its level has none, of any level; where there is none at all, taken ones."""
-    center, half = (box[:2] + box[2:]).cpu() / 2, float((box[2:] - box[:2]).max()) / 2
+    center, half = (box[:2] + box[2:]) / 2, float((box[2:] - box[:2]).max()) / 2
     level = next(i for i, (_, high) in enumerate(LEVEL_RANGES) if half <= high)
     free = ~taken
-    for choice in ((locations.level.cpu() == level) & free & ~owned, (locations.level.cpu() == level) & free, free,
+    for choice in ((locations.level == level) & free & ~owned, (locations.level == level) & free, free,
                    torch.ones_like(taken)):
         if choice.any():
             rows = choice.nonzero()[:, 0]
-            return rows[(locations.xy.cpu()[rows] - center).norm(dim=1).argsort(stable=True)[:CANDIDATES]]
+            return rows[(locations.xy[rows] - center).norm(dim=1).argsort(stable=True)[:CANDIDATES]]
 
 
 def prompt_scores(picture: Predictions, rows: Tensor, owner: Tensor, boxes: Tensor, classes: Tensor,
@@ -155,14 +157,15 @@ def cells(size: tuple[int, int]) -> tuple[int, int]:
 
 def cut_masks(picture: Predictions, rows: Tensor, boxes: Tensor, size: tuple[int, int],
               original_size: tuple[int, int]) -> list[dict | None]:
-    """Run lengths of the masks of locations rows (G,) at original_size, cut to the boxes; None where the row is -1."""
+    """Run lengths of the masks of locations rows (G,) at original_size, cut to the boxes; None where the row is -1 and
+    where nothing of the mask lies in the box."""
     rles, given = [None] * len(rows), (rows >= 0).nonzero()[:, 0]
-    for some in given.split(CHUNK):
+    for some in given.split(max(1, min(CHUNK, 2 ** 26 // (original_size[0] * original_size[1])))):  # 64 MiB of masks
         logits = mask_logits(picture, [rows[some].to(boxes.device)])
         masks = paste_masks(logits, size, original_size)[0] & original_boxes(boxes[some.to(boxes.device)], size,
                                                                              original_size)
-        for g, rle in zip(some.tolist(), encode(masks)):
-            rles[g] = rle
+        for g, rle, something in zip(some.tolist(), encode(masks), masks.flatten(1).any(1).tolist()):
+            rles[g] = rle if something else None
     return rles
 
 
@@ -170,7 +173,7 @@ def original_boxes(boxes: Tensor, size: tuple[int, int], original_size: tuple[in
     """Boxes of the network's input as masks (G, height, width) of the picture itself: each pixel that they touch."""
     scale = boxes.new_tensor([original_size[1] / size[1], original_size[0] / size[0]]).repeat(2)
     boxes = (boxes * scale).cpu()
-    low, high = (boxes[:, :2] + 1e-3).floor(), (boxes[:, 2:] - 1e-3).ceil()  # less than rounding made of whole pixels
+    low, high = (boxes[:, :2] + 1e-2).floor(), (boxes[:, 2:] - 1e-2).ceil()  # rounding makes 1001.0001 of 1001
     return box_masks(torch.cat([low, high - 1], 1), *original_size, stride=1)
 
 
@@ -180,7 +183,8 @@ def filled_box(box: Tensor, size: tuple[int, int], original_size: tuple[int, int
 
 def encode(masks: Tensor) -> list[dict]:
     """Masks (N, H, W) bool as COCO's run lengths."""
-    columns = masks.to(torch.uint8).transpose(1, 2).contiguous().numpy()  # RLE runs down the columns
+    # they run down the columns, so pycocotools wants (H, W, N) in Fortran order: the memory of an (N, W, H)
+    columns = masks.to(torch.uint8).transpose(1, 2).contiguous().numpy()
     encoded = coco_mask.encode(columns.transpose(2, 1, 0)) if len(columns) else []
     return [{"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")} for rle in encoded]
 
@@ -223,14 +227,14 @@ def model_classes(trained: list[dict] | None, classes: list[dict]) -> Tensor:
 def with_masks(annotations: CocoBoxes, labels: Labels, min_score: float = 0.0) -> dict:
     """The annotation file with `segmentation`, `area`, `score` and `source` of the boxes replaced; the rest as it was.
 
-    A box without a mask, or with one that is scored below min_score, has the segmentation []: training with masks
-    then learns its box alone. Crowds are left as they are.
+    A box without a mask, or with one that is scored below min_score, has the segmentation [] and its old area: training
+    with masks then learns its box alone. Crowds are left as they are.
     """
-    with open(annotations.json_path, encoding="utf-8") as file:
+    with open(annotations.json_path, encoding="utf-8-sig") as file:
         content = json.load(file)
     for annotation in content["annotations"]:
         if not annotation.get("iscrowd"):
-            annotation |= {"segmentation": [], "area": 0, "score": 0.0, "source": None}
+            annotation |= {"segmentation": [], "score": 0.0, "source": None}
     for row, rle, score, source in zip(annotations.rows.tolist(), labels.rles, labels.scores.tolist(), labels.sources):
         content["annotations"][row] |= {"score": score, "source": source}
         if rle is not None and score >= min_score:

@@ -170,8 +170,8 @@ def draw_sheet(path: Path, title: str, model: CondInst, annotations: CocoBoxes, 
             rows.append((batch.images[0, :, :size[0], :size[1]], boxes, labels, found, truth))
         if rows:
             sheet(rows, str(path), [c["name"] for c in annotations.classes], threshold=0, title=title)
-    except OSError as error:
-        warn(f"{path} was not written: {error.strerror or error}")
+    except Exception as error:  # of the disk, of memory, of a drawing library: no other process waits for this one
+        warn(f"{path} was not written: {str(error) or type(error).__name__}")
     finally:
         model.train(was_training)
 

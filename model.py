@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
@@ -367,6 +367,10 @@ def predict(model: CondInst, images: Tensor, sizes: list[tuple[int, int]], origi
 # ------------------------------------------------------------------------------------- for programs of one's own
 
 
+# Below it most objects are false; by whether scores are rescored: q is above 0.5, so sqrt(d q) is the larger one.
+SCORE_THRESHOLD = {False: 0.3, True: 0.6}
+
+
 def confident(instances: Instances, score: float) -> Instances:
     """Those of at least this score."""
     return Instances(*(x[instances.scores >= score] for x in instances))
@@ -378,16 +382,22 @@ class Predictor:
     def __init__(self, network: CondInst, classes: list[str], size: tuple[int, int], rescore: bool):
         self.network, self.classes, self.size, self.rescore = network, classes, size, rescore
 
-    def predict(self, image, score_threshold: float = 0.3) -> Instances:
-        """The instances of one picture whose score, as it is reported, is at least score_threshold.
+    def predict(self, image, score_threshold: float | None = None) -> Instances:
+        """The instances of one picture whose score, as it is reported, is at least score_threshold (None: 0.6 where
+        scores are rescored, else 0.3).
 
-        image: a file's path, a Pillow picture, or an array or tensor (height, width, 3), uint8 RGB.
+        image: a file's path, a Pillow picture (both turned as their EXIF says), or an array or tensor (height, width,
+        3), uint8 RGB.
         """
         from data import as_rgb, canvas_of, load_image, padded, pixels, resized, view  # which build on this file
         if isinstance(image, (str, os.PathLike)):
             image = load_image(os.fspath(image))
-        elif not isinstance(image, Image.Image):
-            image = Image.fromarray(np.asarray(image))
+        elif isinstance(image, Image.Image):
+            image = ImageOps.exif_transpose(image)
+        else:
+            image = Image.fromarray(np.asarray(image.cpu() if isinstance(image, Tensor) else image))
+        if score_threshold is None:
+            score_threshold = SCORE_THRESHOLD[self.rescore]
         height, width = image.height, image.width
         size = resized(height, width, *self.size)
         picture = padded(pixels(view(as_rgb(image), size, flip=False)), canvas_of([size]))

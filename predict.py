@@ -21,10 +21,11 @@ from tqdm import tqdm
 
 from checkpoint import CheckpointError, load_model, test_size
 from coco import CocoBoxes, DataError, UndecodableImage, warn
+from convert import pictures_in
 from data import Sample, check_sizes, load_image, pixels, positive, readable_batches, resized, view
 from evaluate import coco_results, output_file, pick_amp, pick_device, probability, write_json
 from label import ASSIGNED, PROMPTED, label_dataset, model_classes, opencv, polygons, report_agreement, with_masks
-from model import CondInst, confident, predict
+from model import SCORE_THRESHOLD, CondInst, confident, predict
 from review import write_review
 from visualize import corners, draw_instances, stack
 
@@ -35,24 +36,30 @@ DRAWN = (480, 1600)  # the longer side of a drawn picture lies between these, pi
 
 
 def find_pictures(paths: list[str], out: Path) -> list[tuple[str, str]]:
-    """(path, name) of every picture among `paths`, files and folders, which are searched to the bottom but for `out`.
+    """(path, name within the folder that was given) of every picture among `paths`, each file once.
 
-    A name is the path within the folder that was given; where pictures of two folders share one, the later has a
-    number before its suffix. Raises DataError where a path does not exist or there is no picture at all.
+    Folders are searched to the bottom, but for `out` and hidden files. Raises DataError where a path does not exist,
+    a folder is `out` itself, or there is no picture at all.
     """
-    known, found, names = Image.registered_extensions(), [], set()
+    found = {}
     for path in paths:
         if os.path.isdir(path):
-            files = sorted(file for file in Path(path).rglob("*") if file.suffix.lower() in known and file.is_file()
-                           and out.resolve() not in file.resolve().parents)
-            found += [(str(file), str(file.relative_to(path))) for file in files]
+            if Path(path).resolve() == out.resolve():
+                raise DataError(f"{path} is to be read and written: name another folder with --out")
+            names = pictures_in(Path(path), Path(path))
         elif os.path.exists(path):
-            found.append((path, os.path.basename(path)))
+            path, names = os.path.split(path)
+            names = [names]
         else:
             raise DataError(f"{path} does not exist")
+        results = out.resolve() if Path(path).resolve() in out.resolve().parents else None  # of an earlier call
+        for name in names:
+            real = Path(path, name).resolve()
+            if results not in real.parents:
+                found.setdefault(real, (os.path.join(path, name), name))
     if not found:
         raise DataError(f"no pictures in {', '.join(paths)}")
-    return [(path, unused(name, names)) for path, name in dict.fromkeys(found)]
+    return list(found.values())
 
 
 def unused(name: str, names: set[str]) -> str:
@@ -122,7 +129,8 @@ class Drawings(Dataset):
             return ""  # named before
         try:
             os.makedirs(os.path.dirname(out), exist_ok=True)
-            self.drawn(image, objects).save(out, quality=90)
+            self.drawn(image, objects).save(out + ".tmp", "JPEG", quality=90)
+            os.replace(out + ".tmp", out)
         except OSError as error:
             return f"cannot write {out}: {error.strerror or error}"
         return ""
@@ -147,10 +155,18 @@ def draw_all(drawings: Drawings, workers: int) -> None:
         raise DataError(f"{len(problems)} of {len(drawings)} pictures were not drawn, the first: {problems[0]}")
 
 
-def drawn_names(names: list[str], folder: str) -> list[str]:
-    """A file of its own for each picture's drawing, of its name, as JPEG."""
+def drawn_names(names: list[str]) -> list[str]:
+    """A file of its own for each picture's drawing, of its name, as JPEG; a later one of the same name has a number."""
     taken = set()
-    return [os.path.join(folder, unused(os.path.splitext(name)[0] + ".jpg", taken)) for name in names]
+    return [unused(os.path.splitext(name)[0] + ".jpg", taken) for name in names]
+
+
+def check_outputs(outputs: list[Path], inputs: list[str]) -> None:
+    """Raises DataError where something that is read would be written over."""
+    read = {os.path.realpath(path) for path in inputs}
+    for path in outputs:
+        if os.path.realpath(path) in read:
+            raise DataError(f"{path} is among what is read, and would be written over: name another folder with --out")
 
 
 # ------------------------------------------------------------------------------------------- command line
@@ -165,17 +181,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--out", required=True, metavar="DIR", help="folder for the results, made where it is missing")
     add("--boxes", metavar="FILE", help="in place of pictures: give each box of this COCO annotation file a mask")
     add("--images", metavar="DIR", help="the pictures of --boxes")
-    add("--min-score", type=probability, default=0.0, help="with --boxes: leave masks below this score (0 to 1) out "
-        "and list their boxes for review")
+    add("--min-score", type=probability, help="with --boxes: leave masks below this score (0 to 1) out and list their "
+        "boxes for review; None: all are kept")
     add("--polygons", action="store_true", help="with --boxes: write polygons in place of run lengths (holes are "
         "filled); needs OpenCV: pip install opencv-python-headless")
     add("--measure", action="store_true", help="with --boxes that have masks already: print how well the new ones "
         "agree with them")
-    add("--review-count", type=positive, default=200, help="with --boxes: masks on the review page, the least certain")
-    add("--score-threshold", type=probability, default=0.3, help="of pictures: objects whose score, as it is "
-        "written, is below it are left out (0 to 1)")
-    add("--rescore", choices=["auto", "on", "off"], default="auto",
-        help="of pictures: report sqrt(detection score x mask probability); auto: on where the method is boxteacher")
+    add("--review-count", type=positive, help="with --boxes: masks on the review page, the least certain; None: 200")
+    add("--score-threshold", type=probability, help="of pictures: objects whose score, as it is written, is below it "
+        "(0 to 1) are left out; None: 0.6 where scores are rescored, else 0.3")
+    add("--rescore", choices=["auto", "on", "off"], default="auto", help="of pictures: report sqrt(detection score x "
+        "mask probability); auto: on where the method is boxteacher")
     add("--weights", choices=["teacher", "student"], help="None: the teacher's where there are any")
     add("--min-size", type=positive, metavar="PIXELS", help="shorter side; None: the checkpoint's test size, or 800")
     add("--max-size", type=positive, metavar="PIXELS", help="longest side; None: the checkpoint's test size, or 1333")
@@ -189,50 +205,62 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("either pictures (files or folders) or --boxes FILE is needed")
     if bool(args.boxes) != bool(args.images):
         parser.error("--boxes and --images go together")
+    others = dict(min_score=None, review_count=None, polygons=False, measure=False)
+    if args.boxes:
+        others = dict(score_threshold=None, rescore="auto")
+    for name, default in others.items():
+        if getattr(args, name) != default:
+            mode = "pictures" if args.boxes else "--boxes"
+            parser.error(f"argument --{name.replace('_', '-')}: it is for {mode}")
     if args.workers < 0:
         parser.error(f"argument --workers: {args.workers} is less than 0")
     return args
 
 
-def predict_pictures(args: argparse.Namespace, model: CondInst, info: dict, how: dict) -> None:
+def predict_pictures(args: argparse.Namespace, model: CondInst, info: dict, sizes: tuple, how: dict) -> None:
     """predict.py IMAGE_OR_FOLDER...: predictions.json first, then the drawings."""
-    out, found = Path(args.out), find_pictures(args.pictures, Path(args.out))
-    paths, names = map(list, zip(*found))
+    out = Path(args.out)
+    paths, names = map(list, zip(*find_pictures(args.pictures, out)))
+    outs = [out / name for name in drawn_names(names)]
+    check_outputs(outs, paths)
     classes = info["classes"] or [{"id": i, "name": str(i)} for i in range(model.num_classes)]
     rescore = info["method"] == "boxteacher" if args.rescore == "auto" else args.rescore == "on"
+    threshold = args.score_threshold if args.score_threshold is not None else SCORE_THRESHOLD[rescore]
     output_file(str(out / "predictions.json"))
-    min_size, max_size = how.pop("min_size"), how.pop("max_size")
-    results, seen = find_objects(model, Pictures(paths, min_size, max_size), classes, rescore=rescore,
-                                 score_threshold=args.score_threshold, **how)
+    results, seen = find_objects(model, Pictures(paths, *sizes), classes, rescore=rescore, score_threshold=threshold,
+                                 **how)
     if not seen:
         raise DataError(f"none of the {len(paths)} pictures can be decoded")
     objects = [[] for _ in paths]
     for result in results:
-        result["file_name"] = names[result["image_id"] - 1]
+        result["file_name"] = paths[result["image_id"] - 1]
         objects[result["image_id"] - 1].append(result)
     write_json(str(out / "predictions.json"), results)
-    print(f"{out / 'predictions.json'}: {len(results)} objects of score >= {args.score_threshold:g} in {seen} pictures")
-    outs = drawn_names(names, str(out))
-    draw_all(Drawings(list(zip(paths, [None] * len(paths), objects, outs)), classes), args.workers)
+    print(f"{out / 'predictions.json'}: {len(results)} objects of score >= {threshold:g} in {seen} pictures")
+    draw_all(Drawings(list(zip(paths, [None] * len(paths), objects, map(str, outs))), classes), args.workers)
     print(f"{out}: {seen} pictures with what was found in them")
 
 
-def label_boxes(args: argparse.Namespace, model: CondInst, info: dict, how: dict) -> None:
+def label_boxes(args: argparse.Namespace, model: CondInst, info: dict, sizes: tuple, how: dict) -> None:
     """predict.py --boxes: masks.json first, then the review page and the drawings."""
-    out = Path(args.out)
+    out, min_score = Path(args.out), args.min_score or 0.0
     annotations = CocoBoxes(args.boxes, args.images, masks=args.measure)
-    check_sizes(annotations)
+    check_sizes(annotations, len(annotations))  # all of them: none shall end the work when half of it is done
+    names = [os.path.relpath(annotations.path(i), args.images) for i in range(len(annotations))]
+    drawings = [os.path.join("pictures", name) for name in drawn_names(names)]
+    check_outputs([out / "masks.json", *(out / name for name in drawings)],
+                  [args.boxes, *(annotations.path(i) for i in range(len(annotations)))])
     output_file(str(out / "masks.json"))
     classes = model_classes(info["classes"], annotations.classes)
     unknown = [c["name"] for c, known in zip(annotations.classes, classes.tolist()) if known < 0]
     if unknown:
         warn(f"{args.ckpt} was not trained for {', '.join(map(repr, unknown[:5]))}{', ...' * (len(unknown) > 5)}: such "
              "boxes take what fits them of any class")
-    labels = label_dataset(model, annotations, classes=classes, **how)
-    content = with_masks(annotations, labels, args.min_score)
+    labels = label_dataset(model, annotations, min_size=sizes[0], max_size=sizes[1], classes=classes, **how)
+    content, rows = with_masks(annotations, labels, min_score), annotations.rows.tolist()
     if args.polygons:
-        for annotation in content["annotations"]:
-            if annotation.get("source") and annotation["segmentation"]:
+        for annotation in (content["annotations"][row] for row in rows):
+            if annotation["segmentation"]:
                 annotation["segmentation"] = polygons(annotation["segmentation"])
     write_json(str(out / "masks.json"), content)
     assigned, prompted, none = map(labels.sources.count, (ASSIGNED, PROMPTED, None))
@@ -240,20 +268,17 @@ def label_boxes(args: argparse.Namespace, model: CondInst, info: dict, how: dict
           + f", {none} boxes without a mask" * bool(none))
     if args.measure:
         report_agreement(annotations, labels)
-    if (low := (labels.scores < args.min_score).sum()):
-        print(f"{low} of them score below {args.min_score:g}: their segmentation stays empty")
-    rows = annotations.rows.tolist()
-    names = [os.path.relpath(annotations.path(i), args.images) for i in range(len(annotations))]
-    drawings = drawn_names(names, "pictures")
+    if (low := (labels.scores < min_score).sum()):
+        print(f"{low} of them score below {min_score:g}: their segmentation stays empty")
     write_review(annotations, labels, [content["annotations"][row]["id"] for row in rows], list(zip(names, drawings)),
-                 str(out / "review.html"), args.review_count, args.min_score)
+                 str(out / "review.html"), args.review_count or 200, min_score)
     print(f"{out / 'review.html'}: the least certain masks first")
     objects = [content["annotations"][row] | {"segmentation": rle} for row, rle in zip(rows, labels.rles)]
     pictures = [(annotations.path(i), annotations.size(i),
                  [one for one in objects[slice(*annotations.offsets[i:i + 2])] if one["segmentation"]],
                  str(out / drawings[i])) for i in range(len(annotations))]
     draw_all(Drawings(pictures, annotations.classes), args.workers)
-    print(f"{out / 'pictures'}: {len(annotations)} pictures with their masks")
+    print(f"{out / 'pictures'}: the pictures with their masks")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -262,10 +287,10 @@ def main(argv: list[str] | None = None) -> None:
         if args.polygons:
             opencv()  # says that it is missing before the work, not after it
         model, info = load_model(args.ckpt, args.weights)
-        how = dict(min_size=args.min_size or test_size(info)[0], max_size=args.max_size or test_size(info)[1],
-                   device=args.device, amp_dtype=pick_amp(args.amp, args.device), batch_size=args.batch_size,
+        sizes = args.min_size or test_size(info)[0], args.max_size or test_size(info)[1]
+        how = dict(device=args.device, amp_dtype=pick_amp(args.amp, args.device), batch_size=args.batch_size,
                    workers=args.workers)
-        (label_boxes if args.boxes else predict_pictures)(args, model.to(args.device), info, how)
+        (label_boxes if args.boxes else predict_pictures)(args, model.to(args.device), info, sizes, how)
     except (DataError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

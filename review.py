@@ -131,7 +131,7 @@ def cut_out(image: Image.Image, box: np.ndarray, rle: dict | None) -> Image.Imag
     if rle is not None:
         mask = Image.fromarray(coco_mask.decode(rle)[frame[1]:frame[3], frame[0]:frame[2]])
         mask = torch.from_numpy(np.array(mask.resize(size, Image.NEAREST))).bool()
-        part = outline_mask(fill_mask(part, mask, (60, 150, 240), 2), mask, (60, 150, 240), 2)
+        part = outline_mask(fill_mask(part, mask, (60, 150, 240)), mask, (60, 150, 240), 2)
     corners = (torch.tensor([[x0, y0, x1, y1]]) - torch.tensor(frame[:2]).repeat(2)) * scale
     part = draw_bounding_boxes(part, corners.clamp(min=0), colors=(250, 170, 30), width=1)
     return Image.fromarray(part.permute(1, 2, 0).numpy())

@@ -42,23 +42,25 @@ def draw_instances(picture: Tensor, boxes: Tensor, labels: Tensor, scores: Tenso
     colours: number of the colour of each instance, by default its position.
     """
     colours = [colour_of(c) for c in (range(len(boxes)) if colours is None else colours)]
-    width = max(2, round(max(picture.shape[1:]) / 200))
+    width = max(2, round(max(picture.shape[1:]) / 400))
     if masks is None:
         if len(boxes):
             picture = draw_bounding_boxes(picture, boxes.round(), colors=colours, width=width)
     else:
         # one after the other: drawn together, torchvision paints the pixels that two masks share black
-        picture, windows = picture.clone(), [window(mask, width) for mask in masks]
-        for draw in (fill_mask, outline_mask):
-            for mask, (y, x), colour in zip(masks, windows, colours):
-                picture[:, y, x] = draw(picture[:, y, x], mask[y, x], colour, width)
+        picture = picture.clone()
+        places = [(window(mask, width), mask, colour) for mask, colour in zip(masks, colours)][::-1]  # the first on top
+        for (y, x), mask, colour in places:
+            picture[:, y, x] = fill_mask(picture[:, y, x], mask[y, x], colour)
+        for (y, x), mask, colour in places:
+            picture[:, y, x] = outline_mask(picture[:, y, x], mask[y, x], colour, width)
     texts = [names[label] if names else str(label) for label in labels.tolist()]
     if scores is not None:
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores.tolist())]
     return write_texts(picture, boxes, texts, colours)
 
 
-def fill_mask(picture: Tensor, mask: Tensor, colour: tuple, width: int) -> Tensor:
+def fill_mask(picture: Tensor, mask: Tensor, colour: tuple) -> Tensor:
     return draw_segmentation_masks(picture, mask, alpha=0.45, colors=colour)
 
 
@@ -98,7 +100,7 @@ def write_texts(picture: Tensor, boxes: Tensor, texts: list[str], colours: list[
     """Write each text at the top left corner of its box (xyxy), unless it would cover an earlier one."""
     image = to_pil_image(picture)
     draw = ImageDraw.Draw(image)
-    font = ImageFont.load_default(size=max(11, round(max(image.size) / 28)))
+    font = text_font(max(11, round(max(image.size) / 64)))
     taken = []
     for (x0, y0, x1, y1), text, colour in zip(boxes.tolist(), texts, colours):
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
@@ -113,6 +115,14 @@ def write_texts(picture: Tensor, boxes: Tensor, texts: list[str], colours: list[
         dark = 0.3 * colour[0] + 0.6 * colour[1] + 0.1 * colour[2] > 140
         draw.text((x + 2, y + 1), text, fill="black" if dark else "white", font=font)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def text_font(size: int) -> ImageFont.FreeTypeFont:
+    """One that knows other alphabets than Latin where the system has it; Pillow's own lacks even umlauts."""
+    try:
+        return ImageFont.truetype("DejaVuSans.ttf", size)
+    except OSError:
+        return ImageFont.load_default(size)
 
 
 def matching_colours(boxes: Tensor, found: Tensor) -> list[int]:

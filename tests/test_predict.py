@@ -17,8 +17,8 @@ import checkpoint
 import evaluate
 import predict
 import train
-from coco import CocoBoxes
-from model import load
+from coco import CocoBoxes, DataError
+from model import SCORE_THRESHOLD, load
 from predict import Drawings, drawn_names, find_pictures, unused
 from test_train import SMALL, drawn, losses_of, one_line_error, warm  # noqa: F401
 from visualize import COLOURS, colour_of, window
@@ -67,13 +67,14 @@ def test_pictures_of_all_kinds_in_folders_below(drawn, sure, tmp_path, capsys): 
     assert max(Image.open(out / "a.jpg").size) == 480  # enlarged from 64 pixels, to be read
 
     results = json.loads((out / "predictions.json").read_text())
-    names = {result["file_name"]: result["image_id"] for result in results}
-    assert set(names) <= {"a.jpg", "deep/a.png", "deep/grüße.TIFF", source[0].name} and len(names) >= 2
+    names = {result["file_name"] for result in results}
+    assert names <= {str(folder / name) for name in ("a.jpg", "deep/a.png", "deep/grüße.TIFF")} | {str(source[0])}
+    assert len(names) >= 2
     assert results and set(results[0]) == {"image_id", "category_id", "score", "bbox", "segmentation", "file_name"}
     evaluate.main(["--ckpt", str(sure), "--data", str(drawn), "--workers", "0", "--results", str(tmp_path / "r.json"),
                    "--device", "cpu"])
     same = [r for r in json.loads((tmp_path / "r.json").read_text()) if r["image_id"] == 1 and r["score"] >= 0.05]
-    ours = [r for r in results if r["file_name"] == source[0].name]
+    ours = [r for r in results if r["file_name"] == str(source[0])]
     assert len(ours) == len(same) > 0
     for one, other in zip(ours, same):
         assert one["segmentation"] == other["segmentation"] and one["category_id"] == other["category_id"]
@@ -89,13 +90,30 @@ def test_names_of_drawings_are_never_shared(tmp_path):
     for name in ("one/a.png", "two/a.png", "two/out/old.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name)
-    found = find_pictures([str(tmp_path / "one"), str(tmp_path / "two"), str(tmp_path / "one/a.png")],
+    found = find_pictures([str(tmp_path / "one"), str(tmp_path / "two"), str(tmp_path / "one/../one/a.png")],
                           tmp_path / "two/out")
-    assert [name for _, name in found] == ["a.png", "a-2.png"]
-    assert drawn_names(["a.png", "a.tif", "x/a.png", "a-2.gif"], "out") == [
-        "out/a.jpg", "out/a-2.jpg", "out/x/a.jpg", "out/a-2-2.jpg"]
+    assert found == [(str(tmp_path / "one/a.png"), "a.png"), (str(tmp_path / "two/a.png"), "a.png")]
+    assert len(find_pictures([str(tmp_path / "one")], tmp_path)) == 1  # the results go beside the folder
+    with pytest.raises(DataError, match="name another folder with --out"):
+        find_pictures([str(tmp_path / "one")], tmp_path / "one")
+    assert drawn_names(["a.png", "a.png", "a.tif", "x/a.png", "a-2.gif"]) == [
+        "a.jpg", "a-2.jpg", "a-3.jpg", "x/a.jpg", "a-2-2.jpg"]
     names = set()
     assert [unused("a.b.c", names) for _ in range(3)] == ["a.b.c", "a.b-2.c", "a.b-3.c"]
+
+
+def test_what_is_read_is_never_written_over(drawn, sure, boxes, tmp_path, capsys):  # noqa: F811
+    """A picture beside the results, a folder called pictures/ of one's own, and masks.json in its own place."""
+    path, content = boxes
+    shutil.copytree(drawn / "train2017", tmp_path / "pictures")
+    shutil.copy(sorted((drawn / "val2017").iterdir())[0], tmp_path / "one.jpg")
+    shutil.copy(path, tmp_path / "masks.json")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    files = ["--images", tmp_path / "pictures", "--out", tmp_path, "--workers", 0]
+    for arguments in ([tmp_path / "one.jpg", "--out", tmp_path, "--workers", 0], ["--boxes", path, *files],
+                      ["--boxes", tmp_path / "masks.json", "--images", drawn / "train2017", "--out", tmp_path]):
+        assert failing("--ckpt", sure, *arguments) == 1 and "written over" in one_line_error(capsys)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
 def test_a_picture_turned_by_exif_is_seen_as_people_see_it(sure, tmp_path):  # noqa: F811
@@ -107,8 +125,11 @@ def test_a_picture_turned_by_exif_is_seen_as_people_see_it(sure, tmp_path):  # n
     predict.main(["--ckpt", str(sure), str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "0",
                   "--score-threshold", "0.01"])
     results = json.loads((tmp_path / "out/predictions.json").read_text())
-    one, two = ([{k: r[k] for k in ("bbox", "segmentation")} for r in results if r["file_name"] == name]
+    one, two = ([{k: r[k] for k in ("bbox", "segmentation")} for r in results if r["file_name"].endswith(name)]
                 for name in ("turned.png", "upright.png"))
+    model = load(sure)
+    answers = [model.predict(image, 0.01) for image in (tmp_path / "turned.png", Image.open(tmp_path / "turned.png"))]
+    assert len(answers[0].boxes) == len(one) and all(torch.equal(a, b) for a, b in zip(*answers))
     assert one == two and one and one[0]["segmentation"]["size"] == [80, 40]
 
 
@@ -343,7 +364,9 @@ def test_zero_boxes_are_a_file_with_no_masks(drawn, sure, boxes, tmp_path, capsy
 @pytest.mark.parametrize("arguments, message", [
     (["--out", "x"], "pictures"), (["a.jpg", "--boxes", "b.json", "--images", "i", "--out", "x"], "either"),
     (["--boxes", "b.json", "--out", "x"], "--images go together"), (["a.jpg", "--workers", "-1", "--out", "x"], "-1"),
-    (["a.jpg", "--min-score", "2", "--out", "x"], "between 0 and 1")])
+    (["a.jpg", "--min-score", "2", "--out", "x"], "between 0 and 1"),
+    (["a.jpg", "--min-score", "0.5", "--out", "x"], "--min-score: it is for --boxes"),
+    (["--boxes", "b.json", "--images", "i", "--score-threshold", "0.5", "--out", "x"], "it is for pictures")])
 def test_wrong_options(arguments, message, sure, capsys):  # noqa: F811
     assert failing("--ckpt", sure, *arguments) == 2 and message in capsys.readouterr().err
 
@@ -373,5 +396,6 @@ def test_a_model_takes_pictures_in_every_form(drawn, sure):  # noqa: F811
     assert model.classes == [c["name"] for c in content["categories"]] and model.classes[first.labels[0]]
     assert all(torch.equal(a, b) for other in answers[1:] for a, b in zip(first, other))
     limit = float(first.scores.median())
+    assert (model.predict(path).scores >= SCORE_THRESHOLD[model.rescore]).all() and model.rescore
     few = model.predict(path, score_threshold=limit)
     assert torch.equal(few.boxes, first.boxes[first.scores >= limit]) and 0 < len(few.boxes) < len(first.boxes)
