@@ -149,6 +149,20 @@ def test_assigned_masks_stay_and_prompted_boxes_ask_elsewhere():
     assert len(rows.unique()) == 4 and (rows >= 0).all()
     labels = label_picture(picture, boxes, size, size, classes=classes)
     assert labels.sources.count(ASSIGNED) == 1 and labels.sources.count(PROMPTED) == 3
+    other = int((owners(picture.locations, boxes[2:]) == 0).nonzero()[0])  # found at one of its own, though not the best
+    assert other != best
+    rows, scores = prompt(picture, boxes[2:], classes[:2], size, torch.tensor([other, -1]), torch.tensor([0.1, 0]))
+    assert rows[0] == other and scores[0] == pytest.approx(0.1) and rows[1] not in (-1, other)
+
+
+def test_nearly_as_many_boxes_as_locations_share_none():
+    boxes = torch.rand(80, 4, generator=torch.Generator().manual_seed(0)) * 40
+    boxes[:, 2:] = boxes[:, :2] + 8 + boxes[:, 2:] / 4
+    picture = random_picture(64, 64)
+    assert len(picture.locations.xy) == 86 and (owners(picture.locations, boxes) >= 0).sum() > 40
+    rows, _ = prompt(picture, boxes, torch.zeros(80, dtype=torch.int64), (64, 64), torch.full((80,), -1),
+                     torch.zeros(80))
+    assert len(rows.unique()) == 80
 
 
 def test_a_found_mask_that_lies_beside_its_box_is_asked_for_again():
