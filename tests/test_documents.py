@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import benchmark
 import checkpoint
 import data
 import evaluate
@@ -21,7 +22,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 PARSERS = {"train.py": train.parse_arguments, "evaluate.py": evaluate.parse_arguments,
            "selftraining.py": selftraining.parse_arguments, "experiments.py": experiments.parse_arguments,
            "checkpoint.py": checkpoint.parse_arguments, "data.py": data.parse_arguments,
-           "predict.py": predict.parse_arguments}
+           "predict.py": predict.parse_arguments, "benchmark.py": benchmark.parse_arguments}
 TORCHRUN = re.compile(r"torchrun( --[a-z_]+=\S+)+ ")
 
 

@@ -149,7 +149,7 @@ def test_assigned_masks_stay_and_prompted_boxes_ask_elsewhere():
     assert len(rows.unique()) == 4 and (rows >= 0).all()
     labels = label_picture(picture, boxes, size, size, classes=classes)
     assert labels.sources.count(ASSIGNED) == 1 and labels.sources.count(PROMPTED) == 3
-    other = int((owners(picture.locations, boxes[2:]) == 0).nonzero()[0])  # found at one of its own, though not the best
+    other = int((owners(picture.locations, boxes[2:]) == 0).nonzero()[0])  # found at one of its own, not the best
     assert other != best
     rows, scores = prompt(picture, boxes[2:], classes[:2], size, torch.tensor([other, -1]), torch.tensor([0.1, 0]))
     assert rows[0] == other and scores[0] == pytest.approx(0.1) and rows[1] not in (-1, other)
