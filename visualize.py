@@ -22,7 +22,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from coco import CocoBoxes
 from data import load_image
-from model import Instances
+from model import Instances, confident
 
 COLOURS = [(230, 60, 60), (60, 150, 240), (70, 190, 80), (250, 170, 30), (170, 90, 220), (40, 200, 200),
            (240, 110, 190), (160, 110, 60), (190, 220, 50), (110, 120, 250), (0, 130, 110), (255, 215, 90)]
@@ -183,7 +183,7 @@ def panels(row: tuple, names: list[str] | None, threshold: float) -> list[Image.
         return interpolate(masks[:, None].float(), size, mode="nearest-exact")[:, 0].bool() if len(masks) \
             else masks.new_zeros((0, *size))
 
-    found = Instances(*(x[found.scores >= threshold] for x in found))
+    found = confident(found, threshold)
     true_boxes, found_boxes, filled = boxes * scale, found.boxes * scale, found.masks.flatten(1).any(1)
     colours, predicted = torch.tensor(matching_colours(boxes, found.boxes), dtype=torch.int64), picture
     if not filled.all():  # an instance without a mask is its box, and leaves the room for names to the others

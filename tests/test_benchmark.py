@@ -8,7 +8,7 @@ from PIL import Image
 
 import benchmark
 from benchmark import Clock, knowing, made_up_data, medians
-from model import detect, make_locations
+from model import detect
 from test_label import random_picture
 
 
@@ -38,7 +38,6 @@ def test_knowing_finds_the_boxes():
     found = detect(knowing(picture, [boxes], [torch.tensor([1, 2])]))
     assert found.labels.tolist() == [1, 2] or found.labels.tolist() == [2, 1]
     assert torch.allclose(found.boxes[found.labels.argsort()], boxes, atol=1e-3)
-    assert len(make_locations([(12, 16)], torch.device("cpu")).xy) == 192
 
 
 def test_made_up_data_are_a_data_set(tmp_path):
