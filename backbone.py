@@ -1,6 +1,6 @@
 """The backbones, from pixels to [C3, C4, C5] at strides 8, 16 and 32 (paper Sec. 4.1): torchvision's networks.
 
-    ResNet       r18-slim, r18, r34, r50, r101, and r101-dcn with deformable convolutions
+    ResNet       r18-slim, r18, r34, r50, r101, and r101-dcn with deformable convolutions; frozen norms are folded
     Swin         swin-t, swin-s, swin-b
     BatchNorm    over the batch of all processes
 
@@ -12,9 +12,8 @@ from functools import partial
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
+from torchvision.models import resnet
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer, SwinTransformerBlock
 from torchvision.ops import FrozenBatchNorm2d, deform_conv2d
 
@@ -27,6 +26,48 @@ def make_backbone(name: str, frozen: bool, stride_in_1x1: bool = False) -> nn.Mo
 
 
 # -------------------------------------------------------------------------------------------------- ResNet
+
+
+def normed(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(conv(x)). A frozen norm is scale * x + shift, so it goes into the convolution's weight and bias.
+
+    That spares two passes over the map and one over its gradient. The weight that learns stays the one before the scale.
+    """
+    if not isinstance(norm, FrozenBatchNorm2d):
+        return norm(conv(x))
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return conv._conv_forward(x, conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale)
+
+
+class Stem(nn.Sequential):
+    """Convolution, norm, ReLU, pooling."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, norm, relu, pool = self
+        return pool(relu(normed(conv, norm, x)))
+
+
+class BasicBlock(resnet.BasicBlock):
+    """torchvision's, with `normed`: two 3x3 convolutions beside a shortcut."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else normed(*self.downsample, x)
+        x = self.relu(normed(self.conv1, self.bn1, x))
+        return self.relu(normed(self.conv2, self.bn2, x).add_(shortcut))
+
+
+class Bottleneck(resnet.Bottleneck):
+    """torchvision's, with `normed`: 1x1, 3x3, 1x1 beside a shortcut."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else normed(*self.downsample, x)
+        x = self.relu(normed(self.conv1, self.bn1, x))
+        x = self.relu(normed(self.conv2, self.bn2, x))
+        return self.relu(normed(self.conv3, self.bn3, x).add_(shortcut))
+
+
+DEPTHS = {"r18": (BasicBlock, [2, 2, 2, 2]), "r34": (BasicBlock, [3, 4, 6, 3]), "r50": (Bottleneck, [3, 4, 6, 3]),
+          "r101": (Bottleneck, [3, 4, 23, 3])}  # blocks of each stage
 
 
 class ResNet(nn.Module):
@@ -44,11 +85,9 @@ class ResNet(nn.Module):
         if name == "r18-slim":
             net = slim_resnet18(norm)
         else:
-            plain = name.removesuffix("-dcn").replace("r", "resnet")
-            net = getattr(torchvision.models, plain)(weights=None, norm_layer=norm)
-        self.body = nn.ModuleDict({
-            "stem": nn.Sequential(net.conv1, net.bn1, nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)),
-            "c2": net.layer1, "c3": net.layer2, "c4": net.layer3, "c5": net.layer4})
+            net = resnet.ResNet(*DEPTHS[name.removesuffix("-dcn")], norm_layer=norm)
+        self.body = nn.ModuleDict({"stem": Stem(net.conv1, net.bn1, nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)),
+                                   "c2": net.layer1, "c3": net.layer2, "c4": net.layer3, "c5": net.layer4})
         for level in ("c3", "c4", "c5"):
             if stride_in_1x1:
                 first = self.body[level][0]
@@ -88,11 +127,11 @@ class DeformConv(nn.Conv2d):
         nn.init.zeros_(self.offset.weight)
         nn.init.zeros_(self.offset.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 knows places only roughly
             x = x.float()
             offset, modulation = self.offset(x).split([18, 9], dim=1)
-            return deform_conv2d(x, offset, self.weight, None, self.stride, self.padding, mask=modulation.sigmoid())
+            return deform_conv2d(x, offset, weight, bias, self.stride, self.padding, mask=modulation.sigmoid())
 
 
 def slim_resnet18(norm) -> nn.Module:
@@ -209,7 +248,8 @@ class BatchNorm(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
-            return super().forward(x)
+            # torch's kernel for channels-last maps on CPUs adds cell after cell in float32: statistics 1e-5 off
+            return super().forward(x.contiguous() if x.device.type == "cpu" else x)
         var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
         n = x.new_full((1,), x.numel() // x.shape[1], dtype=torch.float32)
         total, local_mean = SumOverProcesses.apply(torch.cat([n, n * mean])), mean

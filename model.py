@@ -11,6 +11,7 @@ Read from top to bottom as a picture travels through it:
 Teacher and student are two of these with different weights. Sources: FCOS (Tian et al., ICCV 2019),
 CondInst (Tian et al., ECCV 2020).
 """
+import copy
 import math
 import os
 from typing import NamedTuple
@@ -41,13 +42,12 @@ class Locations(NamedTuple):
 class Predictions(NamedTuple):
     """What the network says of a batch of B pictures before any threshold. All float32."""
 
-    class_logits: Tensor    # (B, L, classes)
-    ltrb: Tensor            # (B, L, 4) distances to the box's left, top, right, bottom, in strides, >= 0
-    centerness: Tensor      # (B, L) logits
-    controllers: Tensor     # (B, L, 233) parameters of the mask head of an instance found there
-    mask_features: Tensor   # (B, 16, H/8, W/8)
+    class_logits: Tensor        # (B, L, classes)
+    ltrb: Tensor                # (B, L, 4) distances to the box's left, top, right, bottom, in strides, >= 0
+    centerness: Tensor          # (B, L) logits
+    controllers: "Controllers"  # parameters of the mask head of an instance found there
+    mask_features: Tensor       # (B, 16, H/8, W/8)
     locations: Locations
-
 
     def of_picture(self, index: int) -> "Predictions":
         """Those of one picture, as a batch of one."""
@@ -125,16 +125,57 @@ class FCOSHead(nn.Module):
         # and every side at one stride, as FCOS's exp(0): a ReLU that starts around 0 passes half of the gradients
         nn.init.ones_(self.ltrb.bias)
 
-    def forward(self, pyramid: list[Tensor]) -> list[Tensor]:
-        """Class logits (B, L, classes), ltrb (B, L, 4) in strides, centerness (B, L), controllers (B, L, P)."""
-        outputs = []
-        for scale, x in zip(self.scales, pyramid):
-            classes, box = self.class_tower(x), self.box_tower(x)
-            maps = (self.class_logits(classes), F.relu(scale * self.ltrb(box)),
-                    self.centerness(box), self.controller(box))
-            outputs.append([m.flatten(2).transpose(1, 2) for m in maps])  # (B, H*W, channels)
-        class_logits, ltrb, centerness, controllers = (torch.cat(maps, 1).float() for maps in zip(*outputs))
-        return [class_logits, ltrb, centerness.squeeze(-1), controllers]
+    def forward(self, pyramid: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, "Controllers"]:
+        """Class logits (B, L, classes), ltrb (B, L, 4) in strides, centerness (B, L), controllers."""
+        box_maps = [self.box_tower(x) for x in pyramid]
+        class_logits = [self.class_logits(self.class_tower(x)) for x in pyramid]
+        ltrb = [F.relu(scale * self.ltrb(x)) for scale, x in zip(self.scales, box_maps)]
+        centerness = [self.centerness(x) for x in box_maps]
+        return (by_location(class_logits).float(), by_location(ltrb).float(),
+                by_location(centerness).float().squeeze(-1), Controllers(box_maps, self.controller))
+
+
+def by_location(maps: list[Tensor]) -> Tensor:
+    """Level maps (B, C, h, w) as (B, L, C)."""
+    return torch.cat([m.permute(0, 2, 3, 1).flatten(1, 2) for m in maps], 1)
+
+
+class Controllers:
+    """The parameters of the mask heads (CondInst Sec. 3.1), a 3x3 convolution of the box tower's maps.
+
+    Of thousands of locations at most a hundred a picture draw a mask, so it is computed where it is asked for alone:
+    everywhere it would be a tenth of the head's work.
+    """
+
+    def __init__(self, maps: list[Tensor], layer: nn.Conv2d):
+        """maps (B, C, h, w) of each level; layer: the convolution, C -> P."""
+        cells = by_location(maps)
+        self.cells = F.pad(cells, (0, 0, 0, 1))              # (B, L + 1, C): the last one is what lies outside, zeros
+        self.level_sizes, self.layer = [m.shape[-2:] for m in maps], layer
+
+    def at(self, rows: list[Tensor]) -> Tensor:
+        """(K, P), float32, of the locations rows[b] (k_b,) of picture b, in that order."""
+        around = neighbourhoods(self.level_sizes, self.cells.device)
+        patches = torch.cat([cells[around[r]] for cells, r in zip(self.cells, rows)])         # (K, 9, C)
+        weight = self.layer.weight.permute(0, 2, 3, 1)                                        # (P, 3, 3, C)
+        with torch.autocast(self.cells.device.type, enabled=False):
+            return F.linear(patches.flatten(1).float(), weight.flatten(1), self.layer.bias)
+
+    def __getitem__(self, pictures: slice) -> "Controllers":
+        """Those of some of the B pictures."""
+        some = copy.copy(self)
+        some.cells = self.cells[pictures]
+        return some
+
+
+def neighbourhoods(level_sizes: list[tuple[int, int]], device: torch.device) -> Tensor:
+    """(L, 9): the locations of the 3x3 around each one, row by row; L where that lies outside of its level."""
+    first, windows, total = 0, [], sum(h * w for h, w in level_sizes)
+    for h, w in level_sizes:
+        numbers = torch.arange(first, first + h * w, device=device).view(h, w)
+        windows.append(F.pad(numbers, (1, 1, 1, 1), value=total).unfold(0, 3, 1).unfold(1, 3, 1).reshape(-1, 9))
+        first += h * w
+    return torch.cat(windows)
 
 
 class MaskBranch(nn.Module):
@@ -237,6 +278,7 @@ class CondInst(nn.Module):
         self.mask_branch = MaskBranch(channels, min(128, channels), mask_channels)
         self.register_buffer("mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
+        self.to(memory_format=torch.channels_last)  # colours of a pixel side by side: what convolutions like best
 
     def forward(self, images: Tensor, sizes: list[tuple[int, int]]) -> Predictions:
         """images (B, 3, H, W) RGB 0..255, padded to multiples of 32; sizes: each picture's true (height, width)."""
@@ -246,7 +288,7 @@ class CondInst(nn.Module):
 
     def normalise(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
         """Centre and scale the pixels; what lies outside a picture's true size becomes 0, the mean colour."""
-        images = (images - self.mean) / self.std
+        images = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         for image, (h, w) in zip(images, sizes):
             image[:, h:] = 0
             image[:, :, w:] = 0
@@ -255,7 +297,7 @@ class CondInst(nn.Module):
 
 def mask_logits(predictions: Predictions, rows: list[Tensor]) -> Tensor:
     """Masks (K, H/4, W/4) of the instances at locations rows[b] (k_b,) of picture b, in that order."""
-    controllers = torch.cat([controllers[r] for controllers, r in zip(predictions.controllers, rows)])
+    controllers = predictions.controllers.at(rows)
     locations, all_rows = predictions.locations, torch.cat(rows)
     sizes = controllers.new_tensor(SIZES_OF_INTEREST)[locations.level[all_rows]]
     return dynamic_mask_head(predictions.mask_features, controllers, locations.xy[all_rows], sizes,

@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)  # small tensors: more threads only get in each other's way
 
-from model import Predictions, make_locations  # noqa: E402
+from model import STRIDES, Controllers, Predictions, make_locations  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -58,13 +58,23 @@ def head_maps(d: dict, name: str) -> list[torch.Tensor]:
     return [d[f"{name}_{level}"].clone().requires_grad_() for level in range(5)]
 
 
+def given_controllers(parameters: torch.Tensor, size: tuple[int, int]) -> Controllers:
+    """Controllers that are `parameters` (B, L, P) at the locations of pictures of `size`: the layer hands on what it is
+    given."""
+    layer = torch.nn.Conv2d(parameters.shape[2], parameters.shape[2], 3, padding=1).requires_grad_(False)
+    torch.nn.init.dirac_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    sizes = [(-(-size[0] // s), -(-size[1] // s)) for s in STRIDES]
+    levels = parameters.split([h * w for h, w in sizes], 1)
+    return Controllers([x.transpose(1, 2).unflatten(2, hw) for x, hw in zip(levels, sizes)], layer)
+
+
 def predictions_of(logits: list, ltrb: list, centerness: list) -> Predictions:
     """Level maps (B, C, H, W) as Predictions, without anything for masks."""
     flat = [torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1) for maps in (logits, ltrb, centerness)]
-    batch, cells = flat[0].shape[:2]
     locations = make_locations([x.shape[-2:] for x in logits], torch.device("cpu"))
-    return Predictions(flat[0], flat[1], flat[2].squeeze(-1), torch.zeros(batch, cells, 233),
-                       torch.zeros(batch, 16, *logits[0].shape[-2:]), locations)
+    return Predictions(flat[0], flat[1], flat[2].squeeze(-1), Controllers(logits, torch.nn.Identity()),
+                       torch.zeros(len(flat[0]), 16, *logits[0].shape[-2:]), locations)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -11,6 +11,7 @@ from pycocotools import mask as coco_mask
 
 from assign import box_masks, picture_targets
 from coco import CocoBoxes
+from conftest import given_controllers
 from label import (ASSIGNED, PROMPTED, Labels, agreement, assigned_rows, cut_masks, label_dataset, label_picture,
                    model_classes, original_boxes, owners, polygons, prompt, report_agreement, with_masks)
 from model import STRIDES, Predictions, build_model, make_locations, mask_logits
@@ -29,9 +30,10 @@ def random_picture(height: int, width: int, classes: int = 3, seed: int = 0) -> 
     g = torch.Generator().manual_seed(seed)
     locations = make_locations([(-(-height // s), -(-width // s)) for s in STRIDES], torch.device("cpu"))
     n = len(locations.xy)
-    return Predictions(torch.rand(1, n, classes, generator=g) - 9, torch.zeros(1, n, 4), torch.zeros(1, n),
-                       torch.randn(1, n, 233, generator=g), torch.randn(1, 16, height // 8, width // 8, generator=g),
-                       locations)
+    class_logits, controllers = torch.rand(1, n, classes, generator=g) - 9, torch.randn(1, n, 233, generator=g)
+    return Predictions(class_logits, torch.zeros(1, n, 4), torch.zeros(1, n),
+                       given_controllers(controllers, (height, width)),
+                       torch.randn(1, 16, height // 8, width // 8, generator=g), locations)
 
 
 # ------------------------------------------------------------------------------------------------ Alg. 1 alone
@@ -173,9 +175,10 @@ def test_a_found_mask_that_lies_beside_its_box_is_asked_for_again():
     picture = made_up([[([16, 24, 90, 64], 0.9, right)]], size)
     row = int(picture.class_logits[0, :, 0].argmax())
     assert assigned_rows(picture, box, size, 0.05, torch.tensor([0]))[0].tolist() == [row]
-    picture.controllers[0, :] = picture.controllers[0, row]
-    picture.controllers[0, :, -1] += 20                     # the others see something everywhere
-    picture.controllers[0, row, -1] -= 20
+    controllers = picture.controllers.at([torch.full_like(picture.locations.level, row)])[None]
+    controllers[0, :, -1] += 20                     # the others see something everywhere
+    controllers[0, row, -1] -= 20
+    picture = picture._replace(controllers=given_controllers(controllers, (96, 128)))
     labels = label_picture(picture, box, size, size, classes=torch.tensor([0]))
     assert labels.sources == [PROMPTED] and decoded(labels.rles).sum() == 40 * 40
 

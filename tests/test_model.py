@@ -8,8 +8,29 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import model as model_module
 from conftest import check, head_maps, predictions_of, relative_error
-from model import (SIZES_OF_INTEREST, STRIDES, BatchNorm, Detections, aligned_bilinear, build_model, detect,
+from model import (SIZES_OF_INTEREST, STRIDES, BatchNorm, Controllers, Detections, aligned_bilinear, build_model, detect,
                    dynamic_mask_head, mask_logits, num_mask_params, paste_masks, predict)
+
+
+# ------------------------------------------------------------------------------------------------ controllers
+
+
+def test_controllers_are_a_convolution_where_they_are_asked():
+    """Values and gradients of the layer over whole maps, borders and a level of one cell among them; of one picture."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 6, 3, padding=1)
+    maps = [torch.randn(2, 4, h, w, requires_grad=True) for h, w in ((3, 5), (2, 1), (1, 1))]
+    dense = torch.cat([layer(x).flatten(2).transpose(1, 2) for x in maps], 1)            # (2, 18, 6)
+    rows = [torch.arange(17, -1, -1), torch.tensor([3, 17, 3])]                          # one twice
+    asked = Controllers(maps, layer).at(rows)
+    expected = torch.cat([x[r] for x, r in zip(dense, rows)])
+    assert relative_error(asked.detach(), expected.detach()) <= 1e-6
+    weight, leaves = torch.randn_like(asked), [*maps, layer.weight, layer.bias]
+    for ours, theirs in zip(*(torch.autograd.grad((x * weight).sum(), leaves) for x in (asked, expected))):
+        assert relative_error(ours, theirs) <= 1e-6
+    assert torch.equal(Controllers(maps, layer)[1:2].at(rows[1:]), asked[18:])
+    nothing = Controllers(maps, layer).at([torch.arange(0)] * 2)
+    assert nothing.shape == (0, 6) and not torch.autograd.grad(nothing.sum(), layer.weight)[0].any()  # for DDP
 
 
 # ------------------------------------------------------------------------------------------- aligned_bilinear
@@ -310,8 +331,9 @@ def test_shapes_of_the_network(small):
     with torch.no_grad():
         predictions = small(pictures(0, 1), [(64, 96)] * 2)
     cells = sum(-(-64 // s) * -(-96 // s) for s in STRIDES)
-    assert [tuple(x.shape) for x in predictions[:5]] == [
-        (2, cells, 3), (2, cells, 4), (2, cells), (2, cells, 233), (2, 16, 8, 12)]
+    shapes = [tuple(x.shape) for x in (*predictions[:3], predictions.mask_features)]
+    assert shapes == [(2, cells, 3), (2, cells, 4), (2, cells), (2, 16, 8, 12)]
+    assert predictions.controllers.at([torch.arange(3), torch.arange(0)]).shape == (3, 233)
     assert predictions.locations.xy.shape == (cells, 2) and (predictions.ltrb >= 0).all()
     assert predictions.locations.xy[[0, 1, 12]].tolist() == [[4, 4], [12, 4], [4, 12]]
     assert not [name for name in small.state_dict() if name in ("mean", "std")]  # constants are no weights
@@ -339,6 +361,40 @@ def test_frozen_resnets(name, widths):
     maps = backbone(torch.randn(1, 3, 64, 96))
     assert [tuple(x.shape) for x in maps] == [(1, w, 64 // s, 96 // s) for w, s in zip(widths, (8, 16, 32))]
     assert before and all(torch.equal(x, before[key]) for key, x in backbone.named_buffers())
+
+
+@pytest.mark.parametrize("name", ["r18", "r50", "r101-dcn"])
+def test_a_folded_norm_is_a_norm_after_the_convolution(name, monkeypatch):
+    """Values and gradients of one block beside the plain modules in turn, the shortcut's convolution with its own."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # of the deformable convolution
+    torch.manual_seed(0)
+    block = build_model(name, 5, channels=32).backbone.body["c3"][0].double()
+    for norm in (m for m in block.modules() if isinstance(m, FrozenBatchNorm2d)):
+        for x in norm.buffers():
+            x.uniform_(0.5, 2)
+    x = torch.randn(1, block.conv1.in_channels, 10, 12, dtype=torch.float64)
+    plain = x
+    for number in "123"[:3 if name != "r18" else 2]:
+        plain = getattr(block, f"bn{number}")(getattr(block, f"conv{number}")(F.relu(plain) if plain is not x else x))
+    plain = F.relu(plain + block.downsample(x))
+    folded, weights = block(x), list(block.parameters())
+    assert relative_error(folded.detach(), plain.detach()) <= 1e-6
+    for ours, theirs in zip(*(torch.autograd.grad(y.square().sum(), weights) for y in (folded, plain))):
+        assert relative_error(ours, theirs) <= 1e-6
+
+
+def test_maps_and_weights_have_the_channels_last():
+    """From the pixels to the heads: a single map in another layout would be copied back and forth."""
+    network, layouts = build_model("r18", 5, channels=32).train(), []
+    assert all(m.weight.is_contiguous(memory_format=torch.channels_last) for m in network.modules()
+               if isinstance(m, nn.Conv2d))
+    for part in (network.backbone.body.values(), network.fpn.lateral, network.fpn.output, network.head.class_tower,
+                 network.head.box_tower, [network.head.ltrb, network.mask_branch.refine[0][0]]):
+        for module in part:
+            module.register_forward_pre_hook(lambda _, inputs: layouts.append(
+                inputs[0].is_contiguous(memory_format=torch.channels_last)))
+    network(pictures(0, 1), [(64, 96), (60, 90)])
+    assert len(layouts) > 40 and all(layouts)
 
 
 def test_p6_and_p7_come_from_p5(small):

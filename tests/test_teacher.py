@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from assign import box_masks
-from conftest import check, relative_error
+from conftest import check, given_controllers, relative_error
 from data import Batch
 from model import STRIDES, Predictions, aligned_bilinear, build_model, make_locations, mask_logits
 from teacher import (SCORES, class_score, ema_momentum, iou_score, label, make_teacher, mask_aware_score,
@@ -103,7 +103,8 @@ def made_up(pictures: list[list], size: tuple[int, int]) -> Predictions:
             ltrb[b, row] = torch.cat([locations.xy[row] - box[:2], box[2:] - locations.xy[row]]) / 8
             class_logits[b, row, c % 3] = torch.logit(torch.tensor(float(probability)))
             controllers[b, row], features[b, c] = MASK_CONTROLLER[c], mask
-    return Predictions(class_logits, ltrb, torch.full((batch, cells), 30.0), controllers, features, locations)
+    return Predictions(class_logits, ltrb, torch.full((batch, cells), 30.0), given_controllers(controllers, size),
+                       features, locations)
 
 
 def make_batch(boxes: list[list], size, teacher_size, padded) -> Batch:

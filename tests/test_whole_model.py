@@ -75,10 +75,11 @@ def test_golden_11_and_15_from_pixels_to_detections(golden, r50_file, part, file
         sampled(f"{part} FPN", x, d, f"fpn_p{level + 3}")
     if "mask_feats__shape" in d:
         sampled(f"{part} mask features", predictions.mask_features, d, "mask_feats")
+        params = predictions.controllers.at([torch.arange(len(predictions.locations.xy))])[None]
         for level, x in enumerate(pyramid):
             here = predictions.locations.level == level
             for name, ours in (("logits", predictions.class_logits), ("ltrb", predictions.ltrb),
-                               ("ctr", predictions.centerness[..., None]), ("params", predictions.controllers)):
+                               ("ctr", predictions.centerness[..., None]), ("params", params)):
                 ours = ours[:, here].transpose(1, 2).unflatten(2, x.shape[-2:])
                 sampled(f"{part} head: {name}", ours, d, f"head_{name}_{level}")
 
