@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model import Locations
+from model import Locations, Predictions, constant
 
 LEVEL_RANGES = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, float("inf")))  # largest of ltrb, pixels
 CENTER_RADIUS = 1.5  # strides
@@ -44,41 +44,53 @@ def picture_targets(locations: Locations, boxes: Tensor, labels: Tensor, num_cla
         nothing = torch.full_like(locations.level, -1)
         return torch.full_like(nothing, num_classes), xy.new_zeros(len(xy), 4), nothing
 
-    ltrb = torch.cat([xy[:, None] - boxes[:, :2], boxes[:, 2:] - xy[:, None]], 2)              # (L, G, 4)
-    center = (boxes[:, :2] + boxes[:, 2:]) / 2
-    reach = CENTER_RADIUS * stride[:, None, None]
-    low, high = torch.maximum(boxes[:, :2], center - reach), torch.minimum(boxes[:, 2:], center + reach)
-    inside = ((xy[:, None] > low) & (xy[:, None] < high)).all(2)                                # (L, G)
-    ranges = xy.new_tensor(LEVEL_RANGES)[locations.level]                                       # (L, 2)
-    farthest = ltrb.amax(2)
-    in_range = (farthest >= ranges[:, :1]) & (farthest <= ranges[:, 1:])
+    (x, y), (x0, y0, x1, y1) = xy[:, None].unbind(2), boxes.unbind(1)                           # (L, 1), (G,)
+    center_x, center_y, reach = (x0 + x1) / 2, (y0 + y1) / 2, CENTER_RADIUS * stride[:, None]
+    inside = ((x > torch.maximum(x0, center_x - reach)) & (x < torch.minimum(x1, center_x + reach))
+              & (y > torch.maximum(y0, center_y - reach)) & (y < torch.minimum(y1, center_y + reach)))
+    farthest = torch.maximum(torch.maximum(x - x0, x1 - x), torch.maximum(y - y0, y1 - y))      # (L, G)
+    low, high = constant(LEVEL_RANGES, xy.device)[locations.level, :, None].unbind(1)           # (L, 1)
+    in_range = (farthest >= low) & (farthest <= high)
 
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    area = torch.where(inside & in_range, area, torch.inf)                                      # (L, G)
+    area = torch.where(inside & in_range, (x1 - x0) * (y1 - y0), torch.inf)                     # (L, G)
     smallest, box = area.min(1)
     positive = smallest < torch.inf
-    ltrb = ltrb[torch.arange(len(xy), device=xy.device), box] / stride[:, None]
+    ltrb = torch.cat([xy - boxes[box, :2], boxes[box, 2:] - xy], 1) / stride[:, None]
     return (torch.where(positive, labels[box], num_classes), ltrb * positive[:, None],
             torch.where(positive, box + first, -1))
 
 
 @torch.no_grad()
-def select_instances(class_logits: Tensor, centerness: Tensor, boxes: Tensor, limit: int = 64) -> Tensor:
+def batch_instances(predictions: Predictions, targets: Targets, boxes: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """The instances of a batch, see select_instances: rows[b] of picture b, and gt (K,), the box of each of all K, counted
+    over the batch, or -1 where it only fills up. A picture without boxes has none."""
+    rows, gt = [], []
+    for b, picture_boxes in enumerate(boxes):
+        picture_rows, chosen = select_instances(predictions.class_logits[b], predictions.centerness[b], targets.boxes[b],
+                                                limit=64 if len(picture_boxes) else 0)
+        rows.append(picture_rows)
+        gt.append(torch.where(chosen, targets.boxes[b, picture_rows], -1))
+    return rows, torch.cat(gt)
+
+
+def select_instances(class_logits: Tensor, centerness: Tensor, boxes: Tensor, limit: int = 64) -> tuple[Tensor, Tensor]:
     """The positive locations of one picture whose masks are learnt, at most `limit`.
 
     class_logits (L, C), centerness (L,) logits, boxes (L,) the assigned box or -1. Every box with positives
     gets the same share of the limit, at least one, filled with its most confident locations; where there are
-    more boxes than the limit, the most confident of these remain. Returns rows (K,), most confident first.
+    more boxes than the limit, the most confident of these remain. Returns rows (limit,), most confident first, and
+    for each whether it is one of them (limit,): how many there are only the device knows, and the host shall not wait
+    for it, so others fill up. (Fewer rows where there are fewer locations.)
     """
-    rows = (boxes >= 0).nonzero()[:, 0]
-    confidence = class_logits[rows].amax(1).sigmoid() * centerness[rows].sigmoid()
-    rows = rows[confidence.argsort(descending=True, stable=True)]
-    by_box = boxes[rows].argsort(stable=True)                    # grouped by box, confident first within it
-    grouped = boxes[rows][by_box].contiguous()
-    rank = torch.arange(len(rows), device=rows.device) - torch.searchsorted(grouped, grouped)
-    num_boxes = len(grouped.unique())
-    chosen = by_box[rank < max(limit // max(num_boxes, 1), 1)]
-    return rows[chosen.sort().values][:limit]
+    confidence = class_logits.amax(1).sigmoid() * centerness.sigmoid()
+    order = torch.where(boxes >= 0, confidence, -1.0).argsort(descending=True, stable=True)
+    grouped, by_box = boxes[order].sort(stable=True)         # background, then box by box, confident first within each
+    rank = torch.arange(len(order), device=order.device) - torch.searchsorted(grouped, grouped)
+    num_boxes = ((rank == 0) & (grouped >= 0)).sum()
+    share = (limit // num_boxes.clamp(min=1)).clamp(min=1)
+    chosen = torch.empty_like(grouped, dtype=torch.bool).scatter(0, by_box, (rank < share) & (grouped >= 0))
+    first = chosen.int().argsort(descending=True, stable=True)[:limit]
+    return order[first], chosen[first]
 
 
 def assign_masks(iou: Tensor, scores: Tensor, iou_threshold: float = 0.5, score_threshold: float = 0.05) -> Tensor:
@@ -88,20 +100,19 @@ def assign_masks(iou: Tensor, scores: Tensor, iou_threshold: float = 0.5, score_
     whose mask a box gets, or -1. Predictions take turns, best score first (those below score_threshold have
     none); each takes the box that it overlaps most among those still free, if by at least iou_threshold.
 
-    The turns depend on one another, so they are a loop; each is one row of the matrix, and predictions that
-    reach no box take none. A box once taken stays taken, as the listing intends; the authors' program tests
-    `index > 0` with 0-based indices, which lets the best prediction's box be taken over.
+    A box once taken stays taken, as the listing intends; the authors' program tests `index > 0` with 0-based indices,
+    which lets the best prediction's box be taken over. The turns depend on one another, so they are a loop, but one in
+    which the host asks the device nothing.
     """
-    assigned = torch.full((iou.shape[1],), -1, dtype=torch.int64)
-    iou, scores = iou.cpu(), scores.cpu()
-    able = (iou >= iou_threshold).any(1) & (scores >= score_threshold)
+    boxes = torch.arange(iou.shape[1], device=iou.device)
+    assigned = torch.full_like(boxes, -1)
+    able = (iou >= iou_threshold) & (scores >= score_threshold)[:, None]
     order = scores.argsort(descending=True, stable=True)
-    for i in order[able[order]]:
-        free = torch.where(assigned < 0, iou[i], -1.0)
-        u = free.max()
-        if u >= iou_threshold:
-            v = (free == u).nonzero()[-1]  # `>=` in the listing: of equal overlaps the last box wins
-            assigned[v] = i
+    if iou.numel():
+        for i, overlaps in zip(order, torch.where(able, iou, 0.0)[order]):
+            u, v = torch.where(assigned < 0, overlaps, 0.0).flip(0).max(0)
+            v = len(boxes) - 1 - v  # `>=` in the listing: of equal overlaps the last box wins
+            assigned = torch.where((boxes == v) & (u > 0), i, assigned)
     return assigned
 
 

@@ -9,7 +9,7 @@ import argparse
 import torch
 from torch import Tensor, nn
 
-from assign import box_masks, fcos_targets, select_instances
+from assign import batch_instances, box_masks, fcos_targets
 from data import Batch
 from losses import (alike_labels, box_supervised_losses, detection_losses, dice_loss, disagreement,
                     mask_supervised_losses, over_processes, pair_weights, refine, similar_colors, valid_cells)
@@ -37,22 +37,20 @@ def compute_losses(student: nn.Module, teacher: CondInst | None, batch: Batch, a
     targets = fcos_targets(predictions.locations, batch.boxes, batch.labels, num_classes)
     losses = detection_losses(predictions, targets)
 
-    # student: masks of K instances; gt (K,) is the box of each, counted over the batch as in `boxes`
-    pictures = zip(predictions.class_logits, predictions.centerness, targets.boxes)
-    rows = [select_instances(*picture) for picture in pictures]
-    gt = torch.cat([of_location[r] for of_location, r in zip(targets.boxes, rows)])
+    # student: masks of K instances; gt (K,) is the box of each, counted over the batch as in `boxes`, or -1
+    rows, gt = batch_instances(predictions, targets, batch.boxes)
     logits = mask_logits(predictions, rows)                                                    # (K, h, w) at stride 4
-    counts = {"boxes": logits.new_tensor(sum(map(len, batch.boxes))), "positives": (targets.boxes >= 0).sum(),
+    counts = {"boxes": torch.full_like(gt.sum(), sum(map(len, batch.boxes))), "positives": (targets.boxes >= 0).sum(),
               "pseudo_masks": logits.new_zeros(())}
     if batch.masks is not None and args.method != "condinst":
         counts |= mask_quality(logits, gt, torch.cat(batch.masks), torch.cat(batch.boxes), pseudo)
     if args.method == "condinst":
-        dice = dice_loss(logits.sigmoid(), torch.cat(batch.masks)[gt])
-        losses["loss_mask"] = dice.sum() / over_processes(dice.new_tensor(len(gt)))
+        dice = dice_loss(logits.sigmoid(), torch.cat(batch.masks)[gt]) * (gt >= 0)
+        losses["loss_mask"] = dice.sum() / over_processes((gt >= 0).sum())
         return losses, counts
 
     boxes, (h, w) = torch.cat(batch.boxes), logits.shape[-2:]
-    image = torch.repeat_interleave(torch.tensor([len(b) for b in batch.boxes])).to(boxes.device)  # (G,)
+    image = torch.cat([torch.full_like(labels, i) for i, labels in enumerate(batch.labels)])       # (G,)
     inside = box_masks(boxes, h, w)                                                                # (G, h, w)
     valid = valid_cells(batch.sizes, batch.original_sizes, h, w, boxes.device)                     # (B, h, w)
     terms = disagreement(logits)
@@ -82,12 +80,13 @@ def mask_quality(logits: Tensor, gt: Tensor, truth: Tensor, boxes: Tensor,
         return (a & b).sum((1, 2)) / (a | b).sum((1, 2)).clamp(min=1)
 
     inside, zero = box_masks(boxes, *logits.shape[-2:]), logits.new_zeros(len(boxes))
-    instances = zero.index_add(0, gt, torch.ones_like(gt, dtype=zero.dtype))
-    student = zero.index_add(0, gt, iou((logits > 0) & inside[gt], truth[gt])) / instances.clamp(min=1)
+    real, of = (gt >= 0).to(zero.dtype), gt.clamp(min=0)
+    instances = zero.index_add(0, of, real)
+    student = zero.index_add(0, of, real * iou((logits > 0) & inside[gt], truth[gt])) / instances.clamp(min=1)
     seen = instances > 0 if pseudo is None else (instances > 0) & (pseudo.scores > 0)
-    quality = {"student_iou": student[seen].sum(), "student_boxes": seen.sum()}
+    quality = {"student_iou": (student * seen).sum(), "student_boxes": seen.sum()}
     if pseudo is not None:
-        quality["label_iou"] = iou(pseudo.masks > 0.5, truth)[pseudo.scores > 0].sum()
+        quality["label_iou"] = (iou(pseudo.masks > 0.5, truth) * (pseudo.scores > 0)).sum()
     return quality
 
 

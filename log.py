@@ -95,12 +95,12 @@ class Log:
         self.losses, self.counts, self.steps, self.skipped = {}, {}, 0, 0
         self.start, self.waited = time.perf_counter(), 0.0
 
-    def step(self, losses: dict[str, Tensor], counts: dict[str, Tensor], skipped: bool, waited: float) -> None:
-        """Add an iteration. waited: seconds that it waited for its pictures."""
+    def step(self, losses: dict[str, Tensor], counts: dict[str, Tensor], skipped: Tensor, waited: float) -> None:
+        """Add an iteration. skipped: bool, of one element; waited: seconds that it waited for its pictures."""
         self.steps, self.waited, self.skipped = self.steps + 1, self.waited + waited, self.skipped + skipped
         for sums, values in ((self.losses, losses), (self.counts, counts)):
             for name, value in values.items():
-                sums[name] = sums.get(name, 0) + (torch.zeros_like(value) if skipped else value)
+                sums[name] = sums.get(name, 0) + torch.where(skipped, 0, value)
         if self.bar is not None:
             self.bar.update()
 
@@ -110,7 +110,8 @@ class Log:
         Skipped steps have no part in them; where all were skipped the means are null. Every process calls it.
         """
         values = torch.stack([v.float() for v in (*self.losses.values(), *self.counts.values())])
-        values /= self.steps - self.skipped
+        skipped = int(self.skipped)  # the host waits here until the device has done all these iterations
+        values /= self.steps - skipped
         if self.world_size > 1:
             dist.all_reduce(values)
             values[:len(self.losses)] /= self.world_size
@@ -123,7 +124,7 @@ class Log:
             self.record(iteration, {
                 "lr": learning_rate(iteration - 1, self.plan), "ramp": ramp_factor(iteration - 1, self.plan),
                 **{name: v if math.isfinite(v) else None for name, v in values.items()},
-                "skipped_steps": self.skipped, "seconds": seconds, "data_seconds": self.waited / self.steps})
+                "skipped_steps": skipped, "seconds": seconds, "data_seconds": self.waited / self.steps})
             text = " ".join(f"{name.removeprefix('loss_')} {values[name]:.3f}" for name in self.losses)
             if self.bar.disable:
                 left = datetime.timedelta(seconds=round(seconds * (self.plan.iterations - iteration)))

@@ -5,7 +5,8 @@ L_box-sup    max-projection and colour pairwise losses of BoxInst, from boxes al
 L_mask-sup   noise-aware dice and affinity losses from the teacher's masks (Eq. 2)    mask_supervised_losses
 
 Each is a function of tensors. Mask losses live on the stride-4 grid (h, w). K is the number of instances (locations
-that learn a mask), G that of the ground-truth boxes of the batch, and gt (K,) says which box an instance has.
+that learn a mask), G that of the ground-truth boxes of the batch, and gt (K,) says which box an instance has; -1: none,
+it only fills up (see assign.select_instances) and counts nothing.
 
 Sums are divided by counts over all processes (see `over_processes`), so that a batch gives the same loss however
 many processes hold it. No boxes, no instances: every sum is an empty one, zero, and still connected to the network,
@@ -18,7 +19,7 @@ from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
 from assign import Targets
-from model import Predictions
+from model import Predictions, constant
 
 # A pair of cells (i, j) at distance 2; with its mirror (j, i) each stands for two of the 8 neighbours. (dy, dx)
 OFFSETS = ((0, 2), (2, 0), (2, 2), (2, -2))
@@ -41,35 +42,38 @@ def over_processes(count: Tensor, least: float = 1.0) -> Tensor:
 
 
 def detection_losses(predictions: Predictions, targets: Targets) -> dict[str, Tensor]:
-    """Focal loss over all locations; GIoU (weighted by centerness) and centerness over the positive ones."""
+    """Focal loss over all locations; GIoU (weighted by centerness) and centerness over the positive ones.
+
+    All is computed everywhere and weighted: to pick the positive ones the host would have to wait for their number.
+    """
     num_classes = predictions.class_logits.shape[-1]
     one_hot = F.one_hot(targets.labels, num_classes + 1)[..., :num_classes].float()
     focal = sigmoid_focal_loss(predictions.class_logits, one_hot, alpha=0.25, gamma=2.0, reduction="sum")
 
-    positive = targets.labels < num_classes
+    positive = targets.labels < num_classes                                          # (B, L)
     num_positives = over_processes(positive.sum())
-    ltrb = targets.ltrb[positive]
-    centerness = centerness_of(ltrb)
-    box = (centerness * giou_loss(predictions.ltrb[positive], ltrb)).sum()
-    center = F.binary_cross_entropy_with_logits(predictions.centerness[positive], centerness, reduction="sum")
+    ltrb = torch.where(positive[..., None], targets.ltrb, 1.0)  # a box at the background too: whatever, but not 0 / 0
+    centerness = centerness_of(ltrb) * positive
+    box = (centerness * giou_loss(predictions.ltrb, ltrb)).sum()
+    center = F.binary_cross_entropy_with_logits(predictions.centerness, centerness, reduction="none")
     return {"loss_cls": focal / num_positives,
             "loss_box": box / over_processes(centerness.sum(), 1e-6),
-            "loss_centerness": center / num_positives}
+            "loss_centerness": (center * positive).sum() / num_positives}
 
 
 def centerness_of(ltrb: Tensor) -> Tensor:
-    """sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)): 1 at the box's centre, 0 at its border. (N, 4) -> (N,)"""
+    """sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)): 1 at the box's centre, 0 at its border. (..., 4) -> (...)"""
     l, t, r, b = ltrb.unbind(-1)
     return (torch.minimum(l, r) / torch.maximum(l, r) * torch.minimum(t, b) / torch.maximum(t, b)).sqrt()
 
 
 def giou_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """1 - GIoU of boxes given as ltrb (N, 4) in strides around the same location; (N,).
+    """1 - GIoU of boxes given as ltrb (..., 4) in strides around the same location; (...).
 
     The IoU is (intersection + 1) / (union + 1), as in the authors' code: kinder to boxes of less than a stride.
     """
     def area(x: Tensor) -> Tensor:
-        return (x[:, 0] + x[:, 2]) * (x[:, 1] + x[:, 3])
+        return (x[..., 0] + x[..., 2]) * (x[..., 1] + x[..., 3])
 
     intersection, enclosing = area(torch.minimum(predicted, target)), area(torch.maximum(predicted, target))
     union = area(predicted) + area(target) - intersection
@@ -145,7 +149,7 @@ def weighted_pairs(terms: list[Tensor], weights: list[Tensor], gt: Tensor) -> tu
     """Sum of weight * term and sum of weights of each instance, both (K,)."""
     total = sum((term * weight[gt]).sum((1, 2)) for term, weight in zip(terms, weights))
     count = sum(weight.sum((1, 2), dtype=torch.float32) for weight in weights)[gt]
-    return total, count
+    return total * (gt >= 0), count * (gt >= 0)
 
 
 # ------------------------------------------------------------------------------------- L_box-sup (BoxInst Sec. 3)
@@ -154,9 +158,9 @@ def weighted_pairs(terms: list[Tensor], weights: list[Tensor], gt: Tensor) -> tu
 def box_supervised_losses(logits: Tensor, terms: list[Tensor], inside: Tensor, color_weights: list[Tensor],
                           gt: Tensor) -> dict[str, Tensor]:
     """Max-projection and colour pairwise loss. logits (K, h, w), terms = disagreement(logits), inside (G, h, w)."""
-    projection = projection_loss(logits.sigmoid(), inside[gt]).sum()
+    projection = projection_loss(logits.sigmoid(), inside[gt]) * (gt >= 0)
     total, count = weighted_pairs(terms, color_weights, gt)
-    return {"loss_projection": projection / over_processes(count.new_tensor(len(gt))),
+    return {"loss_projection": projection.sum() / over_processes((gt >= 0).sum()),
             "loss_pairwise": total.sum() / over_processes(count.sum())}
 
 
@@ -175,14 +179,15 @@ def similar_colors(images: Tensor, threshold: float = 0.3) -> list[Tensor]:
     return similar
 
 
+TO_XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
+WHITE = (0.95047, 1.0, 1.08883)  # XYZ of D65
+
+
 def rgb_to_lab(rgb: Tensor) -> Tensor:
     """sRGB (B, 3, ...) 0..255 to CIE Lab with the white of D65."""
     rgb = rgb / 255
     rgb = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
-    to_xyz = rgb.new_tensor([[0.412453, 0.357580, 0.180423],
-                             [0.212671, 0.715160, 0.072169],
-                             [0.019334, 0.119193, 0.950227]])
-    white = rgb.new_tensor([0.95047, 1.0, 1.08883])
+    to_xyz, white = (constant(x, rgb.device).to(rgb.dtype) for x in (TO_XYZ, WHITE))
     xyz = torch.einsum("dc,bc...->bd...", to_xyz / white[:, None], rgb)
     x, y, z = torch.where(xyz > 0.008856, xyz.clamp(min=0.008856) ** (1 / 3), 7.787 * xyz + 16 / 116).unbind(1)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
@@ -210,7 +215,7 @@ def mask_supervised_losses(logits: Tensor, terms: list[Tensor], masks: Tensor, s
     masks (G, h, w) the teacher's probabilities, 0 outside the box; scores (G,), 0 where a box has no pseudo mask.
     N_p is the number of instances with one. pixel_loss: dice (the paper's), bce, avg or none (Table 3).
     """
-    s = scores[gt]
+    s = scores[gt] * (gt >= 0)
     valid_masks = over_processes((s > 0).sum())
     target = (masks > 0.5)[gt]
     if pixel_loss == "bce":

@@ -12,6 +12,7 @@ Teacher and student are two of these with different weights. Sources: FCOS (Tian
 CondInst (Tian et al., ECCV 2020).
 """
 import copy
+import functools
 import math
 import os
 from typing import NamedTuple
@@ -295,11 +296,17 @@ class CondInst(nn.Module):
         return images
 
 
+@functools.cache
+def constant(values: tuple, device: torch.device) -> Tensor:
+    """Numbers as a tensor on the device, brought there once: whenever that is done the host waits for the device."""
+    return torch.tensor(values, device=device)
+
+
 def mask_logits(predictions: Predictions, rows: list[Tensor]) -> Tensor:
     """Masks (K, H/4, W/4) of the instances at locations rows[b] (k_b,) of picture b, in that order."""
     controllers = predictions.controllers.at(rows)
     locations, all_rows = predictions.locations, torch.cat(rows)
-    sizes = controllers.new_tensor(SIZES_OF_INTEREST)[locations.level[all_rows]]
+    sizes = constant(SIZES_OF_INTEREST, controllers.device)[locations.level[all_rows]]
     return dynamic_mask_head(predictions.mask_features, controllers, locations.xy[all_rows], sizes,
                              [len(r) for r in rows])
 

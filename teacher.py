@@ -13,7 +13,7 @@ from torchvision.ops import box_iou, clip_boxes_to_image
 
 from assign import assign_masks, box_masks
 from data import Batch
-from model import CondInst, Predictions, detect, mask_logits, paste_masks
+from model import CondInst, Detections, Predictions, detect, mask_logits, paste_masks
 
 SCORES = ("mask-aware", "cls", "iou", "mean-entropy")  # Table 5; "released", see released_masks, is a way of its own
 
@@ -40,12 +40,13 @@ def ema_momentum(iteration: int, ceiling: float = 0.999) -> float:
 
 
 @torch.no_grad()
-def update(teacher: CondInst, student: CondInst, momentum: float, statistics: bool = False) -> None:
-    """EMA of the parameters.
+def update(teacher: CondInst, student: CondInst, momentum: float | Tensor, statistics: bool = False) -> None:
+    """EMA of the parameters. momentum: alpha; as a tensor of one float64 where only the device knows it.
 
     statistics: take over the student's batch norm statistics, for an average that sees no pictures of its own.
     """
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+    theta, xi, weight = list(teacher.parameters()), list(student.parameters()), 1 - momentum
+    torch._foreach_lerp_(theta, xi, [weight.to(theta[0])] * len(theta) if isinstance(weight, Tensor) else weight)
     if statistics:
         for own, students in zip(teacher.buffers(), student.buffers()):
             own.copy_(students)
@@ -69,28 +70,32 @@ def pseudo_labels(predictions: Predictions, batch: Batch, score: str = "mask-awa
     masks, scores = [], []
     for b, (boxes, size, teacher_size) in enumerate(zip(batch.boxes, batch.sizes, batch.teacher_sizes)):
         picture = predictions.of_picture(b)
-        found = detect(picture)
-        scale = boxes.new_tensor([size[1] / teacher_size[1], size[0] / teacher_size[0]]).repeat(2)
-        found = found._replace(boxes=clip_boxes_to_image(found.boxes * scale, size))
-        iou = box_iou(found.boxes, boxes)                                                           # (N, G)
-        able = (iou >= 0.5).any(1)
-        found, iou = type(found)(*(x[able] for x in found)), iou[able]
-
+        found, iou = overlapping(detect(picture), boxes, size, teacher_size)
         logits = mask_logits(picture, [found.rows])
         if score == "released":
             p, order, s = released_masks(logits, found.scores, teacher_size, size, height, width)
-            match = assign_masks(iou, order).to(boxes.device)                                       # (G,)
         else:
-            p = to_student_grid(logits.sigmoid(), teacher_size, size, height, width)                # (N', h, w)
+            p = to_student_grid(logits.sigmoid(), teacher_size, size, height, width)                # (N, h, w)
             h, w = (size[0] + 1) // 4, (size[1] + 1) // 4  # cells within the picture: padding has no part in a score
-            s = SCORE_FUNCTIONS[score](found.scores, p[:, :h, :w], box_masks(found.boxes, h, w), iou)
-            match = assign_masks(iou, s).to(boxes.device)
-        given = match >= 0
-        mask = p.new_zeros(len(boxes), height, width)
-        mask[given] = p[match[given]]
-        masks.append(mask * box_masks(boxes, height, width))
-        scores.append(torch.zeros(len(boxes), device=p.device).masked_scatter(given, s[match[given]]))
+            order = s = SCORE_FUNCTIONS[score](found.scores, p[:, :h, :w], box_masks(found.boxes, h, w), iou)
+        match = assign_masks(iou, order)                                                            # (G,)
+        masks.append(F.pad(p, (0, 0, 0, 0, 0, 1))[match] * box_masks(boxes, height, width))         # at -1: nothing
+        scores.append(F.pad(s, (0, 1))[match])
     return PseudoLabels(torch.cat(masks), torch.cat(scores))
+
+
+def overlapping(found: Detections, boxes: Tensor, size: tuple[int, int],
+                teacher_size: tuple[int, int]) -> tuple[Detections, Tensor]:
+    """The detections that overlap some box enough to be assigned, in pixels of the student's picture, and their IoU.
+
+    Here, and where NMS says how many there are, the host waits for the teacher's network.
+    """
+    x0, y0, x1, y1 = found.boxes.unbind(1)
+    x, y = size[1] / teacher_size[1], size[0] / teacher_size[0]
+    found = found._replace(boxes=clip_boxes_to_image(torch.stack([x0 * x, y0 * y, x1 * x, y1 * y], 1), size))
+    iou = box_iou(found.boxes, boxes)                                                               # (N, G)
+    able = (iou >= 0.5).any(1).nonzero()[:, 0]
+    return Detections(*(x[able] for x in found)), iou[able]
 
 
 def to_student_grid(p: Tensor, teacher_size: tuple[int, int], size: tuple[int, int], height: int,

@@ -52,12 +52,14 @@ class TrainingError(Exception):
 
 
 class StepResult(NamedTuple):
+    """All on the device: to ask for a number is to wait until the device has done the step."""
+
     losses: dict[str, Tensor]   # means over the micro-steps, "loss" the total
     counts: dict[str, Tensor]   # sums over the micro-steps
     norm: Tensor                # of the gradient, before clipping
-    skipped: bool               # loss or gradient not finite on some process: nothing was updated
-    broken: bool                # skipped, and not because fp16's scaler is still looking for its scale
-    stop: bool                  # some process was asked to stop
+    skipped: Tensor             # bool: loss or gradient not finite on some process: nothing was updated
+    broken: Tensor              # bool: skipped, and not because fp16's scaler is still looking for its scale
+    stop: Tensor                # bool: some process was asked to stop
 
 
 def train_step(run: "Run", batches: list[Batch], iteration: int, stop_asked: bool) -> StepResult:
@@ -73,34 +75,53 @@ def train_step(run: "Run", batches: list[Batch], iteration: int, stop_asked: boo
             run.student.require_backward_grad_sync = last  # gradients meet once a step, not once a micro-step
         labeller = run.teacher if args.method == "boxteacher" else None
         part, count = compute_losses(run.student, labeller, batch, args, run.autocast())
-        part["loss"] = total_loss(part, ramp_factor(iteration, plan))
-        run.scaler.scale(part["loss"] / len(batches)).backward()
+        loss = part["loss"] = total_loss(part, ramp_factor(iteration, plan))
+        # a loss that is not finite spoils the whole gradient, and with it those of all processes: all skip the step
+        run.scaler.scale(loss * (1 + 0 * loss.detach()) / len(batches)).backward()
         for name, value in part.items():
             losses[name] = losses.get(name, 0) + value.detach() / len(batches)
         for name, value in count.items():
             counts[name] = counts.get(name, 0) + value
 
     run.scaler.unscale_(run.optimizer)
-    norm = nn.utils.clip_grad_norm_(run.parameters, args.clip_grad or math.inf)
-    bad = ~losses["loss"].isfinite() | ~norm.isfinite()
+    norm = nn.utils.get_total_norm([p.grad for p in run.parameters])
+    if args.clip_grad:
+        nn.utils.clip_grads_with_norm_(run.parameters, args.clip_grad, norm)
+    skipped = ~norm.isfinite()
+    if not run.scaler.is_enabled():  # else the scaler says the same
+        run.optimizer.found_inf = skipped.float()  # where this is 1 a fused optimiser leaves all as it is
+    run.scaler.step(run.optimizer)
+    for now, before in zip(run.statistics, statistics):
+        now.copy_(torch.where(skipped, before, now))
+    if run.teacher is not None:
+        alpha = torch.full((), teacher_module.ema_momentum(iteration + 1, args.ema), dtype=torch.float64, device=run.device)
+        teacher_module.update(run.teacher, run.model, torch.where(skipped, 1.0, alpha),
+                              statistics=args.method != "boxteacher")
     # with fp16 a gradient may overflow while the loss is finite: the scaler then scales less, down to 1 in earnest
     excused = run.scaler.is_enabled() and run.scaler.get_scale() > 1
-    broken = ~losses["loss"].isfinite() if excused else bad
-    flags = torch.stack([bad, broken, torch.tensor(stop_asked, device=bad.device)]).float()
+    broken = ~losses["loss"].isfinite() if excused else skipped
+    flags = torch.stack([broken, torch.full_like(broken, stop_asked)]).float()
     if run.world_size > 1:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
-    skipped, broken, stop = flags.bool().tolist()
-    if not skipped:
-        run.scaler.step(run.optimizer)
-        if run.teacher is not None:
-            alpha = teacher_module.ema_momentum(iteration + 1, args.ema)
-            teacher_module.update(run.teacher, run.model, alpha, statistics=args.method != "boxteacher")
-    else:
-        for now, before in zip(run.statistics, statistics):
-            now.copy_(before)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    return StepResult(losses, counts, norm, skipped, broken, stop)
+    return StepResult(losses, counts, norm, skipped, *flags.bool())
+
+
+class Verdict:
+    """What a step's `broken` and `stop` say, once their copy has reached the host: it waits for that alone, not for
+    what the device was given to do since."""
+
+    def __init__(self, result: StepResult):
+        self.flags = torch.stack([result.broken, result.stop]).to("cpu", non_blocking=True)
+        self.copied = torch.cuda.Event() if result.broken.is_cuda else None
+        if self.copied:
+            self.copied.record()
+
+    def read(self) -> tuple[bool, bool]:
+        if self.copied:
+            self.copied.synchronize()
+        return tuple(self.flags.tolist())
 
 
 # ------------------------------------------------------------------------------------------------------ the run
@@ -143,10 +164,14 @@ class Run:
 
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.decay = args.weight_decay if args.weight_decay is not None else RECIPES[args.optimizer][1]
+        # fused: in one pass over memory, and the device itself skips a step (train_step)
         if args.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(self.parameters, self.plan.lr, momentum=0.9, weight_decay=self.decay)
+            self.optimizer = torch.optim.SGD(self.parameters, self.plan.lr, momentum=0.9, weight_decay=self.decay,
+                                             fused=True)
+            for p in self.parameters:  # where the first step is skipped torch would leave them as memory happened to be
+                self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         else:
-            self.optimizer = torch.optim.AdamW(self.parameters, self.plan.lr, weight_decay=self.decay)
+            self.optimizer = torch.optim.AdamW(self.parameters, self.plan.lr, weight_decay=self.decay, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
         if state is not None:
             self.resume(state)
@@ -179,7 +204,10 @@ class Run:
             self.teacher.load_state_dict(state["teacher"])
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
-            group["weight_decay"] = self.decay
+            group["weight_decay"], group["fused"], group["foreach"] = self.decay, True, False
+        for p, its in self.optimizer.state.items():  # fused optimisers go through memory: it shall be laid out alike
+            for name, value in its.items():
+                its[name] = torch.empty_like(p).copy_(value) if value.shape == p.shape else value
         if state["scaler"]:  # empty where the run had no fp16 so far
             self.scaler.load_state_dict(state["scaler"])
         self.iteration = state["iteration"]
@@ -255,7 +283,7 @@ def check_skipped(batches: list[Batch], broken: set[str], pictures: int) -> None
         raise TrainingError(f"{len(broken)} pictures cannot be decoded, the last: {note}")
 
 
-def report_nonfinite(run: Run, batches: list[Batch], result: StepResult) -> None:
+def report_nonfinite(run: Run, iteration: int, batches: list[Batch], result: StepResult) -> None:
     """Write what each process saw to nonfinite.json and end the run. The checkpoint before it stays as it is."""
     seen = {"rank": run.rank, "image_ids": [i for batch in batches for i in batch.image_ids],
             "gradient_norm": str(float(result.norm)),
@@ -266,9 +294,9 @@ def report_nonfinite(run: Run, batches: list[Batch], result: StepResult) -> None
         dist.all_gather_object(everyone, seen)
     path = run.out / "nonfinite.json"
     if run.rank == 0:
-        path.write_text(json.dumps({"iter": run.iteration, "lr": learning_rate(run.iteration, run.plan),
+        path.write_text(json.dumps({"iter": iteration, "lr": learning_rate(iteration, run.plan),
                                     "processes": everyone}, indent=1))
-    raise TrainingError(f"loss or gradient not finite three times in a row at iteration {run.iteration}: image ids and "
+    raise TrainingError(f"loss or gradient not finite three times in a row at iteration {iteration}: image ids and "
                         f"losses are in {path}; a smaller --lr, a longer --warmup or --clip-grad 10 usually help")
 
 
@@ -278,29 +306,36 @@ def train(run: Run, batches: TrainBatches, validation: CocoBoxes | None, signals
     loader = DataLoader(batches, batch_size=None, sampler=range(run.iteration * k, plan.iterations * k),
                         num_workers=args.workers, collate_fn=TrainBatches.collate, worker_init_fn=ignore_signals,
                         pin_memory=run.device.type == "cuda")
-    broken, bad_in_a_row = set(), 0
+    undecodable, bad_in_a_row, unread = set(), 0, []
     log = Log(run.out, plan, run.iteration, run.rank, run.world_size, args.tensorboard)
     micro_batches = iter(loader)
     while run.iteration < plan.iterations:
         waiting = time.perf_counter()
         now = [batch.to(run.device) for batch in itertools.islice(micro_batches, k)]
         waited = time.perf_counter() - waiting
-        check_skipped(now, broken, len(batches.annotations))
+        check_skipped(now, undecodable, len(batches.annotations))
 
         result = train_step(run, now, run.iteration, bool(signals.asked))
-        bad_in_a_row = bad_in_a_row + 1 if result.broken else 0
-        if bad_in_a_row == 3:
-            report_nonfinite(run, now, result)
-        run.iteration += 1
-
+        unread.append((run.iteration, now, result, Verdict(result)))
         log.step(result.losses, result.counts, result.skipped, waited)
-        done = result.stop or run.iteration == plan.iterations
-        pause = done or run.iteration % args.eval_every == 0  # to look at the model; log and save before it
-        if run.iteration % args.log_every == 0 or pause:
+        run.iteration += 1
+        pause = run.iteration == plan.iterations or run.iteration % args.eval_every == 0  # to look at the model
+        due = pause or run.iteration % args.log_every == 0
+
+        # each verdict is read a step later, so that the device has work meanwhile; the log waits for it anyway
+        stop = False
+        while len(unread) > (0 if due else 1):
+            iteration, *seen, verdict = unread.pop(0)
+            broken, asked = verdict.read()
+            bad_in_a_row, stop = bad_in_a_row + 1 if broken else 0, stop or asked
+            if bad_in_a_row == 3:
+                report_nonfinite(run, iteration, *seen)
+
+        if due or stop:
             log.write(run.iteration)
-        if run.iteration % args.checkpoint_every == 0 or pause:
+        if run.iteration % args.checkpoint_every == 0 or pause or stop:
             run.save()
-        if result.stop:
+        if stop:
             return signals.asked or signal.SIGTERM
         if pause:
             draw_labels(run, log, batches.annotations)

@@ -448,7 +448,7 @@ def test_going_on_with_another_weight_decay_and_precision(drawn, warm, tmp_path,
 
     def seen(run, *rest):
         decays.append((run.optimizer.param_groups[0]["weight_decay"], run.scaler.is_enabled()))
-        return step(run, *rest)._replace(stop=True)
+        return step(run, *rest)._replace(stop=torch.tensor(True))
 
     monkeypatch.setattr(train, "train_step", seen)
     command(*options_of(drawn, warm, tmp_path / "out", "--weight-decay", "0.01", "--amp", "fp16"))

@@ -32,8 +32,8 @@ CELL = PANEL + GAP
 
 
 def step(one: Log, loss: float, skipped: bool = False, waited: float = 0.0, **counts: float) -> None:
-    one.step({"loss": torch.tensor(loss)}, {name: torch.tensor(value) for name, value in counts.items()}, skipped,
-             waited)
+    one.step({"loss": torch.tensor(loss)}, {name: torch.tensor(value) for name, value in counts.items()},
+             torch.tensor(skipped), waited)
 
 
 def test_a_line_holds_the_means_of_its_iterations(tmp_path, capsys):

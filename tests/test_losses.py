@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import losses as losses_module
-from assign import Targets, box_masks, fcos_targets, select_instances
+from assign import Targets, batch_instances, box_masks, fcos_targets
 from boxteacher import RAMPED
 from conftest import check, head_maps, predictions_of, relative_error
 from losses import (OFFSETS, alike_labels, average_projection_loss, bce_loss, box_supervised_losses,
@@ -462,9 +462,7 @@ def all_losses(model, boxes: list, pixel_loss: str = "dice", autocast: bool = Fa
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         predictions = model(images, sizes)
         targets = fcos_targets(predictions.locations, boxes, labels, model.num_classes)
-        rows = [select_instances(predictions.class_logits[b], predictions.centerness[b], targets.boxes[b])
-                for b in range(2)]
-        gt = torch.cat([t[r] for t, r in zip(targets.boxes, rows)])
+        rows, gt = batch_instances(predictions, targets, boxes)
         logits = mask_logits(predictions, rows)
         inside, valid = box_masks(torch.cat(boxes), 16, 24), valid_cells(sizes, sizes, 16, 24, CPU)
         image = torch.repeat_interleave(torch.tensor([len(b) for b in boxes]))
