@@ -219,7 +219,7 @@ def collate(samples: Iterable[Sample], count: int, canvas: tuple[int, int],
     """Pads the views of `count` samples to their canvas, (height, width).
 
     A sample's views are written straight into their places among zeros before the next sample is made: Pillow then has
-    the memory of the last one again, and fresh memory costs as much as a copy. Channels are last, as Pillow has them."""
+    the memory of the last one again, and fresh memory costs as much as a copy. Channels are last, as in Pillow."""
     canvases = {"image": canvas, "augmented": canvas, "teacher_image": teacher_canvas}
     views, sizes, others = {}, {"teacher_image": []}, []
     for i, sample in enumerate(samples):
