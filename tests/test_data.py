@@ -1,4 +1,5 @@
 """data.py: reading annotations and pictures, views, the order of training, padded batches."""
+import gc
 import json
 import os
 
@@ -101,6 +102,14 @@ def test_nothing_is_kept_as_an_object_a_picture_or_a_box(tmp_path):
         assert isinstance(value, (np.ndarray, str, type(None))) or name == "classes", name
         assert not isinstance(value, np.ndarray) or value.dtype != object, name
     assert len(coco.classes) == 3
+
+
+def test_the_collector_works_again_after_reading(tmp_path):
+    CocoBoxes(*write_set(tmp_path))
+    assert gc.isenabled()
+    with pytest.raises(DataError):
+        CocoBoxes(str(tmp_path / "none.json"), str(tmp_path))
+    assert gc.isenabled()
 
 
 def test_names_with_folders_and_other_scripts(tmp_path):
