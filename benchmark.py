@@ -1,33 +1,35 @@
 """What training, inference and data cost on this device, and where the time goes: python benchmark.py
 
-    python benchmark.py                                  training, inference, evaluation and data, R-50 at 480 x 640
+    python benchmark.py                                  all but the next, R-50, two pictures of 480 x 640
     python benchmark.py --size 800 1333 --device cuda    the paper's size
-    python benchmark.py --growth growth.png              how the cost grows with instances, size and batch
+    python benchmark.py --only annotations               100,000 annotated pictures in memory
+    python benchmark.py --growth growth.png              how the cost grows, too (growth.py)
     torchrun --nproc_per_node=2 benchmark.py --only training
 
 Times are medians over alternating rounds, in seconds and in Y: one forward pass of torchvision's resnet50 (eval,
 float32, no gradients) over the same number of pictures of the same size, with the same threads. Y makes machines
 comparable. The limit is what the convolutions of a step would take at the speed of one large convolution, measured
-in the same run. The pictures are made up. Weights are random, so nothing would be found: `knowing` puts the boxes
-into the teacher's and the detector's answers, and its time is not counted.
+in the same run. The share of the convolutions is that of PyTorch's operations with "conv" in their name, forward and
+backward, in the time of all operations of a step: what such an operation does to its own input and output, such as
+oneDNN's change of layout, belongs to it. The pictures are made up. Weights are random, so nothing would be found:
+`knowing` puts the boxes into the teacher's and the detector's answers, and its time is not counted.
 """
 import argparse
-import math
+import multiprocessing
 import statistics
 import sys
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
-import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,9 +41,12 @@ import teacher
 import train
 from assign import fcos_targets
 from coco import CocoBoxes, DataError
-from curves import COLOURS, INK, axes, ticks
-from data import AUGMENTATIONS, Batch, TrainBatches, as_rgb, positive, resized, view
+from data import AUGMENTATIONS, Batch, TrainBatches, as_rgb, positive, view
 from evaluate import output_file, pick_amp, pick_device, start_distributed, write_json
+from growth import draw_growth, measure_growth, show_growth
+from losses import disagreement, pair_weights, rgb_to_lab, similar_colors, weighted_pairs
+from measuring import (Clock, made_up_data, many_annotations, medians, peak_memory, process_memory, reset_peak,
+                       tensor_peak)
 from model import Predictions
 from pretrained import IMAGENET
 
@@ -60,105 +65,7 @@ INFERENCE = {(model, "detect"): "detections", (model, "mask_logits"): "mask head
              (evaluate, "coco_results"): "run lengths", (evaluate, "coco_metrics"): "COCOeval"}
 
 
-# --------------------------------------------------------------------------------------------------- clocks
-
-
-class Clock:
-    """Seconds by part. Parts may lie within one another: each has the time that no inner one has."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.seconds, self.open = device, defaultdict(float), []
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    @contextmanager
-    def part(self, name: str):
-        start = self.now()
-        self.open.append(0.0)
-        try:
-            yield
-        finally:
-            took = self.now() - start
-            self.seconds[name] += took - self.open.pop()
-            if self.open:
-                self.open[-1] += took
-
-    def timed(self, function: Callable, name: str) -> Callable:
-        def call(*args, **kwargs):
-            with self.part(name):
-                return function(*args, **kwargs)
-        return call
-
-    @contextmanager
-    def watching(self, parts: dict[tuple, str], networks: dict[torch.nn.Module, str]):
-        """Time these functions and networks wherever they are called."""
-        with ExitStack() as stack:
-            for (owner, name), part in parts.items():
-                stack.enter_context(patch.object(owner, name, self.timed(getattr(owner, name), part)))
-            for network, part in networks.items():
-                stack.enter_context(patch.object(network, "forward", self.timed(network.forward, part)))
-            yield
-
-
-def medians(rounds: int, device: torch.device, **works: Callable[[], object]) -> dict[str, float]:
-    """Seconds of each of `works`, taken in turn, after one round that does not count."""
-    clock, seconds = Clock(device), {name: [] for name in works}
-    for number in range(rounds + 1):
-        for name, work in works.items():
-            start = clock.now()
-            work()
-            if number:
-                seconds[name].append(clock.now() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass  # no Linux: the peak is then that of the whole process
-
-
-def peak_memory(device: torch.device) -> float:
-    """MiB: of the device's tensors, or of this process, since reset_peak."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    try:
-        status = Path("/proc/self/status").read_text()
-        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
-    except OSError:
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 # --------------------------------------------------------------------------------------------- what is timed
-
-
-def made_up_data(folder: Path, count: int, size: tuple[int, int], instances: int, seed: int = 0) -> CocoBoxes:
-    """JPEGs of smooth colours with `instances` boxes each, 16 pixels to half the picture, in COCO's format."""
-    rng, (height, width) = np.random.default_rng(seed), size
-    images, annotations = [], []
-    for i in range(count):
-        coarse = rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
-        picture = np.asarray(Image.fromarray(coarse).resize((width, height), Image.BICUBIC)).astype(np.int16)
-        picture = (picture + rng.integers(-12, 13, picture.shape)).clip(0, 255).astype(np.uint8)
-        Image.fromarray(picture).save(folder / f"{i}.jpg", quality=92)
-        images.append({"id": i + 1, "file_name": f"{i}.jpg", "width": width, "height": height})
-        for _ in range(instances):
-            w, h = np.exp(rng.uniform(math.log(16), np.log([width / 2, height / 2])))
-            box = [rng.uniform(0, width - w), rng.uniform(0, height - h), w, h]
-            annotations.append({"id": len(annotations) + 1, "image_id": i + 1, "bbox": [float(v) for v in box],
-                                "category_id": int(rng.integers(1, 81)), "area": float(w * h), "iscrowd": 0,
-                                "segmentation": [[box[0], box[1], box[0] + w, box[1], box[0] + w, box[1] + h]]})
-    categories = [{"id": i, "name": f"class {i}"} for i in range(1, 81)]
-    write_json(str(folder / "boxes.json"), {"images": images, "annotations": annotations, "categories": categories})
-    return CocoBoxes(folder / "boxes.json", folder)
 
 
 def knowing(predictions: Predictions, boxes: list[torch.Tensor], labels: list[torch.Tensor]) -> Predictions:
@@ -196,9 +103,9 @@ class Training:
         self.look = self.run.teacher.forward
         self.run.teacher.forward = self.teacher_forward
 
-    def teacher_forward(self, images: torch.Tensor, sizes: list) -> Predictions:
+    def teacher_forward(self, *inputs, **options) -> Predictions:
         with self.clock.part("teacher network"):
-            predictions = self.look(images, sizes)
+            predictions = self.look(*inputs, **options)
         with self.clock.part("not counted"):
             scales = [b.new_tensor([t[1] / s[1], t[0] / s[0]]).repeat(2) for b, s, t in
                       zip(self.batch.boxes, self.batch.sizes, self.batch.teacher_sizes)]
@@ -223,15 +130,30 @@ def yardstick(batch_size: int, size: tuple[int, int], device: torch.device) -> C
 
 
 def convolution_rate(device: torch.device, dtype: torch.dtype | None, rounds: int) -> float:
-    """FLOPs a second of a 3 x 3 convolution of 256 channels over 2 x 120 x 160 cells: as fast as it gets here."""
-    layer = torch.nn.Conv2d(256, 256, 3, padding=1).to(device, dtype)
-    x = torch.rand(2, 256, 120, 160, device=device, dtype=dtype)
+    """FLOPs a second of a 3 x 3 convolution of 256 channels over 2 x 120 x 160 cells, in the better of the two memory
+    layouts: as fast as it gets here."""
+    works = {}
+    for layout in (torch.contiguous_format, torch.channels_last):
+        layer = torch.nn.Conv2d(256, 256, 3, padding=1).to(device, dtype, memory_format=layout)
+        x = torch.rand(2, 256, 120, 160).to(device, dtype, memory_format=layout)
+        works[str(layout)] = lambda layer=layer, x=x: layer(x)
     with torch.no_grad():
-        seconds = medians(rounds, device, work=lambda: layer(x))["work"]
-    return 2 * x.numel() * 256 * 9 / seconds
+        seconds = medians(rounds, device, **works)
+    return 2 * x.numel() * 256 * 9 / min(seconds.values())
 
 
 # ------------------------------------------------------------------------------------------------- figures
+
+
+def measure_step(args: argparse.Namespace, folder: Path, rank: int, world_size: int) -> dict:
+    """Seconds of a step, and the memory it takes above what the process had before its first one. For growth.py."""
+    training, device = Training(args, folder, rank, world_size), args.device
+    reset_peak(device)
+    before = peak_memory(device)
+    training.step()
+    seconds = statistics.median(training.step() for _ in range(args.rounds))
+    return {"seconds": seconds, "pictures a second": args.batch_size * world_size / seconds,
+            "peak MiB": peak_memory(device) - before}
 
 
 def measure_training(args: argparse.Namespace, folder: Path, rank: int, world_size: int) -> dict:
@@ -253,18 +175,18 @@ def measure_training(args: argparse.Namespace, folder: Path, rank: int, world_si
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with profile(activities=activities) as profiler:
         training.step()
-    step, whole = statistics.median(seconds), 0.0
-    convolutions = 0.0
-    for event in profiler.key_averages():
-        own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-        whole += own
-        convolutions += own * any(word in event.key.lower() for word in ("conv", "xmma", "cutlass", "cudnn"))
+    step = statistics.median(seconds)
+    # operations alone: on a GPU each has the time of the kernels that it started, which are listed again by themselves
+    operations = [event for event in profiler.key_averages() if event.device_type == DeviceType.CPU]
+    own = {event.key: event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+           for event in operations}
+    convolutions = sum(time for name, time in own.items() if "conv" in name.lower()) / sum(own.values())
     rate = convolution_rate(device, pick_amp(args.amp, device), args.rounds)
     return {"seconds": step, "Y": statistics.median(ys), "in Y": step / statistics.median(ys),
             "pictures a second": args.batch_size * world_size / step, "peak MiB": memory,
             "TFLOP": flops.get_total_flops() / 1e12, "convolution TFLOP/s": rate / 1e12,
             "fraction of the limit": flops.get_total_flops() / rate / step,
-            "share of convolutions": convolutions / whole,
+            "share of convolutions": convolutions, "share outside the convolutions": 1 - convolutions,
             "parts": {name: statistics.median(values) for name, values in parts.items()}}
 
 
@@ -276,9 +198,9 @@ def measure_inference(args: argparse.Namespace, folder: Path) -> dict:
     batch = evaluate.TestImages.collate([evaluate.TestImages(annotations, args.size[0], args.size[1])[0]]).to(device)
     clock, look, ys = Clock(device), network.forward, []
 
-    def forward(images, sizes):
+    def forward(*inputs, **options):
         with clock.part("network"):
-            predictions = look(images, sizes)
+            predictions = look(*inputs, **options)
         with clock.part("not counted"):
             return knowing(predictions, batch.boxes, batch.labels)
 
@@ -298,23 +220,32 @@ def measure_inference(args: argparse.Namespace, folder: Path) -> dict:
                 seconds.append(took)
                 for name, value in clock.seconds.items():
                     parts[name].append(value)
+        pasting = {}
+        for scale in (0.5, 1, 2, 4):  # of the picture's own sides; the network sees it at one size
+            height, width = (round(scale * side) for side in args.size)
+            for _ in range(2):
+                clock.seconds.clear()
+                with torch.autocast(device.type, amp, enabled=amp is not None):
+                    model.predict(network, batch.images, batch.sizes, [(height, width)])
+            pasting[f"{height} x {width}"] = clock.seconds["pasting"]
     one = statistics.median(seconds)
     ys = statistics.median(ys[1:])
     return {"detections": count, "seconds": one, "Y": ys, "in Y": one / ys,
-            "parts": {name: statistics.median(values) for name, values in parts.items()}}
+            "parts": {name: statistics.median(values) for name, values in parts.items()},
+            "seconds of pasting into a picture of": pasting}
 
 
 def measure_evaluation(args: argparse.Namespace, folder: Path, count: int = 12) -> dict:
-    """Seconds of evaluating `count` pictures, by part; beside what each picture takes."""
+    """Seconds of evaluating `count` pictures, and of its parts: together more than the whole where some overlap."""
     annotations = made_up_data(folder, count, tuple(args.size), 20)
     network = model.build_model(args.backbone, 80).eval().to(args.device)
     clock, look = Clock(args.device), network.forward
     boxes = {annotations.image_ids[i]: annotations.image_boxes(i) for i in range(count)}
     queue = [(torch.from_numpy(b).to(args.device), torch.from_numpy(c).to(args.device)) for b, c in boxes.values()]
 
-    def forward(images, sizes):
+    def forward(*inputs, **options):
         with clock.part("network"):
-            predictions = look(images, sizes)
+            predictions = look(*inputs, **options)
         with clock.part("not counted"):
             b, c = queue.pop(0)
             return knowing(predictions, [b], [c])
@@ -332,46 +263,118 @@ def measure_evaluation(args: argparse.Namespace, folder: Path, count: int = 12) 
 
 
 def measure_data(args: argparse.Namespace, folder: Path) -> dict:
-    """Milliseconds a picture of one worker, beside those of decoding and resizing it to the two views."""
-    annotations = made_up_data(folder, 8, (480, 640), 7)
-    size = resized(480, 640, *args.size)
+    """Milliseconds a picture of one worker, beside the bare ones: decoding, and resizing to the student's and the
+    teacher's view, once where these are equal. At --size, and at the sizes that train.py has by itself."""
+    annotations, own = made_up_data(folder, 8, (480, 640), 7), train.parse_arguments(["--out", str(folder)])
+    usual = own.min_size, own.max_size, (own.teacher_min_size, own.teacher_max_size)
+    figures = {}
+    for title, (min_sizes, max_size, teacher_size) in (
+            ("", ([args.size[0]], args.size[1], tuple(args.teacher_size or args.size))),
+            (f", student {min(usual[0])} to {max(usual[0])}, teacher {usual[2][0]}", usual)):
+        works = {augment: TrainBatches(annotations, batch_size=8, min_sizes=min_sizes, max_size=max_size,
+                                       teacher_size=teacher_size, augment=augment) for augment in AUGMENTATIONS}
 
-    def bare():
-        for i in range(8):
-            with Image.open(annotations.path(i)) as image:
-                view(as_rgb(image), size, False)
+        def bare(of=works["none"]):
+            for draw in (of.draw(0, place, picture) for place, picture in enumerate(of.order(0))):
+                limits = {(draw.min_size, of.max_size), of.teacher_size}
+                with Image.open(annotations.path(draw.picture)) as image:
+                    image = as_rgb(image)
+                for limit in limits:
+                    view(image, of.resized(draw.picture, *limit), False)
 
-    works = {"decode and resize": bare}
-    for augment in AUGMENTATIONS:
-        batches = TrainBatches(annotations, batch_size=8, min_sizes=[args.size[0]], max_size=args.size[1],
-                               teacher_size=tuple(args.size), augment=augment)
-        works[augment] = lambda batches=batches: batches[0]
-    seconds = medians(args.rounds, torch.device("cpu"), **works)
-    return {"milliseconds a picture": {name: 1000 * s / 8 for name, s in seconds.items()},
-            "rate against the bare one": {name: seconds["decode and resize"] / s for name, s in seconds.items()}}
+        seconds = medians(args.rounds, torch.device("cpu"), bare=bare,
+                          **{name: lambda of=of: of[0] for name, of in works.items()})
+        figures |= {"milliseconds a picture" + title: {name: 1000 * s / 8 for name, s in seconds.items()},
+                    "pictures a second" + title: {name: 8 / s for name, s in seconds.items()},
+                    "rate against the bare one" + title: {name: seconds["bare"] / s for name, s in seconds.items()}}
+    return figures
 
 
-def measure_growth(args: argparse.Namespace, folder: Path) -> dict:
-    """Seconds and peak memory of a step against instances a picture, shorter side and batch, each with the exponent
-    that fits: cost ~ x ^ exponent."""
-    found = {}
-    for name, values in (("instances", args.growth_instances), ("size", args.growth_sizes), ("batch_size",
-                                                                                               args.growth_batches)):
-        rows = []
-        for value in values:
-            setting = argparse.Namespace(**vars(args))
-            setattr(setting, name, [value, round(value * 4 / 3)] if name == "size" else value)
-            (folder / f"{name}{value}").mkdir()
-            training = Training(setting, folder / f"{name}{value}", 0, 1)
-            training.step()
-            reset_peak(args.device)
-            seconds = statistics.median(training.step() for _ in range(args.rounds))
-            rows.append({"x": value, "seconds": seconds, "MiB": peak_memory(args.device)})
-            print(f"    {name} {value}: {seconds:.2f} s, {rows[-1]['MiB']:.0f} MiB", flush=True)
-        x = np.log([row["x"] for row in rows])
-        found[name] = {"rows": rows, "exponents": {key: float(np.polyfit(x, np.log([r[key] for r in rows]), 1)[0])
-                                                   for key in ("seconds", "MiB")}}
-    return found
+def measure_annotations(args: argparse.Namespace, folder: Path) -> dict:
+    """Seconds and memory to load --annotated pictures' boxes; MiB of all processes, and of a worker's own, after a
+    tenth of the batches that 0, 2 and 4 workers make, and after all."""
+    path, before = many_annotations(folder, args.annotated), process_memory()["private"]
+    clock = Clock(torch.device("cpu"))
+    with clock.part("load"):
+        annotations = CocoBoxes(path, folder)
+    figures = {"pictures": len(annotations), "boxes": len(annotations.boxes), "load seconds": clock.seconds["load"],
+               "MiB before": before, "MiB after": process_memory()["private"],
+               "MiB of arrays": sum(x.nbytes for x in vars(annotations).values() if hasattr(x, "nbytes")) / 2 ** 20}
+    batches = TrainBatches(annotations, batch_size=32, min_sizes=[48], max_size=64, teacher_size=(48, 64))
+    steps = min(len(annotations) // 32, 1000)
+    for workers in (0, 2, 4):
+        found = {}
+        loader = iter(DataLoader(batches, batch_size=None, sampler=range(steps), num_workers=workers,
+                                 collate_fn=TrainBatches.collate))
+        for number in range(1, steps - 10):  # workers end with their last batch
+            next(loader)
+            if number in (steps // 10, steps - 11):
+                own = [process_memory(worker.pid) for worker in multiprocessing.active_children()]
+                all_of_them = process_memory()["proportional"] + sum(one["proportional"] for one in own)
+                found |= {f"all, batch {number}": all_of_them}
+                if workers:
+                    found[f"a worker's own, batch {number}"] = statistics.mean(one["private"] for one in own)
+        figures[f"MiB with {workers} workers"] = found
+        del loader
+    return figures
+
+
+def measure_mask_memory(args: argparse.Namespace, folder: Path, size: tuple[int, int] = (800, 1344),
+                        instances: int = 128) -> dict:
+    """MiB that the loss on pairs of cells holds at its most, forward and backward, for `instances` masks of two padded
+    pictures of `size`, eight to a box: ours, and in the dense form of all 8 neighbours; and that both are equal."""
+    torch.manual_seed(0)
+    h, w, boxes = size[0] // 4, size[1] // 4, max(instances // 8, 2)
+    images = F.interpolate(torch.rand(2, 3, h // 8, w // 8) * 255, size, mode="bilinear").to(args.device)
+    corner = torch.rand(boxes, 2) * torch.tensor([h, w]) / 2
+    y, x = torch.arange(h)[:, None], torch.arange(w)
+    inside = torch.stack([(y >= top) & (y < top + h / 2) & (x >= left) & (x < left + w / 2) for top, left in corner])
+    inside, valid = inside.to(args.device), torch.ones(2, h, w, dtype=torch.bool, device=args.device)
+    image, gt = torch.arange(boxes, device=args.device) % 2, torch.arange(instances, device=args.device) % boxes
+    logits = torch.randn(instances, h, w, device=args.device, requires_grad=True)
+    colors, similar = similar_colors(images), dense_similarity(images)
+    values = {}
+
+    def ours():
+        weights = pair_weights([c[image] for c in colors], inside, valid, image)
+        total, count = weighted_pairs(disagreement(logits), weights, gt)
+        values["ours"] = total.sum() / count.sum()
+        values["ours"].backward()
+
+    def dense():
+        values["dense"] = dense_pair_loss(logits, similar[image][gt] * inside[gt][:, None])
+        values["dense"].backward()
+
+    mib = {}
+    for work in (ours, dense):
+        logits.grad = None
+        mib[work.__name__] = tensor_peak(work, args.device)
+    return {"instances": instances, "cells": f"{h} x {w}", "MiB": mib, "share": mib["ours"] / mib["dense"],
+            "values": {name: value.item() for name, value in values.items()}}
+
+
+def neighbours(x: torch.Tensor) -> torch.Tensor:
+    """(N, h, w) -> (N, 8, h, w): the 8 cells at distance 2, 0 beyond the map."""
+    around = F.unfold(x[:, None], 3, padding=2, dilation=2).unflatten(1, (9, 1)).unflatten(3, x.shape[1:])[:, :, 0]
+    return torch.cat([around[:, :4], around[:, 5:]], 1)
+
+
+def dense_similarity(images: torch.Tensor, threshold: float = 0.3) -> torch.Tensor:
+    """losses.similar_colors for all 8 neighbours: (B, 8, h, w), 1 where alike, 0 where not or beyond the map."""
+    lab = rgb_to_lab(F.avg_pool2d(images.float(), 4).floor())
+    others = neighbours(lab.flatten(0, 1)).unflatten(0, lab.shape[:2])                            # (B, 3, 8, h, w)
+    alike = torch.exp(-0.5 * (lab[:, :, None] - others).norm(dim=1)) >= threshold
+    return alike * neighbours(torch.ones_like(lab[:, 0]))
+
+
+def dense_pair_loss(logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """BoxInst's pairwise loss as its released code has it, with weights (K, 8, h, w) for every instance (K, h, w): the
+    log-probabilities of both labels, unfolded, and the logarithm of the sum of both cases."""
+    yes, no = F.logsigmoid(logits), F.logsigmoid(-logits)
+    both_yes, both_no = yes[:, None] + neighbours(yes), no[:, None] + neighbours(no)
+    top = torch.maximum(both_yes, both_no)
+    term = -(torch.log(torch.exp(both_yes - top) + torch.exp(both_no - top)) + top)
+    return (term * weights).sum() / weights.sum()
 
 
 # ------------------------------------------------------------------------------------------------- showing
@@ -392,30 +395,12 @@ def show(title: str, figures: dict) -> None:
             print(f"    {name}: " + ", ".join(f"{key} {value:.2f}" for key, value in values.items()))
 
 
-def draw_growth(growth: dict, path: str) -> None:
-    """Write a PNG: a panel for each quantity, time above and memory below."""
-    font, width, height = ImageFont.load_default(size=12), 280, 180
-    canvas = Image.new("RGB", (len(growth) * (width + 90) + 10, 2 * (height + 90)), "white")
-    draw = ImageDraw.Draw(canvas)
-    for column, (name, of) in enumerate(growth.items()):
-        for line, (key, unit) in enumerate((("seconds", "seconds a step"), ("MiB", "peak memory, MiB"))):
-            left, top = 70 + column * (width + 90), 40 + line * (height + 90)
-            xs, ys = [row["x"] for row in of["rows"]], [row[key] for row in of["rows"]]
-            x_ticks, y_ticks = ticks(0, max(xs)), ticks(0, max(ys))
-            axes(canvas, left, top, width, height, [(x / x_ticks[-1], f"{x:g}") for x in x_ticks],
-                 [(y / y_ticks[-1], f"{y:g}") for y in y_ticks], name.replace("_", " "), "", font)
-            draw.text((left + width // 2, top - 14), f"{unit}: x ^ {of['exponents'][key]:.2f}", INK, font, "mm")
-            points = [(left + x / x_ticks[-1] * width, top + (1 - y / y_ticks[-1]) * height) for x, y in zip(xs, ys)]
-            draw.line(points, COLOURS[line], 2)
-            for x, y in points:
-                draw.ellipse((x - 3, y - 3, x + 3, y + 3), COLOURS[line])
-    canvas.save(path, format="PNG")
-
-
 # -------------------------------------------------------------------------------------------- command line
 
-MEASURES = {"training": measure_training, "inference": measure_inference, "evaluation": measure_evaluation,
-            "data": measure_data}
+MEASURES = {"training": measure_training, "mask-memory": measure_mask_memory, "inference": measure_inference,
+            "evaluation": measure_evaluation, "data": measure_data, "annotations": measure_annotations,
+            "step": measure_step}
+TOGETHER = ("training", "step")  # that all processes do; the others are the first one's
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -431,9 +416,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="as in train.py")
     add("--workers", type=int, default=0, help="loading processes; 0: loading is in the step's own time")
     add("--rounds", type=positive, default=5, help="each figure is the median of so many")
-    add("--only", nargs="+", choices=MEASURES, default=list(MEASURES), help="measure these alone")
+    add("--only", nargs="+", choices=MEASURES, default=list(MEASURES)[:-2],
+        help="measure these alone; step: no more than a step of training takes; annotations: what a long file of them "
+        "takes to load and hold, on Linux")
+    add("--annotated", type=positive, default=100000, help="pictures of the annotations to load")
     add("--json", metavar="FILE", help="write all figures there")
-    add("--growth", metavar="FILE", help="measure how a step grows, too, and draw it there (PNG); takes minutes")
+    add("--growth", metavar="FILE", help="measure how a step grows, too, and draw it there (PNG, growth.py); "
+        "takes minutes")
     add("--growth-instances", nargs="+", type=positive, default=[8, 32, 128, 512])
     add("--growth-sizes", nargs="+", type=positive, default=[480, 640, 800, 1000], help="shorter sides, pixels")
     add("--growth-batches", nargs="+", type=positive, default=[1, 2, 4, 8])
@@ -456,20 +445,17 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{world_size} x {gpu}, {about['threads']} threads, torch {about['torch']}, {args.backbone}, "
                   f"{args.batch_size} pictures of {args.size[0]} x {args.size[1]}, {args.instances} boxes each")
         for name in args.only:
-            if rank and name != "training":
+            if rank and name not in TOGETHER:
                 continue
             with tempfile.TemporaryDirectory() as folder:
-                where = (rank, world_size) if name == "training" else ()
+                where = (rank, world_size) if name in TOGETHER else ()
                 figures[name] = MEASURES[name](args, Path(folder), *where)
             if rank == 0:
                 show(name, figures[name])
         if args.growth and world_size == 1:
-            with tempfile.TemporaryDirectory() as folder:
-                print("\ngrowth")
-                figures["growth"] = measure_growth(args, Path(folder))
-            for name, of in figures["growth"].items():
-                print(f"    {name}: time ~ x ^ {of['exponents']['seconds']:.2f}, "
-                      f"memory ~ x ^ {of['exponents']['MiB']:.2f}")
+            print("\ngrowth")
+            figures["growth"] = measure_growth(args)
+            show_growth(figures["growth"])
             draw_growth(figures["growth"], args.growth)
         if rank == 0:
             write_json(args.json, figures)

@@ -6,6 +6,7 @@ data.py check` (check.py); to read a file is to raise the first as a DataError. 
 width). Learning from boxes never looks at `segmentation`; only `masks=True` does.
 """
 import contextlib
+import gc
 import json
 import os
 import re
@@ -264,6 +265,17 @@ def small_problems(path: str, annotations: list[dict], small: np.ndarray) -> Ite
                f"less than 1 pixel wide or high within the image (annotation id {ids})")
 
 
+@contextlib.contextmanager
+def uncollected():
+    """Python's collector of cycles rests: there are none among the rows of a file, and to go through a million of them
+    again and again is a fifth of the time that they take to read."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 class CocoBoxes:
     """A COCO-format annotation file as flat arrays: n pictures, m boxes.
 
@@ -276,6 +288,7 @@ class CocoBoxes:
 
     Arrays, since a Python object for each box would be copied into every worker that as much as counts it."""
 
+    @uncollected()
     def __init__(self, json_path: str, image_dir: str, masks: bool = False):
         self.json_path, self.image_dir = str(json_path), str(image_dir)
         content = read_coco(self.json_path)

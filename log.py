@@ -198,7 +198,7 @@ def clean_views(annotations: CocoBoxes, pictures: list[int], args: argparse.Name
         except DataError:
             continue
         if not sample.skipped:  # else it is another picture
-            yield collate([sample], canvas, teacher_canvas)
+            yield collate([sample], 1, canvas, teacher_canvas)
 
 
 def enlarged(p: Tensor, size: tuple[int, int]) -> Tensor:

@@ -84,7 +84,7 @@ class Pictures(Dataset):
     def __getitem__(self, i: int) -> Sample:
         image = load_image(self.paths[i])
         size = resized(image.height, image.width, self.min_size, self.max_size)
-        return Sample(pixels(view(image, size, flip=False)), None, None, None, torch.zeros(0, 4),
+        return Sample(view(image, size, flip=False), None, None, None, torch.zeros(0, 4),
                       torch.zeros(0, dtype=torch.int64), (image.height, image.width), i + 1, [])
 
 

@@ -1,4 +1,5 @@
 """data.py: reading annotations and pictures, views, the order of training, padded batches."""
+import gc
 import json
 import os
 
@@ -8,9 +9,10 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
 from coco import CocoBoxes, DataError, datasets
-from data import (AUGMENTATIONS, Batch, TestImages, TrainBatches, check_sizes, load_image, resized, view_boxes,
+from data import (AUGMENTATIONS, Batch, Blur, TestImages, TrainBatches, check_sizes, load_image, resized, view_boxes,
                   view_mask)
 
 
@@ -100,6 +102,14 @@ def test_nothing_is_kept_as_an_object_a_picture_or_a_box(tmp_path):
         assert isinstance(value, (np.ndarray, str, type(None))) or name == "classes", name
         assert not isinstance(value, np.ndarray) or value.dtype != object, name
     assert len(coco.classes) == 3
+
+
+def test_the_collector_works_again_after_reading(tmp_path):
+    CocoBoxes(*write_set(tmp_path))
+    assert gc.isenabled()
+    with pytest.raises(DataError):
+        CocoBoxes(str(tmp_path / "none.json"), str(tmp_path))
+    assert gc.isenabled()
 
 
 def test_names_with_folders_and_other_scripts(tmp_path):
@@ -309,6 +319,29 @@ def test_flip_and_boxes_agree_and_the_teacher_is_flipped_alike(tmp_path):
     assert seen == {(1, 4), (2, 4), (1, 48), (2, 48)}            # both sizes, plain and mirrored (64 - 16)
 
 
+def test_batches_are_channels_last_and_stay_so_on_their_way(tmp_path):
+    """Of two pictures or more, which alone tell the layouts apart; through shared memory and pinning, where there is a
+    device to pin for."""
+    train = batches(CocoBoxes(*write_set(tmp_path)), batch_size=2, augment="strong", teacher_size=(24, 64))
+    for workers in (0, 1):
+        for batch in DataLoader(train, batch_size=None, sampler=range(2), num_workers=workers,
+                                collate_fn=TrainBatches.collate, pin_memory=torch.cuda.is_available()):
+            for views in (batch.images, batch.augmented, batch.teacher_images, batch.to("meta").images):
+                assert views.is_contiguous(memory_format=torch.channels_last) and not views.is_contiguous()
+
+
+def test_equal_views_of_student_and_teacher_are_made_once(tmp_path):
+    coco = CocoBoxes(*write_set(tmp_path, sizes=[(20, 30), (30, 20), (20, 80)]))
+    alike = batches(coco, min_sizes=[24], max_size=64, teacher_size=(24, 64))[0]
+    assert alike.teacher_images is alike.images and alike.teacher_sizes == alike.sizes
+    # (20, 80) is (16, 64) for both, bound by the longer side; the others have a view for each
+    apart = batches(coco, min_sizes=[24], max_size=64, teacher_size=(32, 64))[0]
+    assert torch.equal(apart.images, alike.images) and apart.teacher_images.data_ptr() != apart.images.data_ptr()
+    assert {(16, 64), (32, 48)} <= set(apart.teacher_sizes)
+    narrow = apart.teacher_sizes.index((16, 64))
+    assert torch.equal(apart.teacher_images[narrow, :, :16, :64], apart.images[narrow, :, :16, :64])
+
+
 def test_without_augmentation_or_teacher_there_are_no_such_views(tmp_path):
     batch = batches(CocoBoxes(*write_set(tmp_path)))[0]
     assert batch.augmented is None and batch.teacher_images is None and batch.teacher_sizes == []
@@ -341,6 +374,17 @@ def test_augmentations_are_those_of_table_9():
     *same, blur = AUGMENTATIONS["strong-blur"].transforms
     assert same == [strong, gray] and blur.p == 0.5
     assert tuple(blur.transforms[0].kernel_size) == (3, 3) and tuple(blur.transforms[0].sigma) == (0.1, 2.0)
+
+
+@pytest.mark.parametrize("size", [(40, 60), (2, 9)])
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
+def test_blur_is_torchvisions(size, sigma):
+    """But for the rounding of a sum that is a half but for its last bit."""
+    image = picture(0, *size)
+    ours = np.array(Blur(3, (sigma, sigma))(image)).astype(int)
+    theirs = np.array(v2.GaussianBlur(3, (sigma, sigma))(image)).astype(int)
+    assert abs(ours - theirs).max() <= 1 and (ours != theirs).mean() < 1e-3
+    assert Blur(3, (sigma, sigma))(picture(1, 1, 5)).size == (5, 1)      # of which torchvision's makes an error
 
 
 def test_masks_follow_the_view(tmp_path):

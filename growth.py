@@ -1,0 +1,103 @@
+"""How the cost of a training step grows with instances, picture size, batch and processes, as numbers and one picture.
+
+    python benchmark.py --growth growth.png
+
+Each point is a run of `benchmark.py --only step` in processes of its own: no point has the memory of another, and
+several processes need no other command than one. A curve's exponent is that of x ^ exponent, fitted to all its
+points: 1 where the cost follows x, 0 where it does not care. Processes have one thread each and the same number of
+pictures each, so that 0 is perfect there.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from coco import DataError
+from curves import COLOURS, INK, axes, ticks
+
+BENCHMARK = Path(__file__).with_name("benchmark.py")
+
+
+def measure_growth(args: argparse.Namespace) -> dict:
+    """{curve: {"rows": [{"x", "seconds", "peak MiB", ...}, ...], "exponents": {"seconds", "peak MiB"}}}"""
+    processes = [1, 2]
+    if args.device.type == "cuda":
+        processes = [n for n in (1, 2, 4, 8) if n <= torch.cuda.device_count()]
+    curves = {"instances": [(n, {"instances": n}) for n in args.growth_instances],
+              "shorter side": [(n, {"size": [n, round(n * 4 / 3)]}) for n in args.growth_sizes],
+              "batch": [(n, {"batch_size": n}) for n in args.growth_batches],
+              "processes": [(n, {"processes": n}) for n in processes]}
+    growth = {}
+    for name, points in curves.items():
+        rows = []
+        for x, changed in points:
+            rows.append({"x": x} | step(args, **changed))
+            print(f"    {name} {x}: {rows[-1]['seconds']:.2f} s, {rows[-1]['peak MiB']:.0f} MiB, "
+                  f"{rows[-1]['pictures a second']:.2f} pictures a second", flush=True)
+        growth[name] = {"rows": rows, "exponents": {key: exponent(rows, key) for key in ("seconds", "peak MiB")}}
+    return growth
+
+
+def step(args: argparse.Namespace, processes: int | None = None, **changed) -> dict:
+    """The figures of `--only step` with some options changed; in so many processes of a thread each, where given."""
+    setting = vars(args) | changed
+    device = str(args.device) if processes is None else args.device.type
+    with tempfile.TemporaryDirectory() as folder:
+        out = os.path.join(folder, "step.json")
+        command = [sys.executable]
+        if processes is not None:
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += [str(BENCHMARK), "--only", "step", "--json", out, "--device", device]
+        for option in ("backbone", "size", "teacher_size", "batch_size", "instances", "amp", "workers", "rounds"):
+            value = setting[option]
+            if value is not None:
+                command += ["--" + option.replace("_", "-"), *map(str, value if isinstance(value, list) else [value])]
+        run = subprocess.run(command, capture_output=True, text=True,
+                             env=os.environ | ({} if processes is None else {"OMP_NUM_THREADS": "1"}))
+        if run.returncode:
+            why = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
+            raise DataError(f"{' '.join(command)} failed: {why[-1]}")
+        return json.loads(Path(out).read_text())["step"]
+
+
+def exponent(rows: list[dict], key: str) -> float | None:
+    """Of the power of x that fits row[key] best, in logarithms; None for a single row."""
+    if len(rows) < 2:
+        return None
+    return float(np.polyfit(np.log([row["x"] for row in rows]), np.log([row[key] for row in rows]), 1)[0])
+
+
+def show_growth(growth: dict) -> None:
+    for name, curve in growth.items():
+        fits = [f"{key} ~ x ^ {e:.2f}" for key, e in curve["exponents"].items() if e is not None]
+        first, last = curve["rows"][0], curve["rows"][-1]
+        rate = last["pictures a second"] / first["pictures a second"]
+        print(f"    {name}: {', '.join(fits)}; {last['x']} have {rate:.2f} times the pictures a second of {first['x']}")
+
+
+def draw_growth(growth: dict, path: str) -> None:
+    """Write a PNG: a column for each curve, time above and memory below."""
+    font, width, height = ImageFont.load_default(size=12), 280, 180
+    canvas = Image.new("RGB", (len(growth) * (width + 90) + 10, 2 * (height + 90)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, (name, curve) in enumerate(growth.items()):
+        for line, (key, unit) in enumerate((("seconds", "seconds a step"), ("peak MiB", "peak memory, MiB"))):
+            left, top = 70 + column * (width + 90), 40 + line * (height + 90)
+            xs, ys = [row["x"] for row in curve["rows"]], [row[key] for row in curve["rows"]]
+            x_ticks, y_ticks = ticks(0, max(xs)), ticks(0, max(ys))
+            axes(canvas, left, top, width, height, [(x / x_ticks[-1], f"{x:g}") for x in x_ticks],
+                 [(y / y_ticks[-1], f"{y:g}") for y in y_ticks], name, "", font)
+            fit = "" if curve["exponents"][key] is None else f": x ^ {curve['exponents'][key]:.2f}"
+            draw.text((left + width // 2, top - 14), unit + fit, INK, font, "mm")
+            points = [(left + x / x_ticks[-1] * width, top + (1 - y / y_ticks[-1]) * height) for x, y in zip(xs, ys)]
+            draw.line(points, COLOURS[line], 2)
+            for x, y in points:
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), COLOURS[line])
+    canvas.save(path, format="PNG")
