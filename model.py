@@ -13,6 +13,7 @@ CondInst (Tian et al., ECCV 2020).
 """
 import math
 import os
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
 from backbone import BatchNorm, make_backbone
+from runlengths import decode, encode
 
 STRIDES = (8, 16, 32, 64, 128)                     # of P3 ... P7, pixels
 SIZES_OF_INTEREST = (64, 128, 256, 512, 1024)      # scale of the relative coordinates at P3 ... P7, pixels
@@ -64,12 +66,18 @@ class Detections(NamedTuple):
 
 
 class Instances(NamedTuple):
-    """The final answer for one picture, on the CPU, at the picture's own size (H, W)."""
+    """The final answer for one picture, on the CPU, at the picture's own size."""
 
-    boxes: Tensor   # (N, 4) xyxy pixels
-    scores: Tensor  # (N,)
-    labels: Tensor  # (N,)
-    masks: Tensor   # (N, H, W) bool
+    boxes: Tensor          # (N, 4) xyxy pixels
+    scores: Tensor         # (N,)
+    labels: Tensor         # (N,)
+    rles: list[dict]       # the N masks as COCO's run lengths
+    size: tuple[int, int]  # (H, W)
+
+    @property
+    def masks(self) -> Tensor:
+        """(N, H, W) bool, made anew each time."""
+        return decode(self.rles, self.size)
 
 
 # ------------------------------------------------------------------------------------------ pyramid and heads
@@ -317,28 +325,105 @@ def detect(picture: Predictions, score_threshold: float = 0.05, per_level: int =
     return Detections(boxes[keep], scores[keep], labels[keep], rows[keep])
 
 
-@torch.no_grad()
-def paste_masks(logits: Tensor, size: tuple[int, int], output_size: tuple[int, int],
-                threshold: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Masks (K, h, w) at stride 4 to the picture's own size: (K, H, W) bool on the CPU, and their quality (K,).
+BAND = 128       # columns of a mask whose probabilities exist at once
+CHUNK = 2 ** 26  # pixels of masks that go to the CPU at once: 64 MiB
 
-    Enlarge to the padded input, cut the padding off (true `size`), resize to output_size, then threshold: any
-    other order shifts the masks. Quality is the mean probability of the pixels above the threshold. Done in
-    chunks, so that 100 masks of a large picture never exist as floats at once.
+
+@torch.no_grad()
+def paste_masks(logits: Tensor, size: tuple[int, int], output_size: tuple[int, int], threshold: float = 0.5,
+                within: Tensor | None = None) -> tuple[list[dict], Tensor]:
+    """Masks (K, h, w) at stride 4 as run lengths at the picture's own size (H, W), and their quality (K,).
+
+    Their probabilities are enlarged to the padded input, the padding is cut off (true `size`), the rest is resized to
+    output_size, and then comes the threshold: any other order shifts the masks. Quality is the mean probability of the
+    pixels above the threshold. within (K, 4): masks are cut to these pixels x0 ... x1 - 1, y0 ... y1 - 1.
+
+    All three steps are rows @ p @ columns.T at once, and a pixel is a mean of the cells that it is made of. So what is
+    not made of a cell above the threshold is not computed: a mask costs what it covers, not what the picture has.
     """
-    height, width = output_size
-    pixels = max(height * width, 16 * logits.shape[-2] * logits.shape[-1])
-    chunk = max(1, 2 ** 25 // pixels)  # 128 MiB of float32
-    masks = torch.zeros(len(logits), height, width, dtype=torch.bool)
-    quality = logits.new_zeros(len(logits))
-    for start in range(0, len(logits), chunk):
-        part = slice(start, start + chunk)
-        probability = aligned_bilinear(logits[part, None].sigmoid(), 4)[..., :size[0], :size[1]]
-        probability = F.interpolate(probability, size=output_size, mode="bilinear", align_corners=False)[:, 0]
-        inside = probability > threshold
-        quality[part] = (probability * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
-        masks[part] = inside.cpu()
-    return masks, quality
+    p = logits.sigmoid()
+    rows, columns = (Resizing.of(*sizes, p.device) for sizes in zip(p.shape[1:], size, output_size))
+    windows = mask_windows(p > threshold, rows, columns)
+    if within is not None:
+        windows[:, :2] = np.maximum(windows[:, :2], within[:, :2].cpu().numpy())
+        windows[:, 2:] = np.minimum(windows[:, 2:], within[:, 2:].cpu().numpy())
+    w, h = (windows[:, 2:] - windows[:, :2]).clip(0).T
+    rles, quality = [], p.new_zeros(len(p))
+    for chunk in np.split(np.arange(len(p)), np.flatnonzero(np.diff(np.cumsum(w * h) // CHUNK)) + 1):
+        areas = (w * h)[chunk].tolist()
+        pixels = torch.empty(sum(areas), dtype=torch.bool, device=p.device)
+        with torch.autocast(p.device.type, enabled=False):
+            for k, mask in zip(chunk, pixels.split(areas)):
+                if len(mask):
+                    quality[k] = paste(p[k], rows, columns, windows[k].tolist(), threshold, mask.view(w[k], h[k]))
+        for k, mask in zip(chunk, pixels.cpu().split(areas)):  # of a GPU: all of them in one copy
+            rles.append(encode(mask.view(w[k], h[k]).numpy(), *windows[k, :2], output_size))
+    return rles, quality
+
+
+class Resizing(NamedTuple):
+    """What paste_masks does along one side: each of n pixels is a weighted mean of cells first ... end - 1."""
+
+    weights: Tensor     # (n, cells)
+    first: np.ndarray   # (n,) ascending, as is end
+    end: np.ndarray
+
+    @classmethod
+    def of(cls, cells: int, size: int, output_size: int, device: torch.device) -> "Resizing":
+        """By doing it to a picture for each cell, in which that cell alone is 1."""
+        x = aligned_bilinear(torch.eye(cells).view(1, cells, cells, 1), 4)[:, :, :size, :1]
+        weights = F.interpolate(x, size=(output_size, 1), mode="bilinear", align_corners=False)[0, :, :, 0].T
+        return cls(weights.contiguous().to(device), *ends(weights > 0).numpy().T)
+
+    def pixels(self, first: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The pixels, first and end, in which any of the cells first ... end - 1 has a part."""
+        return np.searchsorted(self.end, first, "right"), np.searchsorted(self.first, end, "left")
+
+
+def ends(some: Tensor) -> Tensor:
+    """First and last + 1 place (N, 2) of what is true in each row (N, n); n and 0 where nothing is."""
+    n = some.shape[1]
+    place = torch.arange(n, device=some.device)
+    return torch.stack([torch.where(some, place, n).amin(1), torch.where(some, place + 1, 0).amax(1)], 1)
+
+
+def mask_windows(over: Tensor, rows: Resizing, columns: Resizing) -> np.ndarray:
+    """The pixels (K, 4), x0 y0 x1 y1, outside of which no mask is, as (K, h, w) cells are above the threshold."""
+    spans = torch.cat([ends(over.any(1)), ends(over.any(2))], 1).cpu().numpy()
+    (x0, x1), (y0, y1) = columns.pixels(*spans[:, :2].T), rows.pixels(*spans[:, 2:].T)
+    return np.stack([x0, y0, x1, y1], 1)
+
+
+def paste(p: Tensor, rows: Resizing, columns: Resizing, window: list[int], threshold: float, out: Tensor) -> Tensor:
+    """Write a window's pixels of one mask, from probabilities p (h, w), into `out` (columns, rows); -> its quality."""
+    (x0, y0, x1, y1), total = window, 0.0
+    a, b, c, d = rows.first[y0], rows.end[y1 - 1], columns.first[x0], columns.end[x1 - 1]
+    strips = (rows.weights[y0:y1, a:b] @ p[a:b, c:d]).T                                   # (cells, rows)
+    for start in range(x0, x1, BAND):
+        end = min(start + BAND, x1)
+        first, last = columns.first[start], columns.end[end - 1]
+        probability = columns.weights[start:end, first:last] @ strips[first - c:last - c]
+        torch.gt(probability, threshold, out=out[start - x0:end - x0])
+        total = total + F.threshold(probability, threshold, 0.0).sum()
+    return total / (out.sum() + 1e-6)
+
+
+@torch.no_grad()
+def find_instances(predictions: Predictions, sizes: list[tuple[int, int]], original_sizes: list[tuple[int, int]],
+                   score_threshold: float = 0.05, rescore: bool = True) -> list[Instances]:
+    """The instances of each picture of a batch, from what the network says of it; see `predict`."""
+    answers = []
+    for i, ((h, w), (height, width)) in enumerate(zip(sizes, original_sizes)):
+        picture = predictions.of_picture(i)
+        found = detect(picture, score_threshold)
+        boxes = found.boxes * found.boxes.new_tensor([width / w, height / h, width / w, height / h])
+        boxes[:, 0::2] = boxes[:, 0::2].clamp(0, width)
+        boxes[:, 1::2] = boxes[:, 1::2].clamp(0, height)
+        keep = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
+        rles, quality = paste_masks(mask_logits(picture, [found.rows[keep]]), (h, w), (height, width))
+        scores = (found.scores[keep] * quality).sqrt() if rescore else found.scores[keep]
+        answers.append(Instances(boxes[keep].cpu(), scores.cpu(), found.labels[keep].cpu(), rles, (height, width)))
+    return answers
 
 
 @torch.no_grad()
@@ -349,19 +434,7 @@ def predict(model: CondInst, images: Tensor, sizes: list[tuple[int, int]], origi
     original_sizes: (height, width) to which boxes and masks are brought. rescore: report sqrt(d * q), the
     detector's score d times the quality q of the mask (paper Sec. 3.1), instead of d.
     """
-    predictions = model(images, sizes)
-    answers = []
-    for i, ((h, w), (height, width)) in enumerate(zip(sizes, original_sizes)):
-        picture = predictions.of_picture(i)
-        found = detect(picture, score_threshold)
-        boxes = found.boxes * found.boxes.new_tensor([width / w, height / h, width / w, height / h])
-        boxes[:, 0::2] = boxes[:, 0::2].clamp(0, width)
-        boxes[:, 1::2] = boxes[:, 1::2].clamp(0, height)
-        keep = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
-        masks, quality = paste_masks(mask_logits(picture, [found.rows[keep]]), (h, w), (height, width))
-        scores = (found.scores[keep] * quality).sqrt() if rescore else found.scores[keep]
-        answers.append(Instances(boxes[keep].cpu(), scores.cpu(), found.labels[keep].cpu(), masks))
-    return answers
+    return find_instances(model(images, sizes), sizes, original_sizes, score_threshold, rescore)
 
 
 # ------------------------------------------------------------------------------------- for programs of one's own
@@ -373,7 +446,9 @@ SCORE_THRESHOLD = {False: 0.3, True: 0.6}
 
 def confident(instances: Instances, score: float) -> Instances:
     """Those of at least this score."""
-    return Instances(*(x[instances.scores >= score] for x in instances))
+    keep = instances.scores >= score
+    boxes, scores, labels, rles, size = instances
+    return Instances(boxes[keep], scores[keep], labels[keep], list(compress(rles, keep.tolist())), size)
 
 
 class Predictor:
