@@ -9,9 +9,9 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import model as model_module
 from conftest import check, head_maps, predictions_of, relative_error
-from model import (SIZES_OF_INTEREST, STRIDES, BatchNorm, Detections, aligned_bilinear, build_model, detect,
-                   dynamic_mask_head, mask_logits, num_mask_params, paste_masks, predict)
-from runlengths import decode
+from model import (SIZES_OF_INTEREST, STRIDES, BatchNorm, Detections, Instances, aligned_bilinear, build_model,
+                   confident, detect, dynamic_mask_head, mask_logits, num_mask_params, paste_masks, predict)
+from runlengths import decode, encode
 
 
 # ------------------------------------------------------------------------------------------- aligned_bilinear
@@ -316,6 +316,16 @@ def small():
 def pictures(*seeds, size=(64, 96)) -> torch.Tensor:
     return torch.stack([torch.randint(0, 256, (3, *size), dtype=torch.uint8,
                                       generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def test_confident_instances_keep_their_own_masks():
+    masks = torch.eye(3, dtype=torch.bool).view(3, 1, 3)
+    rles = [encode(mask.T.numpy(), 0, 0, (1, 3)) for mask in masks]
+    found = Instances(torch.arange(12.0).view(3, 4), torch.tensor([0.5, 0.2, 0.9]), torch.arange(3), rles, (1, 3))
+    assert torch.equal(found.masks, masks)
+    few = confident(found, 0.5)
+    assert torch.equal(few.masks, masks[[0, 2]]) and few.labels.tolist() == [0, 2] and few.size == (1, 3)
+    assert few.boxes[:, 0].tolist() == [0, 8] and len(few.scores) == 2
 
 
 def test_nothing_found_is_typed_and_empty(small):
