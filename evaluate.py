@@ -78,7 +78,8 @@ def over_pictures(model: torch.nn.Module, annotations: CocoBoxes, title: str,
     model.eval()
     found, working = [], []
     try:
-        with ThreadPoolExecutor(1) as thread:
+        # of one core: on a CPU the network has all of them, and must not wait for a second team of threads
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
             for batch in tqdm(loader, desc=title, unit="batch", disable=silent):
                 batch = batch.to(device)
                 with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
