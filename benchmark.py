@@ -7,8 +7,8 @@
     torchrun --nproc_per_node=2 benchmark.py --only training
 
 Times are medians over alternating rounds, in seconds and in Y: one forward pass of torchvision's resnet50 (eval,
-float32, no gradients) over the same number of pictures of the same size, with the same threads. Y makes machines
-comparable. The limit is what the convolutions of a step would take at the speed of one large convolution, measured
+float32, no gradients) over the same number of pictures of the same size, with the same threads, in a process of its own
+(measuring.Yardstick says why). Y makes machines comparable. The limit is what the convolutions of a step would take at the speed of one large convolution, measured
 in the same run. The share of the convolutions is that of PyTorch's operations with "conv" in their name, forward and
 backward, in the time of all operations of a step: what such an operation does to its own input and output, such as
 oneDNN's change of layout, belongs to it. The pictures are made up. Weights are random, so nothing would be found:
@@ -37,6 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import boxteacher
 import evaluate
 import model
+import pasting
 import teacher
 import train
 from assign import fcos_targets
@@ -45,24 +46,24 @@ from data import AUGMENTATIONS, Batch, TrainBatches, as_rgb, positive, view
 from evaluate import output_file, pick_amp, pick_device, start_distributed, write_json
 from growth import draw_growth, measure_growth, show_growth
 from losses import disagreement, pair_weights, rgb_to_lab, similar_colors, weighted_pairs
-from measuring import (Clock, made_up_data, many_annotations, medians, peak_memory, process_memory, reset_peak,
-                       tensor_peak)
+from measuring import (Clock, Yardstick, made_up_data, many_annotations, medians, peak_memory, process_memory,
+                       reset_peak, tensor_peak)
 from model import Predictions
 from pretrained import IMAGENET
 
 # what is timed: (module, function) -> part of the step. A function's time is its own, less that of other parts in it.
 TRAINING = {
     (boxteacher, "label"): "labelling", (boxteacher, "fcos_targets"): "detection losses",
-    (boxteacher, "detection_losses"): "detection losses", (boxteacher, "select_instances"): "mask head",
+    (boxteacher, "detection_losses"): "detection losses", (boxteacher, "batch_instances"): "mask head",
     (boxteacher, "mask_logits"): "mask head", (boxteacher, "box_masks"): "mask losses",
     (boxteacher, "valid_cells"): "mask losses", (boxteacher, "disagreement"): "mask losses",
     (boxteacher, "similar_colors"): "mask losses", (boxteacher, "pair_weights"): "mask losses",
     (boxteacher, "refine"): "mask losses", (boxteacher, "alike_labels"): "mask losses",
     (boxteacher, "box_supervised_losses"): "mask losses", (boxteacher, "mask_supervised_losses"): "mask losses",
-    (torch.Tensor, "backward"): "backward", (torch.nn.utils, "clip_grad_norm_"): "optimiser",
+    (torch.Tensor, "backward"): "backward", (torch.nn.utils, "get_total_norm"): "optimiser",
     (torch.optim.SGD, "step"): "optimiser", (torch.optim.AdamW, "step"): "optimiser", (teacher, "update"): "EMA"}
 INFERENCE = {(model, "detect"): "detections", (model, "mask_logits"): "mask head", (model, "paste_masks"): "pasting",
-             (evaluate, "coco_results"): "run lengths", (evaluate, "coco_metrics"): "COCOeval"}
+             (pasting, "encode"): "run lengths", (evaluate, "coco_metrics"): "COCOeval"}
 
 
 # --------------------------------------------------------------------------------------------- what is timed
@@ -122,13 +123,6 @@ class Training:
         return self.clock.now() - start - self.clock.seconds.pop("not counted")
 
 
-def yardstick(batch_size: int, size: tuple[int, int], device: torch.device) -> Callable[[], object]:
-    """Y: what it does."""
-    network = torchvision.models.resnet50(weights=None).eval().to(device)
-    pictures = torch.rand(batch_size, 3, *size, device=device)
-    return lambda: torch.no_grad()(network)(pictures)
-
-
 def convolution_rate(device: torch.device, dtype: torch.dtype | None, rounds: int) -> float:
     """FLOPs a second of a 3 x 3 convolution of 256 channels over 2 x 120 x 160 cells, in the better of the two memory
     layouts: as fast as it gets here."""
@@ -159,13 +153,14 @@ def measure_step(args: argparse.Namespace, folder: Path, rank: int, world_size: 
 def measure_training(args: argparse.Namespace, folder: Path, rank: int, world_size: int) -> dict:
     """Seconds of a step and of its parts, in turn with Y; memory; FLOPs and how near they come to the limit."""
     training, device = Training(args, folder, rank, world_size), args.device
-    y, seconds, ys, parts = yardstick(args.batch_size, tuple(args.size), device), [], [], defaultdict(list)
+    seconds, ys, parts = [], [], defaultdict(list)
     with FlopCounterMode(display=False) as flops:
         training.step()
     reset_peak(device)
-    for _ in range(args.rounds):
-        ys.append(medians(1, device, y=y)["y"])
-        seconds.append(training.step())
+    with Yardstick(args.batch_size, args.size, device) as y:
+        for _ in range(args.rounds):
+            ys.append(y.seconds())
+            seconds.append(training.step())
     memory = peak_memory(device)
     with training.clock.watching(TRAINING, {training.run.model: "student network"}):
         for _ in range(args.rounds):  # by itself: on a GPU looking at the clock waits for the device
@@ -205,11 +200,11 @@ def measure_inference(args: argparse.Namespace, folder: Path) -> dict:
             return knowing(predictions, batch.boxes, batch.labels)
 
     network.forward = forward
-    y, seconds, parts, count = yardstick(args.batch_size, tuple(args.size), device), [], defaultdict(list), 0
+    seconds, parts, count = [], defaultdict(list), 0
     amp = pick_amp(args.amp, device)
-    with clock.watching(INFERENCE, {}):
+    with Yardstick(args.batch_size, args.size, device) as y, clock.watching(INFERENCE, {}):
         for number in range(args.rounds + 1):
-            ys.append(medians(1, device, y=y)["y"])
+            ys.append(y.seconds())
             clock.seconds.clear()
             start = clock.now()
             with clock.part("rest"), torch.autocast(device.type, amp, enabled=amp is not None):
@@ -220,19 +215,19 @@ def measure_inference(args: argparse.Namespace, folder: Path) -> dict:
                 seconds.append(took)
                 for name, value in clock.seconds.items():
                     parts[name].append(value)
-        pasting = {}
+        pasted = {}
         for scale in (0.5, 1, 2, 4):  # of the picture's own sides; the network sees it at one size
             height, width = (round(scale * side) for side in args.size)
             for _ in range(2):
                 clock.seconds.clear()
                 with torch.autocast(device.type, amp, enabled=amp is not None):
                     model.predict(network, batch.images, batch.sizes, [(height, width)])
-            pasting[f"{height} x {width}"] = clock.seconds["pasting"]
+            pasted[f"{height} x {width}"] = clock.seconds["pasting"] + clock.seconds["run lengths"]
     one = statistics.median(seconds)
     ys = statistics.median(ys[1:])
     return {"detections": count, "seconds": one, "Y": ys, "in Y": one / ys,
             "parts": {name: statistics.median(values) for name, values in parts.items()},
-            "seconds of pasting into a picture of": pasting}
+            "seconds of pasting into a picture of": pasted}
 
 
 def measure_evaluation(args: argparse.Namespace, folder: Path, count: int = 12) -> dict:

@@ -18,6 +18,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -31,8 +32,7 @@ from checkpoint import CheckpointError, load_model, test_size
 from coco import CocoBoxes, DataError, datasets
 from curves import draw_curves
 from data import Batch, TestImages, check_sizes, positive
-from label import encode
-from model import Instances, predict
+from model import Instances, Predictions, find_instances
 from quality import matches, report
 from visualize import sheet, sheet_rows
 
@@ -45,8 +45,8 @@ def evaluate(model: torch.nn.Module, annotations: CocoBoxes, *, score_threshold:
 
     how: sizes, batches and device, see `over_pictures`.
     """
-    def detections(batch: Batch) -> list[dict]:
-        instances = predict(model, batch.images, batch.sizes, batch.original_sizes, score_threshold, rescore)
+    def detections(predictions: Predictions, batch: Batch) -> list[dict]:
+        instances = find_instances(predictions, batch.sizes, batch.original_sizes, score_threshold, rescore)
         return [result for image_id, one in zip(batch.image_ids, instances)
                 for result in coco_results(image_id, one, annotations.classes)]
 
@@ -54,12 +54,13 @@ def evaluate(model: torch.nn.Module, annotations: CocoBoxes, *, score_threshold:
 
 
 @torch.no_grad()
-def over_pictures(model: torch.nn.Module, annotations: CocoBoxes, title: str, work: Callable[[Batch], list], *,
-                  min_size: int = 800, max_size: int = 1333, batch_size: int = 1, workers: int = 2,
-                  device: torch.device | str = "cpu", amp_dtype: torch.dtype | None = None, progress: bool = True,
-                  worker_init_fn=None) -> list:
-    """What `work` finds in each batch, in one list in the pictures' order; the model is in eval mode meanwhile.
+def over_pictures(model: torch.nn.Module, annotations: CocoBoxes, title: str,
+                  work: Callable[[Predictions, Batch], list], *, min_size: int = 800, max_size: int = 1333,
+                  batch_size: int = 1, workers: int = 2, device: torch.device | str = "cpu",
+                  amp_dtype: torch.dtype | None = None, progress: bool = True, worker_init_fn=None) -> list:
+    """What `work` makes of the model's predictions, in one list in the pictures' order; the model is in eval mode.
 
+    `work` runs in a thread of its own, while the model looks at the next batch and no farther.
     min_size and max_size are the input's shorter and longest side in pixels. Under torch.distributed each
     process takes every world-th batch and all return the whole list. Whole batches are dealt out, because
     a picture's padding depends on its batch: so the number of processes does not change the results.
@@ -75,25 +76,27 @@ def over_pictures(model: torch.nn.Module, annotations: CocoBoxes, title: str, wo
     silent = True if rank or not progress else None  # None: silent only where stderr is no terminal
     was_training = model.training
     model.eval()
-    found = []
+    found, working = [], []
     try:
-        for batch in tqdm(loader, desc=title, unit="batch", disable=silent):
-            batch = batch.to(device)
-            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-                found.append(work(batch))
+        # of one core: on a CPU the network has all of them, and must not wait for a second team of threads
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
+            for batch in tqdm(loader, desc=title, unit="batch", disable=silent):
+                batch = batch.to(device)
+                with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+                    predictions = model(batch.images, batch.sizes)
+                found += [one.result() for one in working]
+                working = [thread.submit(work, predictions, batch)]
+            found += [one.result() for one in working]
     finally:
         model.train(was_training)
     return gather(found)
 
 
 def coco_results(image_id: int, instances: Instances, classes: list[dict]) -> list[dict]:
-    """One picture's instances as COCO results: the data set's category ids, bbox xywh in pixels, RLE.
-
-    Masks are encoded picture by picture: kept dense, those of COCO's 5,000 pictures would take over 100 GB.
-    """
+    """One picture's instances as COCO results: the data set's category ids, bbox xywh in pixels, RLE."""
     boxes = instances.boxes.double()
     boxes[:, 2:] -= boxes[:, :2]  # xyxy -> xywh
-    rows = zip(instances.labels.tolist(), instances.scores.tolist(), boxes.tolist(), encode(instances.masks))
+    rows = zip(instances.labels.tolist(), instances.scores.tolist(), boxes.tolist(), instances.rles)
     return [{"image_id": image_id, "category_id": classes[label]["id"], "score": score, "bbox": box,
              "segmentation": rle} for label, score, box, rle in rows]
 
@@ -351,7 +354,7 @@ def run(args: argparse.Namespace) -> None:
     results = evaluate(model, annotations, rescore=rescore, score_threshold=args.score_threshold, **how)
     if args.score_quality:
         rows = over_pictures(model, annotations, "score quality",
-                             lambda batch: matches(model, batch, args.score_threshold), **how)
+                             lambda *batch: matches(*batch, args.score_threshold), **how)
     if rank == 0:
         write_json(args.results, results)
         if not len(annotations.boxes):

@@ -23,6 +23,7 @@ from assign import LEVEL_RANGES, assign_masks, box_masks, picture_targets
 from coco import CocoBoxes, DataError
 from data import TestImages, readable_batches
 from model import CondInst, Locations, Predictions, detect, mask_logits, paste_masks
+from runlengths import encode
 from teacher import mask_aware_score
 
 ASSIGNED, PROMPTED = "assigned", "prompted"
@@ -74,7 +75,7 @@ def assigned_rows(picture: Predictions, boxes: Tensor, size: tuple[int, int], sc
         iou = iou * ((found.labels[:, None] == classes) | (classes < 0))
     h, w = cells(size)
     s = mask_aware_score(found.scores, logits.sigmoid()[:, :h, :w], box_masks(found.boxes, h, w), iou)
-    match = assign_masks(iou, s, score_threshold=score_threshold)
+    match = assign_masks(iou, s, score_threshold=score_threshold).cpu()
     rows = torch.where(match >= 0, torch.cat([found.rows.cpu(), torch.tensor([-1])])[match], -1)
     scores = torch.where(match >= 0, torch.cat([s.cpu(), torch.zeros(1)])[match], 0.0)
     if classes is not None:  # a location may be found as two classes, but its one mask goes to one box
@@ -160,33 +161,26 @@ def cut_masks(picture: Predictions, rows: Tensor, boxes: Tensor, size: tuple[int
     """Run lengths of the masks of locations rows (G,) at original_size, cut to the boxes; None where the row is -1 and
     where nothing of the mask lies in the box."""
     rles, given = [None] * len(rows), (rows >= 0).nonzero()[:, 0]
-    for some in given.split(max(1, min(CHUNK, 2 ** 26 // (original_size[0] * original_size[1])))):  # 64 MiB of masks
-        logits = mask_logits(picture, [rows[some].to(boxes.device)])
-        masks = paste_masks(logits, size, original_size)[0] & original_boxes(boxes[some.to(boxes.device)], size,
-                                                                             original_size)
-        for g, rle, something in zip(some.tolist(), encode(masks), masks.flatten(1).any(1).tolist()):
-            rles[g] = rle if something else None
+    for some in given.split(CHUNK):
+        some = some.to(boxes.device)
+        logits = mask_logits(picture, [rows.to(boxes.device)[some]])
+        cut, _ = paste_masks(logits, size, original_size, within=box_pixels(boxes[some], size, original_size))
+        for g, rle in zip(some.tolist(), cut):
+            rles[g] = rle if coco_mask.area(rle) else None
     return rles
 
 
-def original_boxes(boxes: Tensor, size: tuple[int, int], original_size: tuple[int, int]) -> Tensor:
-    """Boxes of the network's input as masks (G, height, width) of the picture itself: each pixel that they touch."""
-    scale = boxes.new_tensor([original_size[1] / size[1], original_size[0] / size[0]]).repeat(2)
-    boxes = (boxes * scale).cpu()
+def box_pixels(boxes: Tensor, size: tuple[int, int], original_size: tuple[int, int]) -> Tensor:
+    """The pixels x0 ... x1 - 1, y0 ... y1 - 1 (G, 4) of the picture itself that boxes of the network's input touch."""
+    (h, w), (height, width) = size, original_size
+    boxes = (boxes * boxes.new_tensor([width / w, height / h]).repeat(2)).cpu()
     low, high = (boxes[:, :2] + 1e-2).floor(), (boxes[:, 2:] - 1e-2).ceil()  # rounding makes 1001.0001 of 1001
-    return box_masks(torch.cat([low, high - 1], 1), *original_size, stride=1)
+    return torch.cat([low, high], 1).long().clamp(min=0).minimum(torch.tensor([width, height]).repeat(2))
 
 
 def filled_box(box: Tensor, size: tuple[int, int], original_size: tuple[int, int]) -> dict:
-    return encode(original_boxes(box[None], size, original_size))[0]
-
-
-def encode(masks: Tensor) -> list[dict]:
-    """Masks (N, H, W) bool as COCO's run lengths."""
-    # they run down the columns, so pycocotools wants (H, W, N) in Fortran order: the memory of an (N, W, H)
-    columns = masks.to(torch.uint8).transpose(1, 2).contiguous().numpy()
-    encoded = coco_mask.encode(columns.transpose(2, 1, 0)) if len(columns) else []
-    return [{"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")} for rle in encoded]
+    x0, y0, x1, y1 = box_pixels(box[None], size, original_size)[0].tolist()
+    return encode(np.ones((x1 - x0, y1 - y0), bool), x0, y0, original_size)
 
 
 # -------------------------------------------------------------------------------------------------- a data set

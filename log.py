@@ -23,6 +23,7 @@ from tqdm import tqdm
 from coco import CocoBoxes, DataError, warn
 from data import Batch, Draw, TrainBatches, canvas_of, collate
 from model import CondInst, Instances, paste_masks
+from runlengths import decode
 from schedule import Plan, learning_rate, ramp_factor
 from teacher import label
 from visualize import sheet
@@ -166,8 +167,8 @@ def draw_sheet(path: Path, title: str, model: CondInst, annotations: CocoBoxes, 
             with autocast:
                 pseudo = label(model, batch.to(device), args.score)
             (size,), (boxes,), (labels,) = batch.sizes, batch.boxes, batch.labels
-            found = Instances(boxes, pseudo.scores.float().cpu(), labels, enlarged(pseudo.masks, size))
-            truth = None if batch.masks is None else enlarged(batch.masks[0].float(), size)
+            found = Instances(boxes, pseudo.scores.float().cpu(), labels, enlarged(pseudo.masks, size), size)
+            truth = None if batch.masks is None else decode(enlarged(batch.masks[0].float(), size), size)
             rows.append((batch.images[0, :, :size[0], :size[1]], boxes, labels, found, truth))
         if rows:
             sheet(rows, str(path), [c["name"] for c in annotations.classes], threshold=0, title=title)
@@ -201,6 +202,6 @@ def clean_views(annotations: CocoBoxes, pictures: list[int], args: argparse.Name
             yield collate([sample], 1, canvas, teacher_canvas)
 
 
-def enlarged(p: Tensor, size: tuple[int, int]) -> Tensor:
-    """Probabilities (G, h, w) at stride 4 of a picture of `size` (height, width) -> masks (G, height, width) bool."""
+def enlarged(p: Tensor, size: tuple[int, int]) -> list[dict]:
+    """Probabilities (G, h, w) at stride 4 of a picture of `size` (height, width) -> run lengths of G masks."""
     return paste_masks(p.logit(), size, size)[0]

@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import torchvision
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
@@ -77,6 +78,49 @@ def medians(rounds: int, device: torch.device, **works: Callable[[], object]) ->
             if number:
                 seconds[name].append(clock.now() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+class Yardstick:
+    """Y: a forward pass of torchvision's resnet50 (eval, float32, no gradients) over `batch_size` pictures of `size`.
+
+    In a process of its own, whose memory is that of a program that does nothing else: in ours Y came out anywhere between
+    0.6 and 1.0 s on one machine. Half of a Y can go into fetching fresh memory for its large maps from the system, or none
+    where the process happens to hold memory that is free. It computes only while it is asked.
+    """
+
+    def __init__(self, batch_size: int, size: list[int], device: torch.device):
+        context = torch.multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        about = (theirs, (batch_size, 3, *size), str(device), torch.get_num_threads())
+        self.process = context.Process(target=passes, args=about, daemon=True)
+
+    def __enter__(self) -> "Yardstick":
+        self.process.start()
+        self.seconds()  # the first pass does not count
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.kill()
+        self.process.join()
+
+    def seconds(self) -> float:
+        self.pipe.send("pass")
+        while not self.pipe.poll(1):
+            if not self.process.is_alive():
+                raise RuntimeError("the process that measures Y has ended")
+        return self.pipe.recv()
+
+
+def passes(pipe, shape: tuple[int, ...], device: str, threads: int) -> None:
+    """What the process of a Yardstick does: answer each message with the seconds of a pass."""
+    torch.set_num_threads(threads)
+    network, clock = torchvision.models.resnet50(weights=None).eval().to(device), Clock(torch.device(device))
+    pictures = torch.rand(shape, device=device)
+    with torch.no_grad():
+        while pipe.recv():
+            start = clock.now()
+            network(pictures)
+            pipe.send(clock.now() - start)
 
 
 # --------------------------------------------------------------------------------------------------- memory

@@ -15,6 +15,7 @@ import copy
 import functools
 import math
 import os
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
 from backbone import BatchNorm, make_backbone
+from pasting import aligned_bilinear, paste_masks
+from runlengths import decode
 
 STRIDES = (8, 16, 32, 64, 128)                     # of P3 ... P7, pixels
 SIZES_OF_INTEREST = (64, 128, 256, 512, 1024)      # scale of the relative coordinates at P3 ... P7, pixels
@@ -65,12 +68,18 @@ class Detections(NamedTuple):
 
 
 class Instances(NamedTuple):
-    """The final answer for one picture, on the CPU, at the picture's own size (H, W)."""
+    """The final answer for one picture, on the CPU, at the picture's own size."""
 
-    boxes: Tensor   # (N, 4) xyxy pixels
-    scores: Tensor  # (N,)
-    labels: Tensor  # (N,)
-    masks: Tensor   # (N, H, W) bool
+    boxes: Tensor          # (N, 4) xyxy pixels
+    scores: Tensor         # (N,)
+    labels: Tensor         # (N,)
+    rles: list[dict]       # the N masks as COCO's run lengths
+    size: tuple[int, int]  # (H, W)
+
+    @property
+    def masks(self) -> Tensor:
+        """(N, H, W) bool, made anew each time."""
+        return decode(self.rles, self.size)
 
 
 # ------------------------------------------------------------------------------------------ pyramid and heads
@@ -203,22 +212,6 @@ class MaskBranch(nn.Module):
         return self.output(self.tower(x)).float()
 
 
-def aligned_bilinear(x: Tensor, factor: int) -> Tensor:
-    """Enlarge (..., C, h, w) by `factor`: output cell p reads the input at (p - factor // 2) / factor.
-
-    That is the alignment of CondInst, with which the authors' weights are trained, and neither of the two that
-    interpolate has. But align_corners=True over a map that is one cell larger on each side has the right spacing,
-    1 / factor, and only needs to be cut at the right place.
-    """
-    if factor == 1:
-        return x
-    h, w = x.shape[-2:]
-    x = F.pad(x, (1, 1, 1, 1), mode="replicate")
-    x = F.interpolate(x, size=(factor * (h + 1) + 1, factor * (w + 1) + 1), mode="bilinear", align_corners=True)
-    start = factor - factor // 2
-    return x[..., start:start + factor * h, start:start + factor * w]
-
-
 MASK_HEAD_WIDTH = 8
 
 
@@ -348,46 +341,38 @@ def detect(picture: Predictions, score_threshold: float = 0.05, per_level: int =
     A (location, class) pair is a candidate where class probability * centerness > score_threshold; each level
     keeps its `per_level` best; NMS is class by class over all levels; the `limit` best remain.
     """
-    locations = picture.locations
-    quality = picture.class_logits[0].sigmoid() * picture.centerness[0].sigmoid()[:, None]
-    rows, labels = [], []
-    for level in range(len(STRIDES)):
-        at = (locations.level == level).nonzero()[:, 0]
-        candidates = quality[at].flatten()
-        best = candidates.topk(min(per_level, len(candidates)))
-        best = best.indices[best.values > score_threshold]
-        rows.append(at[best // quality.shape[1]])
-        labels.append(best % quality.shape[1])
-    rows, labels = torch.cat(rows), torch.cat(labels)
+    quality, first = picture.class_logits[0].sigmoid() * picture.centerness[0].sigmoid()[:, None], 0       # (L, C)
+    values, places = [], []
+    for h, w in picture.controllers.level_sizes:
+        best = quality[first:first + h * w].flatten().topk(min(per_level, h * w * quality.shape[1]))
+        values.append(best.values)
+        places.append(best.indices + first * quality.shape[1])
+        first += h * w
+    places = torch.cat(places)[torch.cat(values) > score_threshold]
+    rows, labels = places // quality.shape[1], places % quality.shape[1]
     scores = quality[rows, labels].sqrt()
-    boxes = decode_boxes(picture.ltrb[0], locations)[rows]
+    boxes = decode_boxes(picture.ltrb[0], picture.locations)[rows]
     # batched_nms moves each class to a place of its own, which fails for boxes at negative coordinates
     keep = batched_nms(boxes - boxes.min() if len(boxes) else boxes, scores, labels, nms_threshold)[:limit]
     return Detections(boxes[keep], scores[keep], labels[keep], rows[keep])
 
 
 @torch.no_grad()
-def paste_masks(logits: Tensor, size: tuple[int, int], output_size: tuple[int, int],
-                threshold: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Masks (K, h, w) at stride 4 to the picture's own size: (K, H, W) bool on the CPU, and their quality (K,).
-
-    Enlarge to the padded input, cut the padding off (true `size`), resize to output_size, then threshold: any
-    other order shifts the masks. Quality is the mean probability of the pixels above the threshold. Done in
-    chunks, so that 100 masks of a large picture never exist as floats at once.
-    """
-    height, width = output_size
-    pixels = max(height * width, 16 * logits.shape[-2] * logits.shape[-1])
-    chunk = max(1, 2 ** 25 // pixels)  # 128 MiB of float32
-    masks = torch.zeros(len(logits), height, width, dtype=torch.bool)
-    quality = logits.new_zeros(len(logits))
-    for start in range(0, len(logits), chunk):
-        part = slice(start, start + chunk)
-        probability = aligned_bilinear(logits[part, None].sigmoid(), 4)[..., :size[0], :size[1]]
-        probability = F.interpolate(probability, size=output_size, mode="bilinear", align_corners=False)[:, 0]
-        inside = probability > threshold
-        quality[part] = (probability * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
-        masks[part] = inside.cpu()
-    return masks, quality
+def find_instances(predictions: Predictions, sizes: list[tuple[int, int]], original_sizes: list[tuple[int, int]],
+                   score_threshold: float = 0.05, rescore: bool = True) -> list[Instances]:
+    """The instances of each picture of a batch, from what the network says of it; see `predict`."""
+    answers = []
+    for i, ((h, w), (height, width)) in enumerate(zip(sizes, original_sizes)):
+        picture = predictions.of_picture(i)
+        found = detect(picture, score_threshold)
+        boxes = found.boxes * found.boxes.new_tensor([width / w, height / h, width / w, height / h])
+        boxes[:, 0::2] = boxes[:, 0::2].clamp(0, width)
+        boxes[:, 1::2] = boxes[:, 1::2].clamp(0, height)
+        keep = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
+        rles, quality = paste_masks(mask_logits(picture, [found.rows[keep]]), (h, w), (height, width))
+        scores = (found.scores[keep] * quality).sqrt() if rescore else found.scores[keep]
+        answers.append(Instances(boxes[keep].cpu(), scores.cpu(), found.labels[keep].cpu(), rles, (height, width)))
+    return answers
 
 
 @torch.no_grad()
@@ -398,19 +383,7 @@ def predict(model: CondInst, images: Tensor, sizes: list[tuple[int, int]], origi
     original_sizes: (height, width) to which boxes and masks are brought. rescore: report sqrt(d * q), the
     detector's score d times the quality q of the mask (paper Sec. 3.1), instead of d.
     """
-    predictions = model(images, sizes)
-    answers = []
-    for i, ((h, w), (height, width)) in enumerate(zip(sizes, original_sizes)):
-        picture = predictions.of_picture(i)
-        found = detect(picture, score_threshold)
-        boxes = found.boxes * found.boxes.new_tensor([width / w, height / h, width / w, height / h])
-        boxes[:, 0::2] = boxes[:, 0::2].clamp(0, width)
-        boxes[:, 1::2] = boxes[:, 1::2].clamp(0, height)
-        keep = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
-        masks, quality = paste_masks(mask_logits(picture, [found.rows[keep]]), (h, w), (height, width))
-        scores = (found.scores[keep] * quality).sqrt() if rescore else found.scores[keep]
-        answers.append(Instances(boxes[keep].cpu(), scores.cpu(), found.labels[keep].cpu(), masks))
-    return answers
+    return find_instances(model(images, sizes), sizes, original_sizes, score_threshold, rescore)
 
 
 # ------------------------------------------------------------------------------------- for programs of one's own
@@ -422,7 +395,9 @@ SCORE_THRESHOLD = {False: 0.3, True: 0.6}
 
 def confident(instances: Instances, score: float) -> Instances:
     """Those of at least this score."""
-    return Instances(*(x[instances.scores >= score] for x in instances))
+    keep = instances.scores >= score
+    boxes, scores, labels, rles, size = instances
+    return Instances(boxes[keep], scores[keep], labels[keep], list(compress(rles, keep.tolist())), size)
 
 
 class Predictor:

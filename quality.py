@@ -26,7 +26,7 @@ from torchvision.ops import box_iou, clip_boxes_to_image
 from assign import assign_masks, box_masks
 from curves import INK, axes
 from data import Batch
-from model import CondInst, Detections, detect, mask_logits
+from model import Detections, Predictions, detect, mask_logits
 from teacher import SCORE_FUNCTIONS, SCORES
 
 PLOT = 320                  # side of a panel's square from 0 to 1, pixels
@@ -38,12 +38,12 @@ DOT = (30, 90, 200)
 
 
 @torch.no_grad()
-def matches(model: CondInst, batch: Batch, score_threshold: float = 0.05) -> list[list[float]]:
+def matches(predictions: Predictions, batch: Batch, score_threshold: float = 0.05) -> list[list[float]]:
     """The pseudo masks of a batch that has ground-truth masks: rows of the scores, as in SCORES, and the mask IoU.
 
-    The model is in eval mode; score_threshold as in `detect`. All numbers are within 0 ... 1.
+    score_threshold as in `detect`. All numbers are within 0 ... 1.
     """
-    predictions, rows = model(batch.images, batch.sizes), []
+    rows = []
     for b, (boxes, true_masks, size) in enumerate(zip(batch.boxes, batch.masks, batch.sizes)):
         picture = predictions.of_picture(b)
         found = detect(picture, score_threshold)

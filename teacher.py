@@ -14,6 +14,7 @@ from torchvision.ops import box_iou, clip_boxes_to_image
 from assign import assign_masks, box_masks
 from data import Batch
 from model import CondInst, Detections, Predictions, detect, mask_logits, paste_masks
+from runlengths import decode
 
 SCORES = ("mask-aware", "cls", "iou", "mean-entropy")  # Table 5; "released", see released_masks, is a way of its own
 
@@ -128,8 +129,8 @@ def released_masks(logits: Tensor, c: Tensor, teacher_size: tuple[int, int], siz
     by sqrt(c q), and a mask weighs sqrt(sqrt(c) q). Returns masks (N, height, width) of 0 and 1, the order (N,) and
     the weights (N,).
     """
-    masks, q = paste_masks(logits, teacher_size, size)
-    masks = masks[:, 2::4, 2::4].to(logits)
+    rles, q = paste_masks(logits, teacher_size, size)
+    masks = decode(rles, size)[:, 2::4, 2::4].to(logits)
     masks = F.pad(masks, (0, width - masks.shape[2], 0, height - masks.shape[1]))
     return masks, (c * q).sqrt(), (c.sqrt() * q).sqrt()
 

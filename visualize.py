@@ -12,7 +12,6 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d
@@ -153,7 +152,7 @@ def sheet_rows(annotations: CocoBoxes, truth: COCO, results: list[dict], count: 
         instances = Instances(
             corners(found), torch.tensor([r["score"] for r in found]),
             torch.tensor([label[r["category_id"]] for r in found], dtype=torch.int64),
-            stack([coco_mask.decode(r["segmentation"]) for r in found], height, width))
+            [r["segmentation"] for r in found], (height, width))
         masks = stack([truth.annToMask(a) for a in objects], height, width) \
             if all(a.get("segmentation") for a in objects) else None
         labels = torch.tensor([label[a["category_id"]] for a in objects], dtype=torch.int64)
@@ -184,7 +183,8 @@ def panels(row: tuple, names: list[str] | None, threshold: float) -> list[Image.
             else masks.new_zeros((0, *size))
 
     found = confident(found, threshold)
-    true_boxes, found_boxes, filled = boxes * scale, found.boxes * scale, found.masks.flatten(1).any(1)
+    true_boxes, found_boxes, found_masks = boxes * scale, found.boxes * scale, found.masks
+    filled = found_masks.flatten(1).any(1)
     colours, predicted = torch.tensor(matching_colours(boxes, found.boxes), dtype=torch.int64), picture
     if not filled.all():  # an instance without a mask is its box, and leaves the room for names to the others
         predicted = draw_bounding_boxes(picture, found_boxes[~filled].round(), width=2,
@@ -192,7 +192,7 @@ def panels(row: tuple, names: list[str] | None, threshold: float) -> list[Image.
     drawn = [
         draw_instances(picture, true_boxes, labels, names=names),
         draw_instances(predicted, found_boxes[filled], found.labels[filled], found.scores[filled],
-                       resized(found.masks[filled]), names, colours[filled].tolist()),
+                       resized(found_masks[filled]), names, colours[filled].tolist()),
         picture // 4 if true_masks is None
         else draw_instances(picture, true_boxes, labels, masks=resized(true_masks), names=names)]
     return [to_pil_image(panel) for panel in drawn]

@@ -28,6 +28,7 @@ from checkpoint import load_model
 from coco import CocoBoxes
 from data import TestImages
 from model import mask_logits, paste_masks
+from runlengths import decode
 
 PICTURES = (81, 394, 502, 525891)
 
@@ -53,9 +54,9 @@ def masks_of_boxes(model, annotations: CocoBoxes, min_size: int, max_size: int) 
             mask = np.zeros(batch.original_sizes[0], bool)
             if len(at):  # a box that no location is assigned to counts with IoU 0
                 best = at[score[at, label].argmax()][None]
-                found, _ = paste_masks(mask_logits(predictions, [best]), batch.sizes[0], batch.original_sizes[0])
+                rles, _ = paste_masks(mask_logits(predictions, [best]), batch.sizes[0], batch.original_sizes[0])
                 x0, y0, x1, y1 = np.round(box).astype(int)
-                mask[y0:y1, x0:x1] = found[0].numpy()[y0:y1, x0:x1]
+                mask[y0:y1, x0:x1] = decode(rles, mask.shape)[0].numpy()[y0:y1, x0:x1]
             masks.append(mask)
     return masks
 

@@ -1,7 +1,7 @@
 """evaluate.py and visualize.py: COCO figures, results, the command line, the sheet.
 
 The data set made here is drawn so that its masks can be read off the pixels: class c paints channel c, every
-object with its own value, on black. `read_colours` stands in for model.predict and finds all of them exactly.
+object with its own value, on black. `read_colours` stands in for model.find_instances and finds all of them exactly.
 """
 
 import json
@@ -9,6 +9,8 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ import evaluate
 import visualize
 from checkpoint import save
 from coco import CocoBoxes
-from model import Instances, build_model
+from model import CondInst, Instances, build_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # pycocotools under numpy 2
 ROOT = Path(evaluate.__file__).parent
@@ -60,8 +62,16 @@ def draw_dataset(folder: Path) -> tuple[Path, Path]:
     return path, folder / "val2017"
 
 
-def read_colours(model, images, sizes, original_sizes, score_threshold, rescore):
-    """A perfect model.predict for `draw_dataset`. Its scores depend on the padding, as a network's may."""
+class Looker(torch.nn.Module):
+    """A network whose predictions are the pictures themselves."""
+
+    def forward(self, images, sizes):
+        return images
+
+
+def read_colours(images, sizes, original_sizes, score_threshold, rescore):
+    """A perfect model.find_instances for `draw_dataset`, after a Looker. Its scores depend on the padding, as a
+    network's may."""
     answers = []
     for image, (height, width) in zip(images, sizes):
         found = [(label, image[label, :height, :width] == value) for label in range(3)
@@ -72,8 +82,7 @@ def read_colours(model, images, sizes, original_sizes, score_threshold, rescore)
         answers.append(Instances(torch.tensor(corners, dtype=torch.float32).reshape(-1, 4),
                                  torch.tensor([0.9 - padding - 0.1 * k for k in range(len(found))]),
                                  torch.tensor([label for label, _ in found], dtype=torch.int64),
-                                 torch.stack([mask for _, mask in found]) if found
-                                 else torch.zeros(0, height, width, dtype=torch.bool)))
+                                 [rle(mask.numpy()) for _, mask in found], (height, width)))
     return answers
 
 
@@ -84,12 +93,13 @@ def dataset(tmp_path):
 
 @pytest.fixture
 def perfect(monkeypatch):
-    monkeypatch.setattr(evaluate, "predict", read_colours)
+    monkeypatch.setattr(CondInst, "forward", Looker.forward)  # of a checkpoint
+    monkeypatch.setattr(evaluate, "find_instances", read_colours)
 
 
 def run_perfect(json_path, image_dir, **options):
     options = {"min_size": 64, "max_size": 200, "workers": 0, "progress": False, **options}
-    return evaluate.evaluate(torch.nn.Identity(), CocoBoxes(json_path, image_dir), **options)
+    return evaluate.evaluate(Looker(), CocoBoxes(json_path, image_dir), **options)
 
 
 def rewrite(path: Path, change) -> Path:
@@ -267,32 +277,46 @@ def test_results_hold_category_ids_xywh_boxes_and_text_masks(dataset, perfect):
     assert [r["image_id"] for r in results] == [100, 100, 101, 101, 102, 102, 103, 103]
 
 
-def test_masks_are_not_kept(dataset, monkeypatch):
-    """Once a picture is done nothing holds on to its dense masks."""
-    import weakref
-    alive, counts = [], []
+def test_a_picture_is_worked_on_while_the_next_one_is_looked_at(dataset, perfect, monkeypatch):
+    """And no farther: at most two pictures are in memory, however long the work takes."""
+    looked, begun, alive, counts = [threading.Event() for _ in SIZES], iter(range(9)), [], []
 
-    def watched(*args):
-        counts.append(sum(reference() is not None for reference in alive))
-        answers = read_colours(*args)
-        alive.extend(weakref.ref(one.masks) for one in answers)
-        return answers
+    class Counting(Looker):
+        def forward(self, images, sizes):
+            looked[len(counts)].set()
+            counts.append(sum(reference() is not None for reference in alive))
+            images = images.clone()
+            alive.append(weakref.ref(images))
+            return images
 
-    monkeypatch.setattr(evaluate, "predict", watched)
-    results = run_perfect(*dataset)
-    assert max(counts) <= 1 and len(counts) == 5  # those of the picture before, at most
-    assert all(isinstance(r["segmentation"]["counts"], str) for r in results)
+    def slow(images, *args):
+        k = next(begun)
+        assert threading.current_thread() is not threading.main_thread()
+        assert k + 1 == len(SIZES) or looked[k + 1].wait(60)  # for ever, were the two not at the same time
+        return read_colours(images, *args)
+
+    expected = run_perfect(*dataset)
+    monkeypatch.setattr(evaluate, "find_instances", slow)
+    annotations = CocoBoxes(*dataset)
+    assert expected == evaluate.evaluate(Counting(), annotations, min_size=64, max_size=200, workers=0, progress=False)
+    assert len(counts) == len(SIZES) and max(counts) <= 2
 
 
 def test_evaluate_passes_its_options_on_and_restores_the_mode(dataset, monkeypatch):
-    model, seen = torch.nn.Linear(1, 1), []
+    seen, asked = [], []
 
-    def spy(model, images, sizes, original_sizes, score_threshold, rescore):
-        seen.append((model.training, torch.is_grad_enabled(), tuple(images.shape), sizes, original_sizes,
-                     score_threshold, rescore, torch.is_autocast_enabled("cpu")))
-        return read_colours(None, images[:, :, :1, :1] * 0, [(1, 1)] * len(sizes), None, 0, True)
+    class Spy(Looker):
+        def forward(self, images, sizes):
+            seen.append((self.training, torch.is_grad_enabled(), tuple(images.shape), sizes,
+                         torch.is_autocast_enabled("cpu")))
+            return images
 
-    monkeypatch.setattr(evaluate, "predict", spy)
+    def spy(images, sizes, *options):
+        asked.append((sizes, *options))
+        return read_colours(images[:, :, :1, :1] * 0, [(1, 1)] * len(sizes), None, 0, True)
+
+    model = Spy()
+    monkeypatch.setattr(evaluate, "find_instances", spy)
     annotations = CocoBoxes(*dataset)
     for training in (True, False):
         model.train(training)
@@ -300,12 +324,13 @@ def test_evaluate_passes_its_options_on_and_restores_the_mode(dataset, monkeypat
                           batch_size=3, workers=0, amp_dtype=torch.bfloat16, progress=False)
         assert model.training is training
     shape, sizes = (3, 3, 64, 64), [(32, 48), (48, 32), (32, 32)]  # padded to a multiple of 32
-    assert seen[0] == (False, False, shape, sizes, SIZES[:3], 0.4, False, True) and len(seen) == 4
+    assert seen[0] == (False, False, shape, sizes, True) and len(seen) == 4
+    assert asked[0] == (sizes, SIZES[:3], 0.4, False) and len(asked) == 4
 
     def broken(*args):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(evaluate, "predict", broken)
+    monkeypatch.setattr(evaluate, "find_instances", broken)
     with pytest.raises(RuntimeError):
         evaluate.evaluate(model.train(), annotations, workers=0, progress=False)
     assert model.training
@@ -316,7 +341,7 @@ def one_process(rank, port, json_path, image_dir, out):
                       MASTER_PORT=str(port))
     torch.set_num_threads(1)
     assert evaluate.start_distributed(torch.device("cpu")) == (rank, 2, torch.device("cpu"))
-    evaluate.predict = read_colours
+    evaluate.find_instances = read_colours
     answers = [run_perfect(json_path, image_dir, batch_size=size) for size in (1, 2, 8)]
     Path(f"{out}.{rank}").write_text(json.dumps(answers))
     torch.distributed.destroy_process_group()

@@ -12,8 +12,8 @@ from pycocotools import mask as coco_mask
 from assign import box_masks, picture_targets
 from coco import CocoBoxes
 from conftest import given_controllers
-from label import (ASSIGNED, PROMPTED, Labels, agreement, assigned_rows, cut_masks, label_dataset, label_picture,
-                   model_classes, original_boxes, owners, polygons, prompt, report_agreement, with_masks)
+from label import (ASSIGNED, PROMPTED, Labels, agreement, assigned_rows, box_pixels, cut_masks, label_dataset,
+                   label_picture, model_classes, owners, polygons, prompt, report_agreement, with_masks)
 from model import STRIDES, Predictions, build_model, make_locations, mask_logits
 from test_teacher import made_up
 from test_train import drawn  # noqa: F401
@@ -61,19 +61,17 @@ def test_masks_go_to_their_boxes_and_are_cut_there():
 
 
 def test_a_box_touches_the_pixels_that_it_covers_in_part():
-    masks = original_boxes(torch.tensor([[1.5, 2, 3, 4.25], [0, 0, 8, 8]]), (8, 8), (8, 8))
-    assert masks[0].nonzero().amin(0).tolist() == [2, 1] and masks[0].nonzero().amax(0).tolist() == [4, 2]
-    assert masks[1].all()
-    sides = original_boxes(torch.tensor([[10.0, 20, 40, 30]]), (100, 100), (50, 300))  # each side has its own scale
-    assert sides[0].nonzero().amin(0).tolist() == [10, 30] and sides[0].nonzero().amax(0).tolist() == [14, 119]
+    boxes = torch.tensor([[1.5, 2, 3, 4.25], [0, 0, 8, 8], [-3, 4, 20, 9]])
+    assert box_pixels(boxes, (8, 8), (8, 8)).tolist() == [[1, 2, 3, 5], [0, 0, 8, 8], [0, 4, 8, 8]]
+    sides = box_pixels(torch.tensor([[10.0, 20, 40, 30]]), (100, 100), (50, 300))  # each side has its own scale
+    assert sides.tolist() == [[30, 10, 120, 15]]
 
 
 def test_a_box_that_was_made_smaller_and_larger_again_is_the_same():
     """Whole pixels of a picture of 4000, seen at 1333: rounding makes 1001.0001 of 1001, which is no pixel more."""
     x1 = torch.arange(1, 4001, 7, dtype=torch.float32)
     boxes = torch.stack([torch.zeros_like(x1), torch.zeros_like(x1), x1 * (1333 / 4000), torch.ones_like(x1)], 1)
-    masks = original_boxes(boxes, (1, 1333), (1, 4000))
-    assert masks.sum((1, 2)).tolist() == x1.tolist()
+    assert box_pixels(boxes, (1, 1333), (1, 4000))[:, 2].tolist() == x1.tolist()
 
 
 def test_a_box_takes_detections_of_its_own_class_and_one_location_answers_once():
@@ -190,8 +188,8 @@ def test_more_boxes_than_locations_still_all_have_a_mask():
     assert len(picture.locations.xy) < 300
     labels = label_picture(picture, boxes, (64, 64), (64, 64), classes=torch.zeros(300, dtype=torch.int64))
     assert labels.sources == [PROMPTED] * 300
-    masks = decoded(labels.rles)
-    assert masks.any(2).any(1).all() and not (masks & ~original_boxes(boxes, (64, 64), (64, 64))).any()
+    masks, pixels = decoded(labels.rles), box_pixels(boxes, (64, 64), (64, 64))
+    assert masks.any(2).any(1).all() and not (masks & ~box_masks(pixels - torch.tensor([0, 0, 1, 1]), 64, 64, 1)).any()
 
 
 def test_where_the_head_sees_nothing_the_box_is_the_mask_and_the_score_says_so():

@@ -18,6 +18,7 @@ from checkpoint import load
 from coco import CocoBoxes
 from log import Log, draw_sheet, sheet_pictures
 from model import Instances
+from runlengths import encode
 from schedule import Plan
 from teacher import PseudoLabels
 from test_train import (SMALL, command, copy_set, drawn, metrics, new_run, one_line_error, only_training,  # noqa: F401
@@ -212,7 +213,8 @@ def test_a_sheet_has_as_many_panels_as_there_are_things_to_see(tmp_path):
     picture, boxes = torch.full((3, 64, 64), 100, dtype=torch.uint8), torch.tensor([[8.0, 8, 40, 40]])
     masks = torch.zeros(1, 64, 64, dtype=torch.bool)
     masks[0, 8:40, 8:40] = True
-    found, label = Instances(boxes, torch.tensor([0.9]), torch.tensor([0]), masks), torch.tensor([0])
+    rles = [encode(np.ones((32, 32), bool), 8, 8, (64, 64))]
+    found, label = Instances(boxes, torch.tensor([0.9]), torch.tensor([0]), rles, (64, 64)), torch.tensor([0])
     path, titled = str(tmp_path / "x.png"), str(tmp_path / "y.png")
     for truths, columns in (([None, None], 2), ([None, masks], 3), ([masks, masks], 3)):
         visualize.sheet([(picture, boxes, label, found, truth) for truth in truths], path)

@@ -4,12 +4,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import FrozenBatchNorm2d
 
 import model as model_module
 from conftest import check, head_maps, predictions_of, relative_error
-from model import (SIZES_OF_INTEREST, STRIDES, BatchNorm, Controllers, Detections, aligned_bilinear, build_model, detect,
-                   dynamic_mask_head, mask_logits, num_mask_params, paste_masks, predict)
+from model import (SIZES_OF_INTEREST, STRIDES, BatchNorm, Controllers, Detections, Instances, aligned_bilinear,
+                   build_model, confident, detect, dynamic_mask_head, mask_logits, num_mask_params, paste_masks, predict)
+from runlengths import decode, encode
 
 
 # ------------------------------------------------------------------------------------------------ controllers
@@ -203,13 +205,13 @@ def test_golden_09_quality_without_threshold(golden, monkeypatch):
     check("09 boxes", answer.boxes, d["boxes"], 1e-5)
     logits = torch.logit(d["global_masks"][d["kept"], 0])
     size, output_size = tuple(d["input_hw"].tolist()), tuple(d["output_hw"].tolist())
-    masks, quality = paste_masks(logits, size, output_size, threshold=-1)
-    assert masks.all()
+    rles, quality = paste_masks(logits, size, output_size, threshold=-1)
+    assert decode(rles, output_size).all()
     c = d["scores_in"][d["kept"]]
     check("09 scores without threshold", (c * quality).sqrt(), d["scores"], 1e-4)
     check("09 weights without threshold", (c.sqrt() * quality).sqrt(), d["mask_score"], 1e-4)
     for threshold in (0.2, 0.5, 0.8):  # what is thresholded are the probabilities of theirs
-        masks, _ = paste_masks(logits, size, output_size, threshold)
+        masks = decode(paste_masks(logits, size, output_size, threshold)[0], output_size)
         check("09 pixels of probabilities that differ", (masks != (d["masks"] > threshold)).sum(), 0, 3)
 
 
@@ -229,7 +231,8 @@ def test_a_rectangle_is_pasted_in_its_place(output_size):
     size, padded = (200, 280), (224, 288)
     scale = [out / inside for out, inside in zip(output_size, size)]
     box = [int(v) for v in (60 * scale[1], 40 * scale[0], 230 * scale[1], 150 * scale[0])]
-    masks, quality = paste_masks(rectangle_logits(box, size, padded, scale), size, output_size)
+    rles, quality = paste_masks(rectangle_logits(box, size, padded, scale), size, output_size)
+    masks = decode(rles, output_size)
     expected = torch.zeros(output_size, dtype=torch.bool)
     expected[box[1]:box[3], box[0]:box[2]] = True
     assert masks.shape == (1, *output_size)
@@ -240,18 +243,81 @@ def test_a_rectangle_is_pasted_in_its_place(output_size):
 
 def test_a_mask_of_one_half_is_empty():
     """The threshold is strict, and an empty mask has quality 0."""
-    masks, quality = paste_masks(torch.zeros(1, 8, 8), (30, 32), (30, 32))
-    assert not masks.any() and quality.tolist() == [0]
+    rles, quality = paste_masks(torch.zeros(1, 8, 8), (30, 32), (30, 32))
+    assert not decode(rles, (30, 32)).any() and quality.tolist() == [0]
 
 
-def test_chunks_of_masks_change_nothing():
-    """Output of 4 million pixels: 8 masks a chunk, so 9 masks are two chunks."""
-    logits = 3 * torch.randn(9, 16, 16, generator=torch.Generator().manual_seed(0))
-    masks, quality = paste_masks(logits, (64, 50), (2048, 2048))
-    for i in (0, 7, 8):
-        mask, q = paste_masks(logits[i:i + 1], (64, 50), (2048, 2048))
-        assert torch.equal(mask[0], masks[i]) and relative_error(q[0], quality[i]) <= 1e-6
-    assert masks.flatten(1).any(1).all()
+def three_steps(logits, size, output_size, threshold=0.5):
+    """paste_masks as it is defined, over the whole picture."""
+    p = aligned_bilinear(logits[:, None].sigmoid(), 4)[..., :size[0], :size[1]]
+    p = F.interpolate(p, size=output_size, mode="bilinear", align_corners=False)[:, 0]
+    inside = p > threshold
+    return inside, (p * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
+
+
+@pytest.mark.parametrize("output_size", [(57, 90), (200, 333), (19, 30), (1, 1), (58, 29)])
+def test_windows_hold_all_of_a_mask(output_size):
+    """Sparse, dense, empty and whole masks, single cells at corners and in the padding, made larger and smaller."""
+    size, g = (57, 90), torch.Generator().manual_seed(0)
+    logits = torch.cat([torch.randn(3, 16, 24, generator=g) - torch.tensor([3.0, 0, -3]).view(3, 1, 1),
+                        torch.full((6, 16, 24), -4.0), torch.full((1, 16, 24), 4.0)])
+    for k, (row, column) in enumerate([(0, 0), (14, 22), (15, 23), (5, 9), (0, 22)], start=3):
+        logits[k, row, column] = 5
+    rles, quality = paste_masks(logits, size, output_size)
+    masks, expected_quality = three_steps(logits, size, output_size)
+    assert torch.equal(decode(rles, output_size), masks) and masks[9].all() and not masks[5].any()
+    assert relative_error(quality, expected_quality) <= 1e-6
+
+
+def test_masks_cost_what_they_cover():
+    """What is computed of one mask of 3 x 3 cells and one that is empty, in a picture of 40 x 40 pixels a cell."""
+    class Computed(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **kwargs or {})
+            if function is torch.ops.aten.mm.default:
+                self.numbers += out.numel()
+            return out
+
+    logits = torch.full((2, 32, 32), -4.0)
+    logits[0, 10:13, 20:23] = 4
+    with Computed() as computed:
+        rles, _ = paste_masks(logits, (128, 128), (1280, 1280))
+    pixels = decode(rles, (1280, 1280)).sum()
+    assert pixels > 110 ** 2  # from the half of 4 cells to the half of 4 more
+    assert pixels < computed.numbers < 170 ** 2 + 170 * 6  # 4 cells across, and what they are made of
+
+
+def test_a_large_mask_is_computed_band_by_band_and_chunk_by_chunk(monkeypatch):
+    logits = 3 * torch.randn(5, 16, 16, generator=torch.Generator().manual_seed(0))
+    logits[3] = -9
+    rles, quality = paste_masks(logits, (64, 50), (300, 400))
+    monkeypatch.setattr(model_module, "BAND", 7)
+    monkeypatch.setattr(model_module, "CHUNK", 2 * 300 * 400)
+    bands, made, empty = [], [], torch.empty
+    monkeypatch.setattr(torch, "gt", lambda *args, gt=torch.gt, **kw: bands.append(len(args[0])) or gt(*args, **kw))
+    monkeypatch.setattr(torch, "empty", lambda n, **kw: made.append(n) or empty(n, **kw))
+    again, q = paste_masks(logits, (64, 50), (300, 400))
+    assert again == rles and relative_error(q, quality) <= 1e-6
+    assert max(bands) == 7 and len(made) > 1 and 0 < max(made) <= 3 * 300 * 400 < sum(made)
+
+
+def test_masks_are_cut_to_pixels():
+    logits = torch.full((4, 16, 16), 2.0)
+    within = torch.tensor([[3, 5, 30, 9], [0, 0, 70, 40], [8, 8, 8, 20], [69, 0, 70, 1]])
+    rles, _ = paste_masks(logits, (64, 64), (40, 70), within=within)
+    for mask, (x0, y0, x1, y1) in zip(decode(rles, (40, 70)), within.tolist()):
+        expected = torch.zeros(40, 70, dtype=torch.bool)
+        expected[y0:y1, x0:x1] = True
+        assert torch.equal(mask, expected)
+
+
+def test_autocast_does_not_move_masks():
+    logits = 3 * torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    rles, quality = paste_masks(logits, (64, 50), (300, 400))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert paste_masks(logits, (64, 50), (300, 400))[0] == rles
 
 
 @pytest.fixture(scope="module")
@@ -273,10 +339,21 @@ def pictures(*seeds, size=(64, 96)) -> torch.Tensor:
                                       generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
+def test_confident_instances_keep_their_own_masks():
+    masks = torch.eye(3, dtype=torch.bool).view(3, 1, 3)
+    rles = [encode(mask.T.numpy(), 0, 0, (1, 3)) for mask in masks]
+    found = Instances(torch.arange(12.0).view(3, 4), torch.tensor([0.5, 0.2, 0.9]), torch.arange(3), rles, (1, 3))
+    assert torch.equal(found.masks, masks)
+    few = confident(found, 0.5)
+    assert torch.equal(few.masks, masks[[0, 2]]) and few.labels.tolist() == [0, 2] and few.size == (1, 3)
+    assert few.boxes[:, 0].tolist() == [0, 8] and len(few.scores) == 2
+
+
 def test_nothing_found_is_typed_and_empty(small):
     answer = predict(small, pictures(0, 1), [(64, 96)] * 2, [(50, 75), (64, 96)], score_threshold=1.0)
-    assert [tuple(x.shape) for x in answer[0]] == [(0, 4), (0,), (0,), (0, 50, 75)]
-    assert [x.dtype for x in answer[1]] == [torch.float32, torch.float32, torch.int64, torch.bool]
+    tensors = [(*one[:3], one.masks) for one in answer]
+    assert [tuple(x.shape) for x in tensors[0]] == [(0, 4), (0,), (0,), (0, 50, 75)]
+    assert [x.dtype for x in tensors[1]] == [torch.float32, torch.float32, torch.int64, torch.bool]
 
 
 def test_a_picture_does_not_see_its_neighbour(small):
@@ -307,7 +384,8 @@ def test_masks_of_predict_belong_to_their_boxes(small):
         clipped[:, 0::2], clipped[:, 1::2] = clipped[:, 0::2].clamp(0, 96), clipped[:, 1::2].clamp(0, 64)
         keep = (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
         assert torch.equal(answer.boxes, clipped[keep])
-        assert (answer.masks != paste_masks(logits[keep], (64, 96), (64, 96))[0]).float().mean() < 1e-4
+        pasted = decode(paste_masks(logits[keep], (64, 96), (64, 96))[0], (64, 96))
+        assert (answer.masks != pasted).float().mean() < 1e-4
 
 
 def test_padding_is_the_mean_colour_whatever_it_holds(small):

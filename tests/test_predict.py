@@ -18,7 +18,7 @@ import evaluate
 import predict
 import train
 from coco import CocoBoxes, DataError
-from model import SCORE_THRESHOLD, load
+from model import SCORE_THRESHOLD, Instances, load
 from predict import Drawings, drawn_names, find_pictures, unused
 from test_train import SMALL, drawn, losses_of, one_line_error, warm  # noqa: F401
 from visualize import COLOURS, colour_of, window
@@ -116,6 +116,10 @@ def test_what_is_read_is_never_written_over(drawn, sure, boxes, tmp_path, capsys
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
+def same_instances(a: Instances, b: Instances) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a[:3], b[:3])) and a[3:] == b[3:]
+
+
 def test_a_picture_turned_by_exif_is_seen_as_people_see_it(sure, tmp_path):  # noqa: F811
     picture = Image.fromarray((np.random.default_rng(0).random((40, 80, 3)) * 255).astype(np.uint8))
     exif = picture.getexif()
@@ -129,7 +133,7 @@ def test_a_picture_turned_by_exif_is_seen_as_people_see_it(sure, tmp_path):  # n
                 for name in ("turned.png", "upright.png"))
     model = load(sure)
     answers = [model.predict(image, 0.01) for image in (tmp_path / "turned.png", Image.open(tmp_path / "turned.png"))]
-    assert len(answers[0].boxes) == len(one) and all(torch.equal(a, b) for a, b in zip(*answers))
+    assert len(answers[0].boxes) == len(one) and same_instances(*answers)
     assert one == two and one and one[0]["segmentation"]["size"] == [80, 40]
 
 
@@ -394,7 +398,7 @@ def test_a_model_takes_pictures_in_every_form(drawn, sure):  # noqa: F811
     assert len(first.boxes) and first.masks.shape == (len(first.boxes), 64, 64)
     content = json.loads((drawn / "annotations/instances_val2017.json").read_text())
     assert model.classes == [c["name"] for c in content["categories"]] and model.classes[first.labels[0]]
-    assert all(torch.equal(a, b) for other in answers[1:] for a, b in zip(first, other))
+    assert all(same_instances(first, other) for other in answers[1:])
     limit = float(first.scores.median())
     assert (model.predict(path).scores >= SCORE_THRESHOLD[model.rescore]).all() and model.rescore
     few = model.predict(path, score_threshold=limit)

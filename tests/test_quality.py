@@ -11,7 +11,7 @@ import evaluate
 import quality
 from coco import CocoBoxes
 from teacher import SCORES, pseudo_labels
-from test_evaluate import checkpoint, command, dataset, fails, rewrite  # noqa: F401
+from test_evaluate import Looker, checkpoint, command, dataset, fails, rewrite  # noqa: F401
 from test_teacher import made_up, make_batch
 
 PADDED, SIZE = (96, 128), (90, 120)  # (height, width); the stride-4 grid of a picture is 22 x 30 cells
@@ -127,10 +127,10 @@ def by_hand():
 
 def test_scores_and_mask_iou_of_the_masks_that_algorithm_1_gives():
     predictions, batch, rows = by_hand()
-    found = quality.matches(lambda *_: predictions, batch)
+    found = quality.matches(predictions, batch)
     assert len(found) == 2
     assert np.abs(np.array(found) - rows).max() < 1e-5
-    above = quality.matches(lambda *_: predictions, batch, score_threshold=0.8)
+    above = quality.matches(predictions, batch, score_threshold=0.8)
     assert above == found[1:]
 
 
@@ -141,7 +141,7 @@ def test_scores_are_those_of_pseudo_labels():
     noise = torch.randn(2, 12, 16, generator=generator)
     predictions = made_up([[(moved[k], 0.9 - 0.3 * k, noise[k]) for k in (0, 1)]], PADDED)
     batch = make_batch([box], SIZE, SIZE, PADDED)._replace(masks=[torch.ones(2, 24, 32, dtype=torch.bool)])
-    table = torch.tensor(quality.matches(lambda *_: predictions, batch))
+    table = torch.tensor(quality.matches(predictions, batch))
     for k, score in enumerate(SCORES):
         assert (table[:, k] - pseudo_labels(predictions, batch, score).scores).abs().max() < 1e-5, score
 
@@ -217,14 +217,14 @@ def test_masks_of_an_evaluation_are_those_of_its_pictures(dataset, monkeypatch):
     """What `matches` is given: the objects of this data set are painted, so a picture shows its masks."""
     seen = []
 
-    def look(batch):
+    def look(_, batch):
         for image, size, masks, boxes in zip(batch.images, batch.sizes, batch.masks, batch.boxes):
             painted = image.amax(0)[2::4, 2::4] > 100
             seen.append((size, len(masks), (painted != masks.any(0)).sum().item()))
             assert len(masks) == len(boxes) and (not len(masks) or masks.any(2).any(1).all())
         return []
 
-    evaluate.over_pictures(torch.nn.Identity(), CocoBoxes(*dataset, masks=True), "look", look, min_size=128,
+    evaluate.over_pictures(Looker(), CocoBoxes(*dataset, masks=True), "look", look, min_size=128,
                            max_size=256, batch_size=2, workers=0, progress=False)
     assert [size for size, _, _ in seen] == [(128, 192), (192, 128), (128, 128), (128, 256), (256, 128)]
     assert [n for _, n, _ in seen] == [2, 2, 2, 2, 0] and max(differ for _, _, differ in seen) <= 12
