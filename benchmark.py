@@ -42,7 +42,7 @@ import teacher
 import train
 from assign import fcos_targets
 from coco import CocoBoxes, DataError
-from data import AUGMENTATIONS, Batch, TrainBatches, as_rgb, positive, view
+from data import AUGMENTATIONS, COMPILED_STRIDE, STRIDE, Batch, TrainBatches, as_rgb, positive, view
 from evaluate import output_file, pick_amp, pick_device, start_distributed, write_json
 from growth import draw_growth, measure_growth, show_growth
 from losses import disagreement, pair_weights, rgb_to_lab, similar_colors, weighted_pairs
@@ -88,7 +88,8 @@ class Training:
         options = ["--backbone", args.backbone, "--backbone-weights", "imagenet", "--out", str(folder / "run"),
                    "--batch-size", str(args.batch_size * world_size), "--amp", args.amp, "--min-size",
                    str(args.size[0]), "--max-size", str(args.size[1]), "--teacher-min-size", str(teacher_size[0]),
-                   "--teacher-max-size", str(teacher_size[1]), "--iters", "100000", "--ramp", "1", "--lr", "1e-6"]
+                   "--teacher-max-size", str(teacher_size[1]), "--iters", "100000", "--ramp", "1", "--lr", "1e-6",
+                   *["--compile"] * args.compile]
         self.args = train.parse_arguments(options)
         self.args.device = args.device
         annotations = made_up_data(folder, 2 * args.batch_size * world_size, tuple(args.size), args.instances)
@@ -96,7 +97,7 @@ class Training:
             self.run = train.Run(self.args, annotations.classes, rank, world_size, args.device)
         batches = TrainBatches(annotations, batch_size=self.args.batch_size, min_sizes=self.args.min_size,
                                max_size=self.args.max_size, teacher_size=tuple(teacher_size), rank=rank,
-                               world_size=world_size)
+                               world_size=world_size, stride=COMPILED_STRIDE if args.compile else STRIDE)
         self.loader = iter(DataLoader(batches, batch_size=None, sampler=range(100000), num_workers=args.workers,
                                       collate_fn=TrainBatches.collate, pin_memory=args.device.type == "cuda"))
         self.batch: Batch | None = None
@@ -409,6 +410,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=positive, default=2, help="pictures a step and process")
     add("--instances", type=positive, default=7, help="boxes a picture")
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="as in train.py")
+    add("--compile", action="store_true", help="as in train.py, of training")
     add("--workers", type=int, default=0, help="loading processes; 0: loading is in the step's own time")
     add("--rounds", type=positive, default=5, help="each figure is the median of so many")
     add("--only", nargs="+", choices=MEASURES, default=list(MEASURES)[:-2],

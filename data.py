@@ -32,6 +32,7 @@ from convert import write_voc, write_yolo
 from shapes import write_shapes
 
 STRIDE = 32      # batches are padded to a multiple of it: the stride of the backbone's last stage, pixels
+COMPILED_STRIDE = 128  # the same with train.py --compile: fewer sizes, and all levels of the pyramid divide them
 
 # ---------------------------------------------------------------------------------------------- pictures
 
@@ -99,9 +100,9 @@ def fitted(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
     return max(1, int(size[0] * shrink)), max(1, int(size[1] * shrink))
 
 
-def canvas_of(sizes: list[tuple[int, int]]) -> tuple[int, int]:
+def canvas_of(sizes: list[tuple[int, int]], stride: int = STRIDE) -> tuple[int, int]:
     """(height, width) of the padded batch that holds all of `sizes`."""
-    return tuple(-(-max(sides) // STRIDE) * STRIDE for sides in zip(*sizes))
+    return tuple(-(-max(sides) // stride) * stride for sides in zip(*sizes))
 
 
 def view(image: Image.Image, size: tuple[int, int], flip: bool) -> Image.Image:
@@ -251,7 +252,7 @@ class TrainBatches(torch.utils.data.Dataset):
 
     batch_size: pictures of a micro-step over all world_size processes, a multiple of it; min_sizes: shorter
     sides to draw from, max_size: longest side, teacher_size: (shorter, longest) side or None, all in pixels;
-    augment: one of AUGMENTATIONS. Raises ValueError for these, DataError where there is no box to learn from,
+    augment: one of AUGMENTATIONS; stride: padded to a multiple of it. Raises ValueError for these, DataError where there is no box to learn from,
     for a picture that has not the stated size, and for 100 undecodable pictures in a row.
 
     Which pictures item k has follows from (seed, k, batch_size); their sizes, flips and colours from (seed,
@@ -261,7 +262,7 @@ class TrainBatches(torch.utils.data.Dataset):
 
     def __init__(self, annotations: CocoBoxes, *, batch_size: int, min_sizes: list[int], max_size: int,
                  teacher_size: tuple[int, int] | None = None, augment: str = "none", seed: int = 0,
-                 rank: int = 0, world_size: int = 1):
+                 rank: int = 0, world_size: int = 1, stride: int = STRIDE):
         if batch_size % world_size:
             raise ValueError(f"{batch_size} pictures a micro-step do not divide among {world_size} processes")
         if augment not in AUGMENTATIONS:
@@ -270,7 +271,7 @@ class TrainBatches(torch.utils.data.Dataset):
             raise DataError(f"{annotations.json_path} has no usable box to train on")
         self.annotations, self.batch_size, self.seed = annotations, batch_size, seed
         self.min_sizes, self.max_size, self.teacher_size = list(min_sizes), max_size, teacher_size
-        self.augment = AUGMENTATIONS[augment]
+        self.augment, self.stride = AUGMENTATIONS[augment], stride
         share = batch_size // world_size
         self.own = slice(rank * share, (rank + 1) * share)
         self.wide = annotations.sizes[:, 1] >= annotations.sizes[:, 0]
@@ -282,11 +283,11 @@ class TrainBatches(torch.utils.data.Dataset):
         draws = [self.draw(k, place, picture) for place, picture in enumerate(self.order(k))]
         # Padded for the pictures of all processes, not for this one's alone: padding has a say in the
         # features, so a step would depend on the number of processes. And all have the same work to do.
-        canvas = canvas_of([self.resized(draw.picture, draw.min_size, self.max_size) for draw in draws])
+        canvas = canvas_of([self.resized(draw.picture, draw.min_size, self.max_size) for draw in draws], self.stride)
         teacher_canvas = None
         alike = all((draw.min_size, self.max_size) == self.teacher_size for draw in draws)
         if self.teacher_size and not alike:
-            teacher_canvas = canvas_of([self.resized(draw.picture, *self.teacher_size) for draw in draws])
+            teacher_canvas = canvas_of([self.resized(draw.picture, *self.teacher_size) for draw in draws], self.stride)
         own = draws[self.own]
         batch = collate((self.sample(draw, canvas, teacher_canvas) for draw in own), len(own), canvas, teacher_canvas)
         return batch._replace(teacher_images=batch.images, teacher_sizes=batch.sizes) if alike else batch

@@ -137,12 +137,15 @@ class FCOSHead(nn.Module):
 
     def forward(self, pyramid: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, "Controllers"]:
         """Class logits (B, L, classes), ltrb (B, L, 4) in strides, centerness (B, L), controllers."""
-        box_maps = [self.box_tower(x) for x in pyramid]
-        class_logits = [self.class_logits(self.class_tower(x)) for x in pyramid]
+        class_maps, box_maps = self.towers(pyramid)
+        class_logits = [self.class_logits(x) for x in class_maps]
         ltrb = [F.relu(scale * self.ltrb(x)) for scale, x in zip(self.scales, box_maps)]
         centerness = [self.centerness(x) for x in box_maps]
         return (by_location(class_logits).float(), by_location(ltrb).float(),
                 by_location(centerness).float().squeeze(-1), Controllers(box_maps, self.controller))
+
+    def towers(self, pyramid: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        return [self.class_tower(x) for x in pyramid], [self.box_tower(x) for x in pyramid]
 
 
 def by_location(maps: list[Tensor]) -> Tensor:
@@ -279,6 +282,16 @@ class CondInst(nn.Module):
         pyramid = self.fpn(self.backbone(self.normalise(images, sizes)))
         locations = make_locations([p.shape[-2:] for p in pyramid], images.device)
         return Predictions(*self.head(pyramid), self.mask_branch(pyramid[:3]), locations)
+
+    def compile_convolutions(self, backend: str = "inductor") -> None:
+        """Have torch.compile translate backbone, FPN and towers, once for each size of padded pictures that comes.
+
+        Translating takes minutes a size, so there shall be few of them: see data.COMPILED_STRIDE.
+        """
+        torch._dynamo.config.cache_size_limit = 64  # sizes; beyond it they would go on untranslated
+        for part in (self.backbone, self.fpn):
+            part.compile(backend=backend, dynamic=False)
+        self.head.towers = torch.compile(self.head.towers, backend=backend, dynamic=False)
 
     def normalise(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
         """Centre and scale the pixels; what lies outside a picture's true size becomes 0, the mean colour."""

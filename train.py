@@ -35,7 +35,8 @@ from backbone import BACKBONES
 from boxteacher import compute_losses, total_loss
 from checkpoint import CheckpointError
 from coco import NAMES, CocoBoxes, DataError, category_problems, datasets, raise_first
-from data import AUGMENTATIONS, Batch, TrainBatches, check_sizes, ignore_signals, positive
+from data import (AUGMENTATIONS, COMPILED_STRIDE, STRIDE, Batch, TrainBatches, check_sizes, ignore_signals,
+                  positive)
 from evaluate import (coco_metrics, evaluate, output_file, pick_amp, pick_device, print_tables, probability,
                       start_distributed)
 from log import Log, LogError, draw_sheet, summary_writer
@@ -175,6 +176,9 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
         if state is not None:
             self.resume(state)
+        for network in (self.model, self.teacher) if args.compile else ():
+            if network is not None:
+                network.compile_convolutions()
         self.student = self.model
         if world_size > 1:
             devices = [device] if device.type == "cuda" else None
@@ -428,6 +432,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
         help="auto: bf16 or else fp16 on CUDA, off on CPU")
 
+    add("--compile", action="store_true", help="torch.compile for backbone, FPN and towers, and padding to multiples of "
+        "128 pixels, so that there are few sizes: each one's first step takes minutes")
+
     add = parser.add_argument_group("run").add_argument
     add("--device", type=pick_device, default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1")
     add("--seed", type=not_negative, default=0,
@@ -485,7 +492,7 @@ def training_batches(args: argparse.Namespace, annotations: CocoBoxes, rank: int
     teacher_size = (args.teacher_min_size, args.teacher_max_size) if args.method == "boxteacher" else None
     return TrainBatches(annotations, batch_size=args.batch_size // args.accumulate, min_sizes=args.min_size,
                         max_size=args.max_size, teacher_size=teacher_size, augment=args.augment, seed=args.seed,
-                        rank=rank, world_size=world_size)
+                        rank=rank, world_size=world_size, stride=COMPILED_STRIDE if args.compile else STRIDE)
 
 
 def open_out(args: argparse.Namespace, rank: int) -> None:

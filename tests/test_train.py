@@ -20,6 +20,7 @@ import train
 from checkpoint import CheckpointError, load, load_model
 from coco import CocoBoxes
 from data import TrainBatches
+from model import CondInst
 from shapes import write_shapes
 from boxteacher import RAMPED, total_loss
 from schedule import Plan, learning_rate, make_plan, ramp_factor
@@ -350,6 +351,26 @@ def test_teacher_starts_as_a_copy_and_is_not_optimised(drawn, warm, tmp_path):
     assert not any(p.requires_grad for p in run.teacher.parameters())
     optimised = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     assert optimised == {id(p) for p in run.model.parameters()}
+
+
+def test_compiled_steps_are_the_same_steps(drawn, warm, tmp_path, monkeypatch):
+    """torch.compile's tracing (translating would take minutes), for student and teacher, on padded pictures."""
+    compiled = CondInst.compile_convolutions
+    traced = []
+    monkeypatch.setattr(CondInst, "compile_convolutions", lambda network: traced.append(network) or compiled(
+        network, backend="aot_eager"))
+    runs = [new_run(drawn, tmp_path, "--init", str(warm), "--iters", "100", *more)[0] for more in ([], ["--compile"])]
+    assert traced == [runs[1].model, runs[1].teacher]
+    annotations = new_run(drawn, tmp_path)[1]
+    batches = [train.training_batches(run.args, annotations, 0, 1) for run in runs]
+    assert [one[0].images.shape[2:] for one in batches] == [(64, 64), (128, 128)]
+    results = [train_step(run, [batches[1][0]], 50, False) for run in runs]
+    assert results[0].counts["pseudo_masks"] == results[1].counts["pseudo_masks"] > 0
+    for name, loss in results[0].losses.items():
+        assert results[1].losses[name].item() == pytest.approx(loss.item(), rel=1e-4), name
+    ours, theirs = (torch.cat([p.detach().flatten() for p in run.model.parameters()]) for run in runs)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert runs[0].model.state_dict().keys() == runs[1].model.state_dict().keys()  # a checkpoint is one all the same
 
 
 # --------------------------------------------------------------------------------- losses that are not finite
