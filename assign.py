@@ -1,7 +1,7 @@
 """Which prediction answers for which box: the two assignments of BoxTeacher.
 
 fcos_targets      student: which location learns which ground-truth box (FCOS Sec. 3.1, centre sampling)
-select_instances  student: which of those locations also learn a mask, at most 64 a picture
+batch_instances   student: which of those locations also learn a mask, at most 64 a picture
 assign_masks      teacher: which predicted mask becomes the pseudo mask of which box (paper Alg. 1)
 """
 from typing import NamedTuple
@@ -62,12 +62,12 @@ def picture_targets(locations: Locations, boxes: Tensor, labels: Tensor, num_cla
 
 @torch.no_grad()
 def batch_instances(predictions: Predictions, targets: Targets, boxes: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """The instances of a batch, see select_instances: rows[b] of picture b, and gt (K,), the box of each of all K, counted
-    over the batch, or -1 where it only fills up. A picture without boxes has none."""
+    """The instances of a batch, see select_instances: rows[b] of picture b, and gt (K,), the box of each of all K,
+    counted over the batch, or -1 where it only fills up. A picture without boxes has none."""
     rows, gt = [], []
     for b, picture_boxes in enumerate(boxes):
-        picture_rows, chosen = select_instances(predictions.class_logits[b], predictions.centerness[b], targets.boxes[b],
-                                                limit=64 if len(picture_boxes) else 0)
+        picture_rows, chosen = select_instances(predictions.class_logits[b], predictions.centerness[b],
+                                                targets.boxes[b], limit=64 if len(picture_boxes) else 0)
         rows.append(picture_rows)
         gt.append(torch.where(chosen, targets.boxes[b, picture_rows], -1))
     return rows, torch.cat(gt)

@@ -31,7 +31,7 @@ def make_backbone(name: str, frozen: bool, stride_in_1x1: bool = False) -> nn.Mo
 def normed(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     """norm(conv(x)). A frozen norm is scale * x + shift, so it goes into the convolution's weight and bias.
 
-    That spares two passes over the map and one over its gradient. The weight that learns stays the one before the scale.
+    That spares two passes over the map and one over its gradient. What learns is still the weight before the scale.
     """
     if not isinstance(norm, FrozenBatchNorm2d):
         return norm(conv(x))
@@ -249,7 +249,7 @@ class BatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             # torch's kernel for channels-last maps on CPUs adds cell after cell in float32: statistics 1e-5 off
-            return super().forward(x.contiguous() if x.device.type == "cpu" else x)
+            return super().forward(x.contiguous() if self.training and x.device.type == "cpu" else x)
         var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
         n = x.new_full((1,), x.numel() // x.shape[1], dtype=torch.float32)
         total, local_mean = SumOverProcesses.apply(torch.cat([n, n * mean])), mean

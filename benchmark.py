@@ -1,6 +1,6 @@
 """What training, inference and data cost on this device, and where the time goes: python benchmark.py
 
-    python benchmark.py                                  all but the next, R-50, two pictures of 480 x 640
+    python benchmark.py                                  R-50, two pictures of 480 x 640, all but what follows
     python benchmark.py --size 800 1333 --device cuda    the paper's size
     python benchmark.py --only annotations               100,000 annotated pictures in memory
     python benchmark.py --growth growth.png              how the cost grows, too (growth.py)
@@ -8,14 +8,16 @@
 
 Times are medians over alternating rounds, in seconds and in Y: one forward pass of torchvision's resnet50 (eval,
 float32, no gradients) over the same number of pictures of the same size, with the same threads, in a process of its own
-(measuring.Yardstick says why). Y makes machines comparable. The limit is what the convolutions of a step would take at the speed of one large convolution, measured
-in the same run. The share of the convolutions is that of PyTorch's operations with "conv" in their name, forward and
-backward, in the time of all operations of a step: what such an operation does to its own input and output, such as
-oneDNN's change of layout, belongs to it. The pictures are made up. Weights are random, so nothing would be found:
-`knowing` puts the boxes into the teacher's and the detector's answers, and its time is not counted.
+(measuring.Yardstick says why). Y makes machines comparable. The limit is what the convolutions of a step would take at
+the speed of one large convolution, measured in the same run. The share of the convolutions is that of PyTorch's
+operations with "conv" in their name, forward and backward, in the time of all operations of a step: what such an
+operation does to its own input and output, such as oneDNN's change of layout, belongs to it. The pictures are made up.
+Weights are random, so nothing would be found: `knowing` puts the boxes into the teacher's and the detector's answers,
+and `drawing` the masks into the mask head's; their time is not counted.
 """
 import argparse
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -49,6 +51,7 @@ from losses import disagreement, pair_weights, rgb_to_lab, similar_colors, weigh
 from measuring import (Clock, Yardstick, made_up_data, many_annotations, medians, peak_memory, process_memory,
                        reset_peak, tensor_peak)
 from model import Predictions
+from options import not_negative
 from pretrained import IMAGENET
 
 # what is timed: (module, function) -> part of the step. A function's time is its own, less that of other parts in it.
@@ -78,6 +81,23 @@ def knowing(predictions: Predictions, boxes: list[torch.Tensor], labels: list[to
     logits[found, targets.labels[found]] = 1.0
     return predictions._replace(class_logits=logits, ltrb=targets.ltrb,
                                 centerness=torch.where(found, 3.0, predictions.centerness))
+
+
+def drawing(clock: Clock, part: str) -> Callable:
+    """model.mask_logits for batches of one picture, which draws an ellipse into each box, in time of the `part`: random
+    weights would draw noise all over the picture."""
+    look = model.mask_logits
+
+    def mask_logits(predictions: Predictions, rows: list[torch.Tensor]) -> torch.Tensor:
+        logits = look(predictions, rows)
+        with clock.part(part):
+            boxes = model.decode_boxes(predictions.ltrb[0], predictions.locations)[rows[0], :, None, None]
+            (x0, y0, x1, y1), (h, w) = boxes.unbind(1), logits.shape[1:]
+            y, x = (torch.arange(n, device=logits.device) * 4 + 2 for n in (h, w))
+            a, b = (2 * x - x0 - x1) / (x1 - x0), (2 * y[:, None] - y0 - y1) / (y1 - y0)
+            return 6 * (1 - (a.square() + b.square()).sqrt())
+
+    return mask_logits
 
 
 class Training:
@@ -203,7 +223,8 @@ def measure_inference(args: argparse.Namespace, folder: Path) -> dict:
     network.forward = forward
     seconds, parts, count = [], defaultdict(list), 0
     amp = pick_amp(args.amp, device)
-    with Yardstick(args.batch_size, args.size, device) as y, clock.watching(INFERENCE, {}):
+    with (Yardstick(args.batch_size, args.size, device) as y, clock.watching(INFERENCE, {}),
+          patch.object(model, "mask_logits", drawing(clock, "not counted"))):
         for number in range(args.rounds + 1):
             ys.append(y.seconds())
             clock.seconds.clear()
@@ -232,8 +253,8 @@ def measure_inference(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def measure_evaluation(args: argparse.Namespace, folder: Path, count: int = 12) -> dict:
-    """Seconds of evaluating `count` pictures of 100 detections, and of its parts: they overlap, so they are more than the
-    whole."""
+    """Seconds of evaluating `count` pictures of 100 detections, and of its parts, which overlap: together they are more
+    than the whole."""
     annotations = made_up_data(folder, count, tuple(args.size), 200)
     network = model.build_model(args.backbone, 80).eval().to(args.device)
     clock, look = Clock(args.device), network.forward
@@ -249,7 +270,8 @@ def measure_evaluation(args: argparse.Namespace, folder: Path, count: int = 12) 
 
     network.forward = forward
     start = clock.now()
-    with clock.watching(INFERENCE, {}), clock.part("loading and the rest"):
+    with (clock.watching(INFERENCE, {}), patch.object(model, "mask_logits", drawing(clock, "made-up masks")),
+          clock.part("loading and the rest")):
         results = evaluate.evaluate(network, annotations, min_size=args.size[0], max_size=args.size[1],
                                     workers=args.workers, device=args.device, amp_dtype=pick_amp(args.amp, args.device),
                                     progress=False)
@@ -406,13 +428,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--device", type=pick_device, default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1")
     add("--backbone", choices=list(IMAGENET), default="r50", help="as from ImageNet: norms and first stage frozen")
-    add("--size", nargs=2, type=positive, default=[480, 640], metavar=("H", "W"), help="of the pictures, pixels")
+    add("--size", nargs=2, type=positive, default=[480, 640], metavar=("H", "W"),
+        help="of the pictures, pixels; at least as wide as high")
     add("--teacher-size", nargs=2, type=positive, metavar=("H", "W"), help="of the teacher's; None: the same")
-    add("--batch-size", type=positive, default=2, help="pictures a step and process")
-    add("--instances", type=positive, default=7, help="boxes a picture")
+    add("--batch-size", type=positive, default=2, help="pictures a step and process, and in Y")
+    add("--instances", type=positive, default=7, help="boxes a picture in training; inference and evaluation have 200, "
+        "of which 100 are found")
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="as in train.py")
     add("--compile", action="store_true", help="as in train.py, of training")
-    add("--workers", type=int, default=0, help="loading processes; 0: loading is in the step's own time")
+    add("--workers", type=not_negative, default=0, help="loading processes; 0: loading is in the step's own time")
     add("--rounds", type=positive, default=5, help="each figure is the median of so many")
     add("--only", nargs="+", choices=MEASURES, default=list(MEASURES)[:-2],
         help="measure these alone; step: no more than a step of training takes; annotations: what a long file of them "
@@ -420,11 +444,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--annotated", type=positive, default=100000, help="pictures of the annotations to load")
     add("--json", metavar="FILE", help="write all figures there")
     add("--growth", metavar="FILE", help="measure how a step grows, too, and draw it there (PNG, growth.py); "
-        "takes minutes")
-    add("--growth-instances", nargs="+", type=positive, default=[8, 32, 128, 512])
+        "takes a quarter of an hour on two cores; alone: --only step --growth FILE")
+    add("--growth-instances", nargs="+", type=positive, default=[8, 32, 128, 512], help="boxes a picture")
     add("--growth-sizes", nargs="+", type=positive, default=[480, 640, 800, 1000], help="shorter sides, pixels")
-    add("--growth-batches", nargs="+", type=positive, default=[1, 2, 4, 8])
-    return parser.parse_args(argv)
+    add("--growth-batches", nargs="+", type=positive, default=[1, 2, 4, 8], help="pictures a step")
+    args = parser.parse_args(argv)
+    if args.size[0] > args.size[1]:
+        parser.error("argument --size: first the shorter side, then the longer one")
+    if args.growth and "RANK" in os.environ:
+        parser.error("argument --growth: it starts its own processes, without torchrun")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -441,7 +470,7 @@ def main(argv: list[str] | None = None) -> None:
         figures = {"about": about}
         if rank == 0:
             print(f"{world_size} x {gpu}, {about['threads']} threads, torch {about['torch']}, {args.backbone}, "
-                  f"{args.batch_size} pictures of {args.size[0]} x {args.size[1]}, {args.instances} boxes each")
+                  f"{args.batch_size} pictures of {args.size[0]} x {args.size[1]}")
         for name in args.only:
             if rank and name not in TOGETHER:
                 continue
@@ -450,12 +479,12 @@ def main(argv: list[str] | None = None) -> None:
                 figures[name] = MEASURES[name](args, Path(folder), *where)
             if rank == 0:
                 show(name, figures[name])
-        if args.growth and world_size == 1:
+                write_json(args.json, figures)
+        if args.growth:
             print("\ngrowth")
             figures["growth"] = measure_growth(args)
             show_growth(figures["growth"])
             draw_growth(figures["growth"], args.growth)
-        if rank == 0:
             write_json(args.json, figures)
         if dist.is_initialized():
             dist.destroy_process_group()

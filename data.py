@@ -171,7 +171,7 @@ AUGMENTATIONS = {
 
 class Batch(NamedTuple):
     """Pictures are uint8 RGB, channels last in memory, padded with zeros at the right and at the bottom to a multiple
-    of 32."""
+    of STRIDE, or COMPILED_STRIDE."""
     images: Tensor                          # (B,3,H,W) clean view at the student's size
     sizes: list[tuple[int, int]]            # true (height, width) within images
     original_sizes: list[tuple[int, int]]   # (height, width) of the files
@@ -191,10 +191,16 @@ class Batch(NamedTuple):
         return self._each_tensor(Tensor.pin_memory)
 
     def _each_tensor(self, change) -> "Batch":
+        done = {}                           # images and teacher_images may be one tensor, and stay one
+
         def changed(value):
             if isinstance(value, list):
                 return [changed(item) for item in value]
-            return change(value) if isinstance(value, Tensor) else value
+            if not isinstance(value, Tensor):
+                return value
+            if id(value) not in done:
+                done[id(value)] = change(value)
+            return done[id(value)]
         return Batch(*map(changed, self))
 
 
@@ -252,8 +258,9 @@ class TrainBatches(torch.utils.data.Dataset):
 
     batch_size: pictures of a micro-step over all world_size processes, a multiple of it; min_sizes: shorter
     sides to draw from, max_size: longest side, teacher_size: (shorter, longest) side or None, all in pixels;
-    augment: one of AUGMENTATIONS; stride: padded to a multiple of it. Raises ValueError for these, DataError where there is no box to learn from,
-    for a picture that has not the stated size, and for 100 undecodable pictures in a row.
+    augment: one of AUGMENTATIONS; stride: batches are padded to a multiple of it. Raises ValueError for these,
+    DataError where there is no box to learn from, for a picture that has not the stated size, and for 100
+    undecodable pictures in a row.
 
     Which pictures item k has follows from (seed, k, batch_size); their sizes, flips and colours from (seed,
     k, place in the batch). So workers, restarts and the number of processes change nothing, and no state of

@@ -76,7 +76,7 @@ def over_pictures(model: torch.nn.Module, annotations: CocoBoxes, title: str,
     silent = True if rank or not progress else None  # None: silent only where stderr is no terminal
     was_training = model.training
     model.eval()
-    found, working = [], []
+    found, working, threads = [], [], torch.get_num_threads()
     try:
         # of one core: on a CPU the network has all of them, and must not wait for a second team of threads
         with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
@@ -87,6 +87,7 @@ def over_pictures(model: torch.nn.Module, annotations: CocoBoxes, title: str,
                 found += [one.result() for one in working]
                 working = [thread.submit(work, predictions, batch)]
             found += [one.result() for one in working]
+            thread.submit(torch.set_num_threads, threads).result()  # of threads that start later it is the number, too
     finally:
         model.train(was_training)
     return gather(found)
@@ -354,7 +355,7 @@ def run(args: argparse.Namespace) -> None:
     results = evaluate(model, annotations, rescore=rescore, score_threshold=args.score_threshold, **how)
     if args.score_quality:
         rows = over_pictures(model, annotations, "score quality",
-                             lambda *batch: matches(*batch, args.score_threshold), **how)
+                             lambda predictions, batch: matches(predictions, batch, args.score_threshold), **how)
     if rank == 0:
         write_json(args.results, results)
         if not len(annotations.boxes):

@@ -59,6 +59,7 @@ def step(args: argparse.Namespace, processes: int | None = None, **changed) -> d
             value = setting[option]
             if value is not None:
                 command += ["--" + option.replace("_", "-"), *map(str, value if isinstance(value, list) else [value])]
+        command += ["--compile"] * setting["compile"]
         run = subprocess.run(command, capture_output=True, text=True,
                              env=os.environ | ({} if processes is None else {"OMP_NUM_THREADS": "1"}))
         if run.returncode:

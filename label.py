@@ -22,7 +22,8 @@ from torchvision.ops import box_iou
 from assign import LEVEL_RANGES, assign_masks, box_masks, picture_targets
 from coco import CocoBoxes, DataError
 from data import TestImages, readable_batches
-from model import CondInst, Locations, Predictions, detect, mask_logits, paste_masks
+from model import CondInst, Detections, Locations, Predictions, detect, mask_logits
+from pasting import paste_masks
 from runlengths import encode
 from teacher import mask_aware_score
 
@@ -70,10 +71,12 @@ def assigned_rows(picture: Predictions, boxes: Tensor, size: tuple[int, int], sc
                   classes: Tensor | None) -> tuple[Tensor, Tensor]:
     """Alg. 1: the location (G,) whose mask a box is given, -1 for none, and its mask-aware score (G,). On the CPU."""
     found = detect(picture, limit=100 if classes is None else max(100, 2 * len(boxes)))
-    logits, iou = mask_logits(picture, [found.rows]), box_iou(found.boxes, boxes)
+    iou = box_iou(found.boxes, boxes)
     if classes is not None:
         iou = iou * ((found.labels[:, None] == classes) | (classes < 0))
-    h, w = cells(size)
+    able = (iou >= 0.5).any(1)
+    found, iou = Detections(*(x[able] for x in found)), iou[able]
+    logits, (h, w) = mask_logits(picture, [found.rows]), cells(size)
     s = mask_aware_score(found.scores, logits.sigmoid()[:, :h, :w], box_masks(found.boxes, h, w), iou)
     match = assign_masks(iou, s, score_threshold=score_threshold).cpu()
     rows = torch.where(match >= 0, torch.cat([found.rows.cpu(), torch.tensor([-1])])[match], -1)

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from coco import CocoBoxes, DataError, warn
 from data import Batch, Draw, TrainBatches, canvas_of, collate
-from model import CondInst, Instances, paste_masks
+from model import CondInst, Instances
+from pasting import paste_masks
 from runlengths import decode
 from schedule import Plan, learning_rate, ramp_factor
 from teacher import label

@@ -54,8 +54,10 @@ def detection_losses(predictions: Predictions, targets: Targets) -> dict[str, Te
     num_positives = over_processes(positive.sum())
     ltrb = torch.where(positive[..., None], targets.ltrb, 1.0)  # a box at the background too: whatever, but not 0 / 0
     centerness = centerness_of(ltrb) * positive
-    box = (centerness * giou_loss(predictions.ltrb, ltrb)).sum()
-    center = F.binary_cross_entropy_with_logits(predictions.centerness, centerness, reduction="none")
+    # what is said of the background does not matter either, not even where it is not finite
+    box = (centerness * giou_loss(torch.where(positive[..., None], predictions.ltrb, 1.0), ltrb)).sum()
+    center = F.binary_cross_entropy_with_logits(torch.where(positive, predictions.centerness, 0.0), centerness,
+                                                reduction="none")
     return {"loss_cls": focal / num_positives,
             "loss_box": box / over_processes(centerness.sum(), 1e-6),
             "loss_centerness": (center * positive).sum() / num_positives}

@@ -83,9 +83,9 @@ def medians(rounds: int, device: torch.device, **works: Callable[[], object]) ->
 class Yardstick:
     """Y: a forward pass of torchvision's resnet50 (eval, float32, no gradients) over `batch_size` pictures of `size`.
 
-    In a process of its own, whose memory is that of a program that does nothing else: in ours Y came out anywhere between
-    0.6 and 1.0 s on one machine. Half of a Y can go into fetching fresh memory for its large maps from the system, or none
-    where the process happens to hold memory that is free. It computes only while it is asked.
+    In a process of its own, whose memory is that of a program that does nothing else: in ours Y came out anywhere
+    between 0.6 and 1.0 s on one machine. Half of a Y can go into fetching fresh memory for its large maps from the
+    system, or none where the process happens to hold memory that is free. It computes only while it is asked.
     """
 
     def __init__(self, batch_size: int, size: list[int], device: torch.device):

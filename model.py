@@ -6,7 +6,7 @@ Read from top to bottom as a picture travels through it:
                                      |
                                      +-> mask branch -> mask features at stride 8
     controller + mask features -> dynamic mask head -> mask logits at stride 4
-    all of it -> detect -> paste -> Instances of the picture
+    all of it -> detect -> paste (pasting.py) -> Instances of the picture
 
 Teacher and student are two of these with different weights. Sources: FCOS (Tian et al., ICCV 2019),
 CondInst (Tian et al., ECCV 2020).

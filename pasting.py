@@ -30,7 +30,7 @@ def aligned_bilinear(x: Tensor, factor: int) -> Tensor:
 
 
 BAND = 128       # columns of a mask whose probabilities exist at once
-CHUNK = 2 ** 26  # pixels of masks that go to the CPU at once: 64 MiB
+CHUNK_PIXELS = 2 ** 26  # pixels of masks that go to the CPU at once: 64 MiB
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def paste_masks(logits: Tensor, size: tuple[int, int], output_size: tuple[int, i
         windows[:, 2:] = np.minimum(windows[:, 2:], within[:, 2:].cpu().numpy())
     w, h = (windows[:, 2:] - windows[:, :2]).clip(0).T
     rles, quality = [], p.new_zeros(len(p))
-    for chunk in np.split(np.arange(len(p)), np.flatnonzero(np.diff(np.cumsum(w * h) // CHUNK)) + 1):
+    for chunk in np.split(np.arange(len(p)), np.flatnonzero(np.diff(np.cumsum(w * h) // CHUNK_PIXELS)) + 1):
         areas = (w * h)[chunk].tolist()
         pixels = torch.empty(sum(areas), dtype=torch.bool, device=p.device)
         with torch.autocast(p.device.type, enabled=False):

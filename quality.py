@@ -59,7 +59,7 @@ def matches(predictions: Predictions, batch: Batch, score_threshold: float = 0.0
         box = box_masks(found.boxes, h, w)
         scores = [score(found.scores, p, box, iou) for score in SCORE_FUNCTIONS.values()]  # mask-aware first
 
-        match = assign_masks(iou, scores[0]).to(boxes.device)                                       # (G,)
+        match = assign_masks(iou, scores[0])                                     # (G,)
         given, inside = match >= 0, box_masks(boxes, h, w)
         mask, truth = (p[match] > 0.5) & inside, true_masks[:, :h, :w] & inside                     # (G, h, w)
         union = (mask | truth).sum((1, 2)).clamp(min=1)

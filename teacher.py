@@ -13,7 +13,8 @@ from torchvision.ops import box_iou, clip_boxes_to_image
 
 from assign import assign_masks, box_masks
 from data import Batch
-from model import CondInst, Detections, Predictions, detect, mask_logits, paste_masks
+from model import CondInst, Detections, Predictions, detect, mask_logits
+from pasting import paste_masks
 from runlengths import decode
 
 SCORES = ("mask-aware", "cls", "iou", "mean-entropy")  # Table 5; "released", see released_masks, is a way of its own
@@ -41,13 +42,16 @@ def ema_momentum(iteration: int, ceiling: float = 0.999) -> float:
 
 
 @torch.no_grad()
-def update(teacher: CondInst, student: CondInst, momentum: float | Tensor, statistics: bool = False) -> None:
-    """EMA of the parameters. momentum: alpha; as a tensor of one float64 where only the device knows it.
+def update(teacher: CondInst, student: CondInst, momentum: float, statistics: bool = False,
+           skipped: Tensor | None = None) -> None:
+    """EMA of the parameters.
 
     statistics: take over the student's batch norm statistics, for an average that sees no pictures of its own.
+    skipped: bool of one element, of which only the device knows whether it is true: then the parameters stay.
     """
-    theta, xi, weight = list(teacher.parameters()), list(student.parameters()), 1 - momentum
-    torch._foreach_lerp_(theta, xi, [weight.to(theta[0])] * len(theta) if isinstance(weight, Tensor) else weight)
+    theta, xi = list(teacher.parameters()), list(student.parameters())
+    weight = torch.full((), 1 - momentum, device=theta[0].device)
+    torch._foreach_lerp_(theta, xi, [weight if skipped is None else weight * ~skipped] * len(theta))
     if statistics:
         for own, students in zip(teacher.buffers(), student.buffers()):
             own.copy_(students)

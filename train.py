@@ -10,9 +10,9 @@ Everything that changes over a run (pictures, learning rate, EMA momentum, ramps
 a run that is stopped, killed or started on other processes goes on from its last checkpoint as if nothing had been.
 """
 import argparse
+import contextlib
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -31,18 +31,15 @@ from torch.utils.data import DataLoader
 
 import checkpoint
 import teacher as teacher_module
-from backbone import BACKBONES
 from boxteacher import compute_losses, total_loss
 from checkpoint import CheckpointError
 from coco import NAMES, CocoBoxes, DataError, category_problems, datasets, raise_first
-from data import (AUGMENTATIONS, COMPILED_STRIDE, STRIDE, Batch, TrainBatches, check_sizes, ignore_signals,
-                  positive)
-from evaluate import (coco_metrics, evaluate, output_file, pick_amp, pick_device, print_tables, probability,
-                      start_distributed)
+from data import COMPILED_STRIDE, STRIDE, Batch, TrainBatches, check_sizes, ignore_signals
+from evaluate import coco_metrics, evaluate, output_file, pick_amp, print_tables, start_distributed
 from log import Log, LogError, draw_sheet, summary_writer
 from model import CondInst, build_model
-from pretrained import IMAGENET
-from schedule import RECIPES, SCHEDULES, learning_rate, make_plan, ramp_factor
+from options import parse_arguments
+from schedule import RECIPES, learning_rate, make_plan, ramp_factor
 
 
 class TrainingError(Exception):
@@ -89,40 +86,22 @@ def train_step(run: "Run", batches: list[Batch], iteration: int, stop_asked: boo
     if args.clip_grad:
         nn.utils.clip_grads_with_norm_(run.parameters, args.clip_grad, norm)
     skipped = ~norm.isfinite()
-    if not run.scaler.is_enabled():  # else the scaler says the same
-        run.optimizer.found_inf = skipped.float()  # where this is 1 a fused optimiser leaves all as it is
-    run.scaler.step(run.optimizer)
+    run.optimizer.found_inf = skipped.float()  # where this is 1 a fused optimiser leaves all as it is
+    run.optimizer.step()
     for now, before in zip(run.statistics, statistics):
         now.copy_(torch.where(skipped, before, now))
     if run.teacher is not None:
-        alpha = torch.full((), teacher_module.ema_momentum(iteration + 1, args.ema), dtype=torch.float64, device=run.device)
-        teacher_module.update(run.teacher, run.model, torch.where(skipped, 1.0, alpha),
-                              statistics=args.method != "boxteacher")
+        alpha = teacher_module.ema_momentum(iteration + 1, args.ema)
+        teacher_module.update(run.teacher, run.model, alpha, statistics=args.method != "boxteacher", skipped=skipped)
     # with fp16 a gradient may overflow while the loss is finite: the scaler then scales less, down to 1 in earnest
-    excused = run.scaler.is_enabled() and run.scaler.get_scale() > 1
-    broken = ~losses["loss"].isfinite() if excused else skipped
+    scale = run.scaler.scale(torch.ones((), device=run.device))  # 1 without fp16
+    broken = skipped & (~losses["loss"].isfinite() | (scale <= 1))
     flags = torch.stack([broken, torch.full_like(broken, stop_asked)]).float()
     if run.world_size > 1:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     return StepResult(losses, counts, norm, skipped, *flags.bool())
-
-
-class Verdict:
-    """What a step's `broken` and `stop` say, once their copy has reached the host: it waits for that alone, not for
-    what the device was given to do since."""
-
-    def __init__(self, result: StepResult):
-        self.flags = torch.stack([result.broken, result.stop]).to("cpu", non_blocking=True)
-        self.copied = torch.cuda.Event() if result.broken.is_cuda else None
-        if self.copied:
-            self.copied.record()
-
-    def read(self) -> tuple[bool, bool]:
-        if self.copied:
-            self.copied.synchronize()
-        return tuple(self.flags.tolist())
 
 
 # ------------------------------------------------------------------------------------------------------ the run
@@ -169,13 +148,15 @@ class Run:
         if args.optimizer == "sgd":
             self.optimizer = torch.optim.SGD(self.parameters, self.plan.lr, momentum=0.9, weight_decay=self.decay,
                                              fused=True)
-            for p in self.parameters:  # where the first step is skipped torch would leave them as memory happened to be
-                self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         else:
             self.optimizer = torch.optim.AdamW(self.parameters, self.plan.lr, weight_decay=self.decay, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
         if state is not None:
             self.resume(state)
+        if args.optimizer == "sgd":
+            for p in self.parameters:  # where the first step is skipped torch would leave them as memory happened to be
+                if self.optimizer.state[p].get("momentum_buffer") is None:
+                    self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         for network in (self.model, self.teacher) if args.compile else ():
             if network is not None:
                 network.compile_convolutions()
@@ -206,12 +187,12 @@ class Run:
         self.model.load_state_dict(state["student"])
         if self.teacher is not None:
             self.teacher.load_state_dict(state["teacher"])
+        for group in state["optimizer"]["param_groups"]:  # which older checkpoints have not fused
+            group |= {"weight_decay": self.decay, "fused": True, "foreach": False}
         self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["weight_decay"], group["fused"], group["foreach"] = self.decay, True, False
-        for p, its in self.optimizer.state.items():  # fused optimisers go through memory: it shall be laid out alike
-            for name, value in its.items():
-                its[name] = torch.empty_like(p).copy_(value) if value.shape == p.shape else value
+        for p, kept in self.optimizer.state.items():  # fused optimisers go through memory: it shall be laid out alike
+            for name, value in kept.items():
+                kept[name] = torch.empty_like(p).copy_(value) if value.shape == p.shape else value
         if state["scaler"]:  # empty where the run had no fp16 so far
             self.scaler.load_state_dict(state["scaler"])
         self.iteration = state["iteration"]
@@ -261,6 +242,14 @@ def draw_labels(run: Run, log: Log, annotations: CocoBoxes) -> None:
         log.reset()  # its time is not that of an iteration
 
 
+def look(run: Run, log: Log, annotations: CocoBoxes, validation: CocoBoxes | None) -> None:
+    """Draw labels and evaluate. Not compiled: their pictures are not padded to few sizes."""
+    with torch.compiler.set_stance("force_eager") if run.args.compile else contextlib.nullcontext():
+        draw_labels(run, log, annotations)
+        if validation is not None:
+            run_evaluation(run, log, validation)
+
+
 class StopSignals:
     """SIGTERM or SIGINT: remember it, so that the step in hand is finished and saved. A second one ends at once."""
 
@@ -287,9 +276,40 @@ def check_skipped(batches: list[Batch], broken: set[str], pictures: int) -> None
         raise TrainingError(f"{len(broken)} pictures cannot be decoded, the last: {note}")
 
 
-def report_nonfinite(run: Run, iteration: int, batches: list[Batch], result: StepResult) -> None:
+class Verdicts:
+    """What steps say of themselves, `broken` and `stop`, read by the host a step later: it waits until a step's copy is
+    there, while the device does the next one."""
+
+    def __init__(self, run: Run):
+        self.run, self.unread, self.broken_in_a_row = run, [], 0
+
+    def add(self, batches: list[Batch], result: StepResult) -> None:
+        """Of the step at run.iteration."""
+        flags = torch.stack([result.broken, result.stop]).to("cpu", non_blocking=True)
+        copied = torch.cuda.Event() if result.broken.is_cuda else None
+        if copied:
+            copied.record()
+        image_ids = [i for batch in batches for i in batch.image_ids]
+        self.unread.append((self.run.iteration, image_ids, result, flags, copied))
+
+    def read(self, all_of_them: bool) -> bool:
+        """All but the last step's, or all: -> whether a stop was asked for. TrainingError at the third broken step in a
+        row."""
+        stop = False
+        while len(self.unread) > (0 if all_of_them else 1):
+            *seen, flags, copied = self.unread.pop(0)
+            if copied:
+                copied.synchronize()
+            broken, asked = flags.tolist()
+            self.broken_in_a_row, stop = self.broken_in_a_row + 1 if broken else 0, stop or asked
+            if self.broken_in_a_row == 3:
+                report_nonfinite(self.run, *seen)
+        return stop
+
+
+def report_nonfinite(run: Run, iteration: int, image_ids: list[int], result: StepResult) -> None:
     """Write what each process saw to nonfinite.json and end the run. The checkpoint before it stays as it is."""
-    seen = {"rank": run.rank, "image_ids": [i for batch in batches for i in batch.image_ids],
+    seen = {"rank": run.rank, "image_ids": image_ids,
             "gradient_norm": str(float(result.norm)),
             "losses": {name: str(float(value)) for name, value in result.losses.items()}}  # JSON has no NaN
     everyone = [seen]
@@ -310,7 +330,7 @@ def train(run: Run, batches: TrainBatches, validation: CocoBoxes | None, signals
     loader = DataLoader(batches, batch_size=None, sampler=range(run.iteration * k, plan.iterations * k),
                         num_workers=args.workers, collate_fn=TrainBatches.collate, worker_init_fn=ignore_signals,
                         pin_memory=run.device.type == "cuda")
-    undecodable, bad_in_a_row, unread = set(), 0, []
+    undecodable, verdicts = set(), Verdicts(run)
     log = Log(run.out, plan, run.iteration, run.rank, run.world_size, args.tensorboard)
     micro_batches = iter(loader)
     while run.iteration < plan.iterations:
@@ -320,154 +340,25 @@ def train(run: Run, batches: TrainBatches, validation: CocoBoxes | None, signals
         check_skipped(now, undecodable, len(batches.annotations))
 
         result = train_step(run, now, run.iteration, bool(signals.asked))
-        unread.append((run.iteration, now, result, Verdict(result)))
+        verdicts.add(now, result)
         log.step(result.losses, result.counts, result.skipped, waited)
         run.iteration += 1
         pause = run.iteration == plan.iterations or run.iteration % args.eval_every == 0  # to look at the model
-        due = pause or run.iteration % args.log_every == 0
-
-        # each verdict is read a step later, so that the device has work meanwhile; the log waits for it anyway
-        stop = False
-        while len(unread) > (0 if due else 1):
-            iteration, *seen, verdict = unread.pop(0)
-            broken, asked = verdict.read()
-            bad_in_a_row, stop = bad_in_a_row + 1 if broken else 0, stop or asked
-            if bad_in_a_row == 3:
-                report_nonfinite(run, iteration, *seen)
-
-        if due or stop:
+        logging = pause or run.iteration % args.log_every == 0
+        saving = pause or run.iteration % args.checkpoint_every == 0
+        stop = verdicts.read(all_of_them=logging or saving)  # these wait for the device anyway
+        if logging or stop:
             log.write(run.iteration)
-        if run.iteration % args.checkpoint_every == 0 or pause or stop:
+        if saving or stop:
             run.save()
         if stop:
             return signals.asked or signal.SIGTERM
         if pause:
-            draw_labels(run, log, batches.annotations)
-        if pause and validation is not None:
-            run_evaluation(run, log, validation)
+            look(run, log, batches.annotations, validation)
     return 0
 
 
-# ------------------------------------------------------------------------------------------------- command line
-
-
-def not_negative(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is less than 0")
-    return int(text)
-
-
-def not_negative_float(text: str) -> float:
-    if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
-    return float(text)
-
-
-def positive_float(text: str) -> float:
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return float(text)
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train instance segmentation from boxes.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-
-    add = parser.add_argument_group("data").add_argument
-    add("--data", default="coco", help="coco, cityscapes, shapes (under datasets/), or a folder in COCO layout")
-    add("--train-json", metavar="FILE", help="annotations to train on, in place of those of --data; boxes suffice")
-    add("--train-images", metavar="DIR", help="the pictures of --train-json")
-    add("--val-json", metavar="FILE", help="annotations to evaluate on; none: no evaluation with --train-json")
-    add("--val-images", metavar="DIR", help="the pictures of --val-json")
-    add("--min-size", type=positive, nargs="+", default=[640, 672, 704, 736, 768, 800], metavar="PIXELS",
-        help="shorter sides to draw from, pixels")
-    add("--max-size", type=positive, default=1333, metavar="PIXELS", help="longest side, pixels")
-    add("--augment", choices=AUGMENTATIONS, default="none", help="colour augmentation of the student's view (Table 9)")
-    add("--workers", type=not_negative, default=4, help="loading processes of each process")
-
-    add = parser.add_argument_group("model").add_argument
-    add("--method", choices=["boxteacher", "boxinst", "condinst"], default="boxteacher",
-        help="boxinst: box losses only; condinst: the masks of the annotations")
-    add("--backbone", choices=BACKBONES, default="r50",
-        help="r18-slim is half as wide and has no ImageNet weights")
-    add("--channels", type=positive, default=256, help="width of FPN and heads, a multiple of 32")
-    add("--backbone-weights", default="imagenet", metavar="imagenet|none|FILE",
-        help="imagenet: torchvision's; FILE: torchvision's too, detectron2's R-50.pkl or R-101.pkl of MSRA, or the "
-        "Swin authors' .pth, the last two as BoxTeacher uses them; none: from scratch, all of it learns (a backbone of "
-        "your own may bring its weights)")
-    add("--init", metavar="CKPT", help="start from these weights, the averaged ones where there are any (not the class "
-        "layer where classes differ); also released ones of BoxTeacher or AdelaiDet")
-
-    add = parser.add_argument_group("teacher and losses").add_argument
-    add("--teacher-min-size", type=positive, default=800, metavar="PIXELS",
-        help="shorter side for the teacher and for tests, pixels")
-    add("--teacher-max-size", type=positive, default=1333, metavar="PIXELS",
-        help="longest side for the teacher and for tests, pixels")
-    add("--ema", type=probability, default=0.999, help="momentum of the average of the weights: the teacher")
-    add("--average", action="store_true", help="boxinst and condinst: average the weights too and evaluate these "
-        "(Table 7); nothing is labelled")
-    add("--score", choices=[*teacher_module.SCORES, "released"], default="mask-aware",
-        help="weight of a pseudo mask (Table 5); released: the authors' program's, with its binary masks")
-    add("--pixel-loss", choices=["dice", "bce", "avg", "none"], default="dice", help="on pseudo masks (Table 3)")
-    add("--measure-labels", action="store_true", help="where the training annotations have masks, log the mean IoU of "
-        "the teacher's with them, and of the student's (label_iou, student_iou); nothing is learnt from them")
-    add("--lambda-pixel", type=not_negative_float, default=0.5, help="its weight (Eq. 2)")
-    add("--lambda-affinity", type=not_negative_float, default=0.1, help="weight of the affinity loss (Eq. 2)")
-
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--schedule", choices=SCHEDULES, default="1x", help="90k, 180k or 270k iterations of 16 pictures")
-    add("--iters", type=positive, help="number of iterations, in place of --schedule")
-    add("--batch-size", type=positive, default=16,
-        help="pictures per optimiser step, over all processes and micro-steps")
-    add("--accumulate", type=positive, default=1, help="micro-steps per optimiser step")
-    add("--optimizer", choices=RECIPES, help="sgd with momentum 0.9, or adamw; None: adamw for swin, else sgd")
-    add("--lr", type=positive_float, help="peak learning rate; None: 0.01 (sgd) or 1e-4 (adamw) x batch size / 16")
-    add("--lr-decay", choices=["steps", "cosine"], default="steps",
-        help="steps: to a tenth where the schedule says, with --iters after 2/3 and 8/9")
-    add("--warmup", type=not_negative, help="iterations of linear warm-up; None: 1000, at most a twentieth of the run")
-    add("--ramp", type=positive, help="iterations in which the pairwise and pseudo-mask losses reach their full "
-        "weight; None: 10000 of 16 pictures, at most a ninth of the run")
-    add("--weight-decay", type=not_negative_float, help="None: 1e-4 (sgd) or 0.05 (adamw)")
-    add("--clip-grad", type=positive_float, help="largest norm of the gradient; None: any")
-    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
-        help="auto: bf16 or else fp16 on CUDA, off on CPU")
-
-    add("--compile", action="store_true", help="torch.compile for backbone, FPN and towers, and padding to multiples of "
-        "128 pixels, so that there are few sizes: each one's first step takes minutes")
-
-    add = parser.add_argument_group("run").add_argument
-    add("--device", type=pick_device, default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1")
-    add("--seed", type=not_negative, default=0,
-        help="of the first weights, the order of pictures and their augmentation")
-    add("--out", metavar="DIR", help="run folder; None: runs/<method>-<backbone>-<data>")
-    add("--fresh", action="store_true", help="move an earlier run in OUT aside instead of going on with it")
-    add("--eval-every", type=positive, default=10000, help="iterations between evaluations, and between drawings of "
-        "masks on training pictures (OUT/labels-*.png); one more at the end")
-    add("--checkpoint-every", type=positive, default=5000, help="iterations between checkpoints")
-    add("--log-every", type=positive, default=20, help="iterations between log lines")
-    add("--tensorboard", action="store_true", help="write what metrics.jsonl says for TensorBoard too, into "
-        "OUT/tensorboard (pip install tensorboard)")
-
-    args = parser.parse_args(argv)
-    # torchrun starts all processes again with the same arguments when one has died: then the run goes on
-    args.fresh = args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    args.optimizer = args.optimizer or ("adamw" if args.backbone.startswith("swin") else "sgd")
-    if args.average and args.method == "boxteacher":
-        parser.error("--average is for --method boxinst and condinst: boxteacher's teacher is that average")
-    if args.channels % 32:
-        parser.error("--channels must be a multiple of 32")
-    if args.batch_size % (args.accumulate * int(os.environ.get("WORLD_SIZE", 1))):
-        parser.error("--batch-size must be a multiple of --accumulate times the number of processes")
-    if args.init and args.backbone_weights not in ("imagenet", "none"):
-        parser.error("--backbone-weights FILE and --init exclude each other: --init brings all weights")
-    if args.backbone not in IMAGENET and args.backbone_weights == "imagenet":
-        parser.error(f"--backbone {args.backbone} has no ImageNet weights here: add --backbone-weights none")
-    for one, two in (("train_json", "train_images"), ("val_json", "val_images")):
-        if (getattr(args, one) is None) != (getattr(args, two) is None):
-            parser.error(f"--{one} and --{two} go together".replace("_", "-"))
-    data = Path(args.train_json).stem if args.train_json else Path(args.data).name
-    args.out = args.out or f"runs/{args.method}-{args.backbone}-{data}"
-    return args
+# ------------------------------------------------------------------------------------------------- the program
 
 
 def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoBoxes, CocoBoxes | None]:

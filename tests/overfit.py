@@ -27,7 +27,8 @@ from assign import fcos_targets
 from checkpoint import load_model
 from coco import CocoBoxes
 from data import TestImages
-from model import mask_logits, paste_masks
+from model import mask_logits
+from pasting import paste_masks
 from runlengths import decode
 
 PICTURES = (81, 394, 502, 525891)

@@ -2,6 +2,7 @@
 never for a test."""
 import argparse
 import json
+import math
 import subprocess
 import threading
 import time
@@ -14,6 +15,7 @@ from PIL import Image
 import benchmark
 import growth
 import losses
+from assign import box_masks
 from benchmark import knowing
 from coco import CocoBoxes, DataError
 from measuring import Clock, made_up_data, many_annotations, medians, process_memory, tensor_peak
@@ -69,6 +71,17 @@ def test_knowing_finds_the_boxes():
     found = detect(knowing(picture, [boxes], [torch.tensor([1, 2])]))
     assert found.labels.tolist() == [1, 2] or found.labels.tolist() == [2, 1]
     assert torch.allclose(found.boxes[found.labels.argsort()], boxes, atol=1e-3)
+
+
+def test_drawing_draws_an_ellipse_into_each_box(monkeypatch):
+    picture, box = random_picture(96, 128), torch.tensor([[16.0, 24, 80, 64]])
+    known = knowing(picture, [box], [torch.tensor([1])])
+    monkeypatch.setattr(benchmark.model, "mask_logits", lambda *_: torch.randn(2, 24, 32))
+    clock = Clock(torch.device("cpu"))
+    masks = benchmark.drawing(clock, "part")(known, [detect(known).rows.repeat(2)[:2]]) > 0
+    assert (masks & ~box_masks(box, 24, 32)).sum() == 0 and (masks.sum((1, 2)) * 16 / (64 * 40)).tolist() == \
+        pytest.approx([math.pi / 4] * 2, abs=0.02)
+    assert list(clock.seconds) == ["part"]
 
 
 def test_made_up_data_are_a_data_set(tmp_path):

@@ -18,7 +18,7 @@ import checkpoint
 import train
 from checkpoint import CheckpointError, initialise, load, load_latest, load_model, save
 from model import build_model
-from test_train import (SMALL, command, drawn, losses_of, metrics, one_line_error,  # noqa: F401
+from test_train import (SMALL, command, drawn, losses_of, metrics, new_run, one_batch, one_line_error,  # noqa: F401
                         only_training, same, warm)
 
 CLASSES = [{"id": 3, "name": "cat"}, {"id": 17, "name": "dog"}]
@@ -437,6 +437,29 @@ def test_init_from_the_command_line(drawn, warm, tmp_path, capsys):
 def test_a_run_is_not_continued_with_another_optimiser_or_method(drawn, warm, straight, capsys, change, message):
     assert command(*options_of(drawn, warm, straight, *change)) == 1
     assert message in one_line_error(capsys)
+
+
+@pytest.mark.parametrize("optimizer, name", [("sgd", "momentum_buffer"), ("adamw", "exp_avg")])
+def test_the_optimisers_state_is_laid_out_as_the_weights(drawn, warm, tmp_path, optimizer, name):
+    """A checkpoint may have it in another layout, as those from before the weights had their channels last; a fused
+    optimiser goes through memory and would mix everything up."""
+    options = ("--init", str(warm), "--iters", "100", "--optimizer", optimizer)
+    run, annotations = new_run(drawn, tmp_path, *options)
+    batch = one_batch(annotations)
+    train.train_step(run, [batch], 50, False)
+    run.iteration = 51
+    run.save()
+    state = load(tmp_path / "last.pt")
+    for its in state["optimizer"]["state"].values():
+        for key, value in its.items():
+            its[key] = value.contiguous()
+    torch.save(state, tmp_path / "last.pt")
+    again, _ = new_run(drawn, tmp_path, *options)
+    for one in (run, again):
+        train.train_step(one, [batch], 51, False)
+    assert same(run.model.state_dict(), again.model.state_dict())
+    kept = [(p, its[name]) for p, its in again.optimizer.state.items()]
+    assert len(kept) > 50 and all(p.stride() == x.stride() and x.any() for p, x in kept)
 
 
 def test_going_on_with_another_weight_decay_and_precision(drawn, warm, tmp_path, monkeypatch, capsys):

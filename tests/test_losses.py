@@ -450,6 +450,31 @@ def test_noise_aware_sum_by_hand():
     assert nothing["loss_pixel"].item() == nothing["loss_affinity"].item() == 0
 
 
+@pytest.mark.parametrize("pixel_loss", ["dice", "bce", "avg"])
+def test_what_fills_up_counts_nothing(pixel_loss):
+    """Instances of box -1 change no loss, get no gradient, and take no part in a mean; alone they cost 0."""
+    torch.manual_seed(0)
+    boxes = torch.tensor([[4.0, 4, 40, 30], [20, 16, 60, 44]])
+    inside, valid, image = box_masks(boxes, 12, 16), torch.ones(1, 12, 16, dtype=torch.bool), torch.tensor([0, 0])
+    colors = [c[image] for c in similar_colors(torch.rand(1, 3, 48, 64) * 60)]
+    masks, scores = inside * torch.rand(2, 12, 16), torch.tensor([0.9, 0.4])
+    own, filling = torch.randn(3, 12, 16), torch.randn(2, 12, 16)
+
+    def losses(logits, gt):
+        logits, terms = logits.requires_grad_(), disagreement(logits)
+        weights = pair_weights(colors, inside, valid, image)
+        affinity = pair_weights(alike_labels(refine(masks)), inside, valid, image)
+        found = (box_supervised_losses(logits, terms, inside, weights, torch.tensor(gt))
+                 | mask_supervised_losses(logits, terms, masks, scores, affinity, torch.tensor(gt), pixel_loss))
+        return torch.stack([*found.values()]), torch.autograd.grad(sum(found.values()), logits)[0]
+
+    expected, gradient = losses(own.clone(), [0, 1, 1])
+    found, with_filling = losses(torch.cat([own, filling]), [0, 1, 1, -1, -1])
+    assert torch.allclose(found, expected) and (expected > 0).all()
+    assert torch.allclose(with_filling[:3], gradient) and not with_filling[3:].any()
+    assert not losses(filling.clone(), [-1, -1])[0].any()
+
+
 # ---------------------------------------------------------------- everything on a network: no boxes, autocast
 
 

@@ -1,8 +1,8 @@
 """A training step on a GPU that is not there: nothing in it makes the host wait for the device.
 
-PyTorch's fake tensors have shapes and devices but no numbers. On them whatever needs a number (`item`, `nonzero`, a mask
-as an index) is an error, and a copy between host and device can be seen. Not tried is what waits by its nature: NMS and
-the choice of the detections that overlap a box, once a step and together (teacher.overlapping).
+PyTorch's fake tensors have shapes and devices but no numbers. On them whatever needs a number (`item`, `nonzero`, a
+mask as an index) is an error, and a copy between host and device can be seen. Not tried is what waits by its nature:
+the teacher's NMS and the choice of its detections that overlap a box (teacher.overlapping).
 """
 from types import SimpleNamespace
 
@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import teacher as teacher_module
 import train
 from data import Batch
+from log import Log
 from model import Detections, build_model, constant
 from schedule import make_plan
 from teacher import make_teacher
@@ -49,7 +50,7 @@ def to_gpu(network: nn.Module) -> None:
                     tensors[name] = nn.Parameter(fake, x.requires_grad) if isinstance(x, nn.Parameter) else fake
 
 
-def a_batch() -> Batch:
+def a_batch(masks: bool) -> Batch:
     def pictures():
         return torch.empty(2, 3, 64, 96, dtype=torch.uint8, device=GPU)
 
@@ -57,7 +58,8 @@ def a_batch() -> Batch:
     return Batch(images=pictures(), sizes=sizes, original_sizes=sizes, image_ids=[1, 2],
                  boxes=[torch.empty(n, 4, device=GPU) for n in (3, 0)],
                  labels=[torch.empty(n, dtype=torch.int64, device=GPU) for n in (3, 0)], augmented=pictures(),
-                 teacher_images=pictures(), teacher_sizes=sizes, masks=None, skipped=[])
+                 teacher_images=pictures(), teacher_sizes=sizes, skipped=[],
+                 masks=[torch.empty(n, 16, 24, dtype=torch.bool, device=GPU) for n in (3, 0)] if masks else None)
 
 
 def some_found(found, boxes, *_):
@@ -68,8 +70,8 @@ def some_found(found, boxes, *_):
     return found, numbers(5, len(boxes))
 
 
-@pytest.fixture
-def a_run(monkeypatch):
+@pytest.fixture(params=["boxteacher", "boxinst", "condinst"])
+def a_run(request, monkeypatch, tmp_path):
     """-> a function that does a step of a run on the GPU that is not there, and says what was copied."""
     def backward(loss):
         for p in run.parameters:
@@ -81,13 +83,14 @@ def a_run(monkeypatch):
     monkeypatch.setattr(torch, "_fused_sgd_", lambda *_, **__: None)  # one kernel, of which there is no fake
     student = build_model("r18", 3, channels=32).train()
     teacher = make_teacher(student)
-    args = SimpleNamespace(method="boxteacher", score="mask-aware", pixel_loss="dice", lambda_pixel=0.5,
+    args = SimpleNamespace(method=request.param, score="mask-aware", pixel_loss="dice", lambda_pixel=0.5,
                            lambda_affinity=0.1, clip_grad=10.0, ema=0.999, batch_size=2, iters=100, lr=None,
                            optimizer="sgd", warmup=None, ramp=None, lr_decay="steps")
     run = SimpleNamespace(args=args, plan=make_plan(args), student=student, model=student, teacher=teacher,
                           world_size=1, device=GPU, scaler=torch.amp.GradScaler("cuda", enabled=False),
                           autocast=lambda: torch.autocast("cuda", torch.bfloat16))
     constant.cache_clear()
+    log = Log(tmp_path, run.plan, iteration=0)
     with FakeTensorMode(allow_non_fake_inputs=False):
         to_gpu(student)
         to_gpu(teacher)
@@ -97,8 +100,10 @@ def a_run(monkeypatch):
         run.optimizer = torch.optim.SGD(run.parameters, 0.1, momentum=0.9, fused=True)
 
         def step() -> list[str]:
+            batches = [a_batch(masks=True) for _ in range(2)]  # of the annotations: measured, or learnt by condinst
             with Copies() as copies:
-                result = train.train_step(run, [a_batch(), a_batch()], 5, False)
+                result = train.train_step(run, batches, 5, False)
+                log.step(result.losses, result.counts, result.skipped, 0.0)
             assert result.skipped.device == GPU and result.losses["loss"].device == GPU
             return copies.seen
 

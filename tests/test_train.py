@@ -420,6 +420,56 @@ def test_a_skipped_step_does_not_spoil_the_line_it_is_part_of(drawn, warm, tmp_p
     assert line["skipped_steps"] == 1 and 0 < line["loss"] < 10 and line["positives"] > 0
 
 
+def test_between_two_lines_of_the_log_verdicts_come_a_step_later(drawn, tmp_path, monkeypatch, capsys):
+    """Three bad steps end the run though nothing is logged yet; a stop that was asked for comes before the end, too."""
+    calls = spoil(monkeypatch, {1, 2, 3})
+    options = [*only_training(drawn), *SMALL, "--iters", 9, "--log-every", 9]
+    assert command(*options, "--out", tmp_path / "bad") == 1
+    assert "three times in a row at iteration 3" in one_line_error(capsys) and len(calls) == 5
+    monkeypatch.undo()
+    step = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda run, batches, i, _: step(run, batches, i, i == 2))
+    assert command(*options, "--out", tmp_path / "stopped") == 128 + signal.SIGTERM
+    assert load(tmp_path / "stopped/last.pt")["iteration"] == 4
+    assert [line["iter"] for line in losses_of(tmp_path / "stopped")] == [4]
+
+
+def test_a_checkpoint_is_saved_when_its_verdict_is_known(drawn, tmp_path, monkeypatch, capsys):
+    """Else the same command would go on beyond the steps that ended the run."""
+    spoil(monkeypatch, {2, 3, 4})
+    options = [*only_training(drawn), *SMALL, "--iters", 9, "--log-every", 9, "--checkpoint-every", 1]
+    assert command(*options, "--out", tmp_path) == 1
+    assert load(tmp_path / "last.pt")["iteration"] == 4 and "at iteration 4" in one_line_error(capsys)
+
+
+def test_fp16_skips_what_overflows_and_scales_less(drawn, warm, tmp_path, monkeypatch):
+    """A finite loss whose gradient overflows is the scaler's business: nothing is updated, and it is no broken step."""
+    run, annotations = new_run(drawn, tmp_path, "--init", str(warm), "--iters", "100", "--amp", "fp16")
+    batch, before = one_batch(annotations), weights(run.model)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 120)
+    results = [train_step(run, [batch], 50, False)]
+    assert results[0].skipped and not results[0].broken and same(weights(run.model), before)
+    assert run.scaler.get_scale() == 2.0 ** 119 and results[0].losses["loss"].isfinite()
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 10)
+    assert not train_step(run, [batch], 50, False).skipped and not same(weights(run.model), before)
+    monkeypatch.setattr(train, "total_loss", lambda *args: total_loss(*args) * math.nan)
+    result, before = train_step(run, [batch], 50, False), weights(run.model)
+    assert result.skipped and result.broken and run.scaler.get_scale() == 2.0 ** 9
+    assert same(weights(run.model), before)
+
+
+def test_a_first_step_that_is_skipped_leaves_no_momentum(drawn, warm, tmp_path, monkeypatch):
+    """torch would begin with whatever is in memory."""
+    run, annotations = new_run(drawn, tmp_path, "--init", str(warm), "--iters", "100")
+    assert all(not run.optimizer.state[p]["momentum_buffer"].any() for p in run.parameters)
+    batch, before = one_batch(annotations), weights(run.model)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "total_loss", lambda *args: total_loss(*args) * math.inf)
+        assert train_step(run, [batch], 50, False).skipped and same(weights(run.model), before)
+    assert all(not run.optimizer.state[p]["momentum_buffer"].any() for p in run.parameters)
+    assert not train_step(run, [batch], 50, False).skipped and not same(weights(run.model), before)
+
+
 def test_two_in_a_row_go_on(drawn, tmp_path, monkeypatch):
     spoil(monkeypatch, {0, 1, 3, 4})
     assert command(*only_training(drawn), "--out", tmp_path / "out", *SMALL, "--iters", 6) == 0

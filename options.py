@@ -1,0 +1,131 @@
+"""The command line of train.py: every option with its default, its unit and its meaning (paper Sec. 4.1, Tables 3-9)."""
+import argparse
+import math
+import os
+from pathlib import Path
+
+from backbone import BACKBONES
+from data import AUGMENTATIONS, positive
+from evaluate import pick_device, probability
+from pretrained import IMAGENET
+from schedule import RECIPES, SCHEDULES
+from teacher import SCORES
+
+
+def not_negative(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    return int(text)
+
+
+def not_negative_float(text: str) -> float:
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return float(text)
+
+
+def positive_float(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return float(text)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train instance segmentation from boxes.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="coco", help="coco, cityscapes, shapes (under datasets/), or a folder in COCO layout")
+    add("--train-json", metavar="FILE", help="annotations to train on, in place of those of --data; boxes suffice")
+    add("--train-images", metavar="DIR", help="the pictures of --train-json")
+    add("--val-json", metavar="FILE", help="annotations to evaluate on; none: no evaluation with --train-json")
+    add("--val-images", metavar="DIR", help="the pictures of --val-json")
+    add("--min-size", type=positive, nargs="+", default=[640, 672, 704, 736, 768, 800], metavar="PIXELS",
+        help="shorter sides to draw from, pixels")
+    add("--max-size", type=positive, default=1333, metavar="PIXELS", help="longest side, pixels")
+    add("--augment", choices=AUGMENTATIONS, default="none", help="colour augmentation of the student's view (Table 9)")
+    add("--workers", type=not_negative, default=4, help="loading processes of each process")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--method", choices=["boxteacher", "boxinst", "condinst"], default="boxteacher",
+        help="boxinst: box losses only; condinst: the masks of the annotations")
+    add("--backbone", choices=BACKBONES, default="r50",
+        help="r18-slim is half as wide and has no ImageNet weights")
+    add("--channels", type=positive, default=256, help="width of FPN and heads, a multiple of 32")
+    add("--backbone-weights", default="imagenet", metavar="imagenet|none|FILE",
+        help="imagenet: torchvision's; FILE: torchvision's too, detectron2's R-50.pkl or R-101.pkl of MSRA, or the "
+        "Swin authors' .pth, the last two as BoxTeacher uses them; none: from scratch, all of it learns (a backbone of "
+        "your own may bring its weights)")
+    add("--init", metavar="CKPT", help="start from these weights, the averaged ones where there are any (not the class "
+        "layer where classes differ); also released ones of BoxTeacher or AdelaiDet")
+
+    add = parser.add_argument_group("teacher and losses").add_argument
+    add("--teacher-min-size", type=positive, default=800, metavar="PIXELS",
+        help="shorter side for the teacher and for tests, pixels")
+    add("--teacher-max-size", type=positive, default=1333, metavar="PIXELS",
+        help="longest side for the teacher and for tests, pixels")
+    add("--ema", type=probability, default=0.999, help="momentum of the average of the weights: the teacher")
+    add("--average", action="store_true", help="boxinst and condinst: average the weights too and evaluate these "
+        "(Table 7); nothing is labelled")
+    add("--score", choices=[*SCORES, "released"], default="mask-aware",
+        help="weight of a pseudo mask (Table 5); released: the authors' program's, with its binary masks")
+    add("--pixel-loss", choices=["dice", "bce", "avg", "none"], default="dice", help="on pseudo masks (Table 3)")
+    add("--measure-labels", action="store_true", help="where the training annotations have masks, log the mean IoU of "
+        "the teacher's with them, and of the student's (label_iou, student_iou); nothing is learnt from them")
+    add("--lambda-pixel", type=not_negative_float, default=0.5, help="its weight (Eq. 2)")
+    add("--lambda-affinity", type=not_negative_float, default=0.1, help="weight of the affinity loss (Eq. 2)")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--schedule", choices=SCHEDULES, default="1x", help="90k, 180k or 270k iterations of 16 pictures")
+    add("--iters", type=positive, help="number of iterations, in place of --schedule")
+    add("--batch-size", type=positive, default=16,
+        help="pictures per optimiser step, over all processes and micro-steps")
+    add("--accumulate", type=positive, default=1, help="micro-steps per optimiser step")
+    add("--optimizer", choices=RECIPES, help="sgd with momentum 0.9, or adamw; None: adamw for swin, else sgd")
+    add("--lr", type=positive_float, help="peak learning rate; None: 0.01 (sgd) or 1e-4 (adamw) x batch size / 16")
+    add("--lr-decay", choices=["steps", "cosine"], default="steps",
+        help="steps: to a tenth where the schedule says, with --iters after 2/3 and 8/9")
+    add("--warmup", type=not_negative, help="iterations of linear warm-up; None: 1000, at most a twentieth of the run")
+    add("--ramp", type=positive, help="iterations in which the pairwise and pseudo-mask losses reach their full "
+        "weight; None: 10000 of 16 pictures, at most a ninth of the run")
+    add("--weight-decay", type=not_negative_float, help="None: 1e-4 (sgd) or 0.05 (adamw)")
+    add("--clip-grad", type=positive_float, help="largest norm of the gradient; None: any")
+    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
+        help="auto: bf16 or else fp16 on CUDA, off on CPU")
+
+    add("--compile", action="store_true", help="torch.compile for backbone, FPN and towers, and padding to multiples "
+        "of 128 pixels, so that there are few sizes: each one's first step takes minutes")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--device", type=pick_device, default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1")
+    add("--seed", type=not_negative, default=0,
+        help="of the first weights, the order of pictures and their augmentation")
+    add("--out", metavar="DIR", help="run folder; None: runs/<method>-<backbone>-<data>")
+    add("--fresh", action="store_true", help="move an earlier run in OUT aside instead of going on with it")
+    add("--eval-every", type=positive, default=10000, help="iterations between evaluations, and between drawings of "
+        "masks on training pictures (OUT/labels-*.png); one more at the end")
+    add("--checkpoint-every", type=positive, default=5000, help="iterations between checkpoints")
+    add("--log-every", type=positive, default=20, help="iterations between log lines")
+    add("--tensorboard", action="store_true", help="write what metrics.jsonl says for TensorBoard too, into "
+        "OUT/tensorboard (pip install tensorboard)")
+
+    args = parser.parse_args(argv)
+    # torchrun starts all processes again with the same arguments when one has died: then the run goes on
+    args.fresh = args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    args.optimizer = args.optimizer or ("adamw" if args.backbone.startswith("swin") else "sgd")
+    if args.average and args.method == "boxteacher":
+        parser.error("--average is for --method boxinst and condinst: boxteacher's teacher is that average")
+    if args.channels % 32:
+        parser.error("--channels must be a multiple of 32")
+    if args.batch_size % (args.accumulate * int(os.environ.get("WORLD_SIZE", 1))):
+        parser.error("--batch-size must be a multiple of --accumulate times the number of processes")
+    if args.init and args.backbone_weights not in ("imagenet", "none"):
+        parser.error("--backbone-weights FILE and --init exclude each other: --init brings all weights")
+    if args.backbone not in IMAGENET and args.backbone_weights == "imagenet":
+        parser.error(f"--backbone {args.backbone} has no ImageNet weights here: add --backbone-weights none")
+    for one, two in (("train_json", "train_images"), ("val_json", "val_images")):
+        if (getattr(args, one) is None) != (getattr(args, two) is None):
+            parser.error(f"--{one} and --{two} go together".replace("_", "-"))
+    data = Path(args.train_json).stem if args.train_json else Path(args.data).name
+    args.out = args.out or f"runs/{args.method}-{args.backbone}-{data}"
+    return args
