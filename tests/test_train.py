@@ -20,6 +20,7 @@ import train
 from checkpoint import CheckpointError, load, load_model
 from coco import CocoBoxes
 from data import TrainBatches
+from log import Log
 from model import CondInst
 from shapes import write_shapes
 from boxteacher import RAMPED, total_loss
@@ -355,10 +356,14 @@ def test_teacher_starts_as_a_copy_and_is_not_optimised(drawn, warm, tmp_path):
 
 def test_compiled_steps_are_the_same_steps(drawn, warm, tmp_path, monkeypatch):
     """torch.compile's tracing (translating would take minutes), for student and teacher, on padded pictures."""
-    compiled = CondInst.compile_convolutions
-    traced = []
+    compiled, traced, graphs = CondInst.compile_convolutions, [], []
+
+    def as_it_is(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
     monkeypatch.setattr(CondInst, "compile_convolutions", lambda network: traced.append(network) or compiled(
-        network, backend="aot_eager"))
+        network, backend=as_it_is))
     runs = [new_run(drawn, tmp_path, "--init", str(warm), "--iters", "100", *more)[0] for more in ([], ["--compile"])]
     assert traced == [runs[1].model, runs[1].teacher]
     annotations = new_run(drawn, tmp_path)[1]
@@ -371,6 +376,9 @@ def test_compiled_steps_are_the_same_steps(drawn, warm, tmp_path, monkeypatch):
     ours, theirs = (torch.cat([p.detach().flatten() for p in run.model.parameters()]) for run in runs)
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert runs[0].model.state_dict().keys() == runs[1].model.state_dict().keys()  # a checkpoint is one all the same
+    seen = len(graphs)
+    train.look(runs[1], Log(tmp_path, runs[1].plan, 0), annotations, None)  # 64 pixels: a size of its own
+    assert len(graphs) == seen >= 6 and (tmp_path / "labels-0000000.png").exists()
 
 
 # --------------------------------------------------------------------------------- losses that are not finite
