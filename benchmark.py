@@ -459,9 +459,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     try:
-        for path in (args.json, args.growth):
-            output_file(path)
         rank, world_size, args.device = start_distributed(args.device)
+        for path in (args.json, args.growth) if rank == 0 else ():
+            output_file(path)
         gpu = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "CPU"
         about = {"device": gpu, "processes": world_size, "threads": torch.get_num_threads(),
                  "torch": str(torch.__version__), "torchvision": torchvision.__version__,

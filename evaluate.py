@@ -84,9 +84,11 @@ def over_pictures(model: torch.nn.Module, annotations: CocoBoxes, title: str,
                 batch = batch.to(device)
                 with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                     predictions = model(batch.images, batch.sizes)
-                found += [one.result() for one in working]
-                working = [thread.submit(work, predictions, batch)]
-            found += [one.result() for one in working]
+                while working:
+                    found.append(working.pop().result())
+                working.append(thread.submit(work, predictions, batch))
+            while working:  # popped: an error keeps this function's variables, and through them would keep itself
+                found.append(working.pop().result())
             thread.submit(torch.set_num_threads, threads).result()  # of threads that start later it is the number, too
     finally:
         model.train(was_training)

@@ -531,7 +531,8 @@ def test_wrong_backbone_files_name_the_key(r50, tmp_path):
 
 
 def same_detections(one, two) -> bool:
-    return all(torch.equal(a, b) for x, y in zip(one, two) for a, b in zip(x, y))
+    return all(torch.equal(a, b) for x, y in zip(one, two) for a, b in zip(x[:3], y[:3])) and \
+        [x.rles for x in one] == [y.rles for y in two]
 
 
 def detections(path):
