@@ -13,7 +13,7 @@ the speed of one large convolution, measured in the same run. The share of the c
 operations with "conv" in their name, forward and backward, in the time of all operations of a step: what such an
 operation does to its own input and output, such as oneDNN's change of layout, belongs to it. The pictures are made up.
 Weights are random, so nothing would be found: `knowing` puts the boxes into the teacher's and the detector's answers,
-and `drawing` the masks into the mask head's; their time is not counted.
+and `drawing` the masks into the mask head's; their time is not counted, or is a part of its own in the evaluation.
 """
 import argparse
 import multiprocessing
@@ -84,8 +84,8 @@ def knowing(predictions: Predictions, boxes: list[torch.Tensor], labels: list[to
 
 
 def drawing(clock: Clock, part: str) -> Callable:
-    """model.mask_logits for batches of one picture, which draws an ellipse into each box, in time of the `part`: random
-    weights would draw noise all over the picture."""
+    """model.mask_logits for batches of one picture, which draws an ellipse into each box, and counts that as `part`:
+    random weights would draw noise all over the picture."""
     look = model.mask_logits
 
     def mask_logits(predictions: Predictions, rows: list[torch.Tensor]) -> torch.Tensor:
@@ -282,7 +282,7 @@ def measure_evaluation(args: argparse.Namespace, folder: Path, count: int = 12) 
 
 
 def measure_data(args: argparse.Namespace, folder: Path) -> dict:
-    """Milliseconds a picture of one worker, beside the bare ones: decoding, and resizing to the student's and the
+    """Milliseconds a picture of one process, beside the bare ones: decoding, and resizing to the student's and the
     teacher's view, once where these are equal. At --size, and at the sizes that train.py has by itself."""
     annotations, own = made_up_data(folder, 8, (480, 640), 7), train.parse_arguments(["--out", str(folder)])
     usual = own.min_size, own.max_size, (own.teacher_min_size, own.teacher_max_size)

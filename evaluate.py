@@ -89,8 +89,8 @@ def over_pictures(model: torch.nn.Module, annotations: CocoBoxes, title: str,
                 working.append(thread.submit(work, predictions, batch))
             while working:  # popped: an error keeps this function's variables, and through them would keep itself
                 found.append(working.pop().result())
-            thread.submit(torch.set_num_threads, threads).result()  # of threads that start later it is the number, too
     finally:
+        torch.set_num_threads(threads)  # the thread's number has become that of all threads that start later
         model.train(was_training)
     return gather(found)
 

@@ -1,4 +1,4 @@
-"""The command line of train.py: every option with its default, its unit and its meaning (paper Sec. 4.1, Tables 3-9)."""
+"""The command line of train.py: every option with its default, its unit and its meaning (paper Sec. 4.1)."""
 import argparse
 import math
 import os

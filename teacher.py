@@ -93,7 +93,7 @@ def overlapping(found: Detections, boxes: Tensor, size: tuple[int, int],
                 teacher_size: tuple[int, int]) -> tuple[Detections, Tensor]:
     """The detections that overlap some box enough to be assigned, in pixels of the student's picture, and their IoU.
 
-    Here, and where NMS says how many there are, the host waits for the teacher's network.
+    Here the host waits for the teacher's network, as it does in `detect` for the candidates and for what NMS keeps.
     """
     x0, y0, x1, y1 = found.boxes.unbind(1)
     x, y = size[1] / teacher_size[1], size[0] / teacher_size[0]

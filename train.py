@@ -192,7 +192,8 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         for p, kept in self.optimizer.state.items():  # fused optimisers go through memory: it shall be laid out alike
             for name, value in kept.items():
-                kept[name] = torch.empty_like(p).copy_(value) if value.shape == p.shape else value
+                if isinstance(value, Tensor) and value.shape == p.shape:
+                    kept[name] = torch.empty_like(p).copy_(value)
         if state["scaler"]:  # empty where the run had no fp16 so far
             self.scaler.load_state_dict(state["scaler"])
         self.iteration = state["iteration"]
@@ -251,7 +252,7 @@ def look(run: Run, log: Log, annotations: CocoBoxes, validation: CocoBoxes | Non
 
 
 class StopSignals:
-    """SIGTERM or SIGINT: remember it, so that the step in hand is finished and saved. A second one ends at once."""
+    """SIGTERM or SIGINT: remember it, so that the steps in hand are finished and saved. A second one ends at once."""
 
     def __enter__(self) -> "StopSignals":
         self.asked = 0
@@ -414,7 +415,7 @@ def describe(run: Run, annotations: CocoBoxes) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    args, others = parse_arguments(argv), multiprocessing.active_children()
     try:
         if args.tensorboard:
             summary_writer()  # raises before anything is done; in all processes, so that none waits for another
@@ -440,7 +441,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     finally:
-        for child in multiprocessing.active_children():
+        for child in set(multiprocessing.active_children()).difference(others):
             child.kill()  # loading processes ignore SIGTERM: an exit that waits for them would wait for ever
     if stopped_by:
         if rank == 0:
