@@ -24,7 +24,7 @@ test: $(READY)
 	$(PY) -m pytest -q tests
 
 experiments: $(READY) datasets/shapes
-	$(PY) experiments.py --amp $(AMP)
+	$(PY) -m tools.experiments --amp $(AMP)
 
 datasets/shapes: | $(READY)
 	$(PY) data.py shapes $@

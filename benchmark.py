@@ -38,21 +38,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import boxteacher
 import evaluate
+import masks
 import model
-import pasting
 import teacher
 import train
 from assign import fcos_targets
-from coco import CocoBoxes, DataError
 from data import AUGMENTATIONS, COMPILED_STRIDE, STRIDE, Batch, TrainBatches, as_rgb, positive, view
 from evaluate import output_file, pick_amp, pick_device, start_distributed, write_json
-from growth import draw_growth, measure_growth, show_growth
+from formats.coco import CocoBoxes, DataError
+from formats.released import IMAGENET
 from losses import disagreement, pair_weights, rgb_to_lab, similar_colors, weighted_pairs
-from measuring import (Clock, Yardstick, made_up_data, many_annotations, medians, peak_memory, process_memory,
-                       reset_peak, tensor_peak)
 from model import Predictions
-from options import not_negative
-from pretrained import IMAGENET
+from recipe import not_negative
+from tools.growth import draw_growth, measure_growth, show_growth
+from tools.measuring import (Clock, Yardstick, made_up_data, many_annotations, medians, peak_memory, process_memory,
+                       reset_peak, tensor_peak)
 
 # what is timed: (module, function) -> part of the step. A function's time is its own, less that of other parts in it.
 TRAINING = {
@@ -66,7 +66,7 @@ TRAINING = {
     (torch.Tensor, "backward"): "backward", (torch.nn.utils, "get_total_norm"): "optimiser",
     (torch.optim.SGD, "step"): "optimiser", (torch.optim.AdamW, "step"): "optimiser", (teacher, "update"): "EMA"}
 INFERENCE = {(model, "detect"): "detections", (model, "mask_logits"): "mask head", (model, "paste_masks"): "pasting",
-             (pasting, "encode"): "run lengths", (evaluate, "coco_metrics"): "COCOeval"}
+             (masks, "encode"): "run lengths", (evaluate, "coco_metrics"): "COCOeval"}
 
 
 # --------------------------------------------------------------------------------------------- what is timed

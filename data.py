@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from cityscapes import write_cityscapes
-from coco import CocoBoxes, DataError, UndecodableImage, warn
-from convert import write_voc, write_yolo
-from shapes import write_shapes
+from formats.cityscapes import write_cityscapes
+from formats.coco import CocoBoxes, DataError, UndecodableImage, warn
+from formats.convert import write_voc, write_yolo
+from formats.shapes import write_shapes
 
 STRIDE = 32      # batches are padded to a multiple of it: the stride of the backbone's last stage, pixels
 COMPILED_STRIDE = 128  # the same with train.py --compile: fewer sizes, and all levels of the pyramid divide them
@@ -479,7 +479,7 @@ def main(argv: list[str] | None = None) -> None:
         elif options.command == "yolo":
             write_yolo(options.root)
         elif options.command == "check":
-            from check import check          # here, since check.py imports this file
+            from formats.check import check          # here, since check.py imports this file
             if check(options.paths, options.images):
                 sys.exit(1)
         else:

@@ -27,14 +27,14 @@ from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import cityscapes
-from checkpoint import CheckpointError, load_model, test_size
-from coco import CocoBoxes, DataError, datasets
-from curves import draw_curves
 from data import Batch, TestImages, check_sizes, positive
+from formats import cityscapes
+from formats.checkpoint import CheckpointError, load_model, test_size
+from formats.coco import CocoBoxes, DataError, datasets
 from model import Instances, Predictions, find_instances
-from quality import matches, report
-from visualize import sheet, sheet_rows
+from tools.curves import draw_curves
+from tools.draw import sheet, sheet_rows
+from tools.quality import matches, report
 
 FIGURES = ["AP", "AP50", "AP75", "APs", "APm", "APl"]  # the first six numbers of COCOeval.stats
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
 from backbone import BatchNorm, make_backbone
-from pasting import aligned_bilinear, paste_masks
+from masks import aligned_bilinear, paste_masks
 from runlengths import decode
 
 STRIDES = (8, 16, 32, 64, 128)                     # of P3 ... P7, pixels
@@ -448,7 +448,7 @@ def load(ckpt, device: str = "cpu", weights: str | None = None) -> Predictor:
 
     weights: "teacher" or "student"; None: the teacher's where there are any. Raises CheckpointError.
     """
-    from checkpoint import load_model, test_size  # which builds on this file
+    from formats.checkpoint import load_model, test_size  # which builds on this file
     network, info = load_model(ckpt, weights)
     classes = info["classes"] or [{"name": str(label)} for label in range(network.num_classes)]
     return Predictor(network.to(device), [c["name"] for c in classes], test_size(info), info["method"] == "boxteacher")

@@ -19,15 +19,15 @@ from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, load_model, test_size
-from coco import CocoBoxes, DataError, UndecodableImage, warn
-from convert import pictures_in
 from data import Sample, check_sizes, load_image, pixels, positive, readable_batches, resized, view
 from evaluate import coco_results, output_file, pick_amp, pick_device, probability, write_json
-from label import ASSIGNED, PROMPTED, label_dataset, model_classes, opencv, polygons, report_agreement, with_masks
+from formats.checkpoint import CheckpointError, load_model, test_size
+from formats.coco import CocoBoxes, DataError, UndecodableImage, warn
+from formats.convert import pictures_in
 from model import SCORE_THRESHOLD, CondInst, confident, predict
-from review import write_review
-from visualize import corners, draw_instances, stack
+from tools.draw import corners, draw_instances, stack
+from tools.label import ASSIGNED, PROMPTED, label_dataset, model_classes, opencv, polygons, report_agreement, with_masks
+from tools.review import write_review
 
 DRAWN = (480, 1600)  # the longer side of a drawn picture lies between these, pixels: both small and huge ones are read
 

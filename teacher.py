@@ -13,8 +13,8 @@ from torchvision.ops import box_iou, clip_boxes_to_image
 
 from assign import assign_masks, box_masks
 from data import Batch
+from masks import paste_masks
 from model import CondInst, Detections, Predictions, detect, mask_logits
-from pasting import paste_masks
 from runlengths import decode
 
 SCORES = ("mask-aware", "cls", "iou", "mean-entropy")  # Table 5; "released", see released_masks, is a way of its own

@@ -29,17 +29,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-import checkpoint
 import teacher as teacher_module
 from boxteacher import compute_losses, total_loss
-from checkpoint import CheckpointError
-from coco import NAMES, CocoBoxes, DataError, category_problems, datasets, raise_first
 from data import COMPILED_STRIDE, STRIDE, Batch, TrainBatches, check_sizes, ignore_signals
 from evaluate import coco_metrics, evaluate, output_file, pick_amp, print_tables, start_distributed
-from log import Log, LogError, draw_sheet, summary_writer
+from formats import checkpoint
+from formats.checkpoint import CheckpointError
+from formats.coco import NAMES, CocoBoxes, DataError, category_problems, datasets, raise_first
 from model import CondInst, build_model
-from options import parse_arguments
+from recipe import parse_arguments
 from schedule import RECIPES, learning_rate, make_plan, ramp_factor
+from tools.log import Log, LogError, draw_sheet, summary_writer
 
 
 class TrainingError(Exception):

@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
 from assign import fcos_targets
-from checkpoint import load_model
-from coco import CocoBoxes
+from formats.checkpoint import load_model
+from formats.coco import CocoBoxes
 from data import TestImages
 from model import mask_logits
-from pasting import paste_masks
+from masks import paste_masks
 from runlengths import decode
 
 PICTURES = (81, 394, 502, 525891)

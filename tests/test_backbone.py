@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import CheckpointError, load_model
+from formats.checkpoint import CheckpointError, load_model
 from test_train import SMALL, drawn, metrics, only_training  # noqa: F401
 
 PROJECT = Path(__file__).resolve().parent.parent

@@ -11,7 +11,7 @@ import train
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from coco import CocoBoxes, DataError, UndecodableImage, datasets
+from formats.coco import CocoBoxes, DataError, UndecodableImage, datasets
 from data import TestImages, TrainBatches, check_sizes, main
 from test_data import annotation, write_set
 

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 import benchmark
-import growth
+from tools import growth
 import losses
 from assign import box_masks
 from benchmark import knowing
-from coco import CocoBoxes, DataError
-from measuring import Clock, made_up_data, many_annotations, medians, process_memory, tensor_peak
+from formats.coco import CocoBoxes, DataError
+from tools.measuring import Clock, made_up_data, many_annotations, medians, process_memory, tensor_peak
 from model import detect
 from test_label import random_picture
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import train
-from coco import CocoBoxes, DataError, content_problems
+from formats.coco import CocoBoxes, DataError, content_problems
 from data import TrainBatches, main
 from test_data import annotation, picture, write_set
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
+from formats import checkpoint
 import train
-from checkpoint import CheckpointError, initialise, load, load_latest, load_model, save
+from formats.checkpoint import CheckpointError, initialise, load, load_latest, load_model, save
 from model import build_model
 from test_train import (SMALL, command, drawn, losses_of, metrics, new_run, one_batch, one_line_error,  # noqa: F401
                         only_training, same, warm)

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-import cityscapes
+from formats import cityscapes
 import evaluate
 import train
-from checkpoint import save
-from coco import CocoBoxes, DataError, datasets
+from formats.checkpoint import save
+from formats.coco import CocoBoxes, DataError, datasets
 from data import TrainBatches, check_sizes
 from data import main as data_main
 from model import build_model
@@ -207,7 +207,7 @@ def test_a_folder_that_cannot_be_written(city):
 
 
 def test_the_command_line_ends_with_one_line(tmp_path):
-    script = Path(cityscapes.__file__).parent / "data.py"
+    script = Path(cityscapes.__file__).parents[1] / "data.py"
     run = subprocess.run([sys.executable, script, "cityscapes", tmp_path / "none"], capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr.count("\n") == 1 and run.stderr.startswith("error: ")
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image, ImageOps
 
 import train
-from coco import CocoBoxes, DataError, datasets
-from convert import numbered, turned_back, write_voc, write_yolo, yaml_names
+from formats.coco import CocoBoxes, DataError, datasets
+from formats.convert import numbered, turned_back, write_voc, write_yolo, yaml_names
 from data import TrainBatches, check_sizes, load_image, main
 
 

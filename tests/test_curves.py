@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import curves
+from tools import curves
 import evaluate
-from coco import DataError
-from curves import HEIGHT, LEFT, LEGEND, TOP, WIDTH, draw_curves, read_metrics, series, ticks
+from formats.coco import DataError
+from tools.curves import HEIGHT, LEFT, LEGEND, TOP, WIDTH, draw_curves, read_metrics, series, ticks
 from test_train import LOSSES
 
 

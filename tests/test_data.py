@@ -11,7 +11,7 @@ from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from coco import CocoBoxes, DataError, datasets
+from formats.coco import CocoBoxes, DataError, datasets
 from data import (AUGMENTATIONS, Batch, Blur, TestImages, TrainBatches, check_sizes, load_image, resized, view_boxes,
                   view_mask)
 

@@ -7,21 +7,21 @@ from pathlib import Path
 import pytest
 
 import benchmark
-import checkpoint
+from formats import checkpoint
 import data
 import evaluate
-import experiments
+from tools import experiments
 import predict
-import selftraining
+from tools import selftraining
 import train
 from backbone import BACKBONES
-from checkpoint import load
+from formats.checkpoint import load
 from test_train import SMALL, command, drawn, losses_of, same, warm  # noqa: F401
 
 PROJECT = Path(__file__).resolve().parent.parent
 PARSERS = {"train.py": train.parse_arguments, "evaluate.py": evaluate.parse_arguments,
-           "selftraining.py": selftraining.parse_arguments, "experiments.py": experiments.parse_arguments,
-           "checkpoint.py": checkpoint.parse_arguments, "data.py": data.parse_arguments,
+           "tools.selftraining": selftraining.parse_arguments, "tools.experiments": experiments.parse_arguments,
+           "formats.checkpoint": checkpoint.parse_arguments, "data.py": data.parse_arguments,
            "predict.py": predict.parse_arguments, "benchmark.py": benchmark.parse_arguments}
 TORCHRUN = re.compile(r"torchrun( --[a-z_]+=\S+)+ ")
 
@@ -38,8 +38,8 @@ def commands_of(document: str) -> list[list[str]]:
     for line in lines:
         line = re.sub(r"\$([A-Z]+)", lambda m: variables.get(m[1], m[0]), line.strip())
         line = TORCHRUN.sub("python ", line)
-        if re.match(r"python \w+\.py (?!--help)", line):
-            program, *options = shlex.split(line, comments=True)[1:]
+        if re.match(r"python (\w+\.py|-m \w+\.\w+)( (?!--help)|$)", line):
+            program, *options = shlex.split(line.replace("-m ", ""), comments=True)[1:]
             if program == "lite0.py":  # the README's script, which is these programs with a backbone of its own
                 program, options = f"{options[0]}.py", options[1:]
             if program in PARSERS:

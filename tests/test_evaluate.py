@@ -1,4 +1,4 @@
-"""evaluate.py and visualize.py: COCO figures, results, the command line, the sheet.
+"""evaluate.py and tools/draw.py: COCO figures, results, the command line, the sheet.
 
 The data set made here is drawn so that its masks can be read off the pixels: class c paints channel c, every
 object with its own value, on black. `read_colours` stands in for model.find_instances and finds all of them exactly.
@@ -22,9 +22,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import evaluate
-import visualize
-from checkpoint import save
-from coco import CocoBoxes
+from tools import draw
+from formats.checkpoint import save
+from formats.coco import CocoBoxes
 from model import CondInst, Instances, build_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # pycocotools under numpy 2
@@ -538,7 +538,7 @@ def test_amp_by_device(monkeypatch):
 def rows_of(dataset, count=12, results=None):
     truth = evaluate.ground_truth(dataset[0])
     results = as_results(dataset[0]) if results is None else results
-    return visualize.sheet_rows(CocoBoxes(*dataset), truth, results, count)
+    return draw.sheet_rows(CocoBoxes(*dataset), truth, results, count)
 
 
 def test_rows_hold_pictures_with_objects_and_their_results(dataset):
@@ -554,21 +554,21 @@ def test_rows_hold_pictures_with_objects_and_their_results(dataset):
 
 
 def test_sheet_has_three_panels_a_row(dataset, tmp_path):
-    path, panel, gap = str(tmp_path / "sheet.png"), visualize.PANEL, visualize.GAP
+    path, panel, gap = str(tmp_path / "sheet.png"), draw.PANEL, draw.GAP
     rows = rows_of(dataset, count=1)
-    visualize.sheet(rows, path, ["red", "green", "blue"])
+    draw.sheet(rows, path, ["red", "green", "blue"])
     image = Image.open(path)
-    assert image.size == (3 * (panel + gap) + gap, visualize.HEADER + round(panel * 64 / 96) + gap)
-    visualize.sheet(rows * 5, path)  # two rows a line, three lines
+    assert image.size == (3 * (panel + gap) + gap, draw.HEADER + round(panel * 64 / 96) + gap)
+    draw.sheet(rows * 5, path)  # two rows a line, three lines
     assert Image.open(path).size == (6 * (panel + gap) + 5 * gap,
-                                     visualize.HEADER + 3 * (round(panel * 64 / 96) + gap))
+                                     draw.HEADER + 3 * (round(panel * 64 / 96) + gap))
     assert not Path(path + ".tmp").exists()
 
 
 def test_sheet_leaves_out_predictions_below_its_threshold(dataset, tmp_path):
     def middle(score, threshold):
         rows = rows_of(dataset, 1, as_results(dataset[0], score))
-        return np.array(visualize.panels(rows[0], None, threshold)[1])
+        return np.array(draw.panels(rows[0], None, threshold)[1])
 
     plain = middle(0.1, 0.3)
     assert set(np.unique((plain > 40).sum(2))) <= {0, 1}  # as in the picture: one channel an object
@@ -577,9 +577,9 @@ def test_sheet_leaves_out_predictions_below_its_threshold(dataset, tmp_path):
 
 def test_sheet_without_masks_and_without_detections(dataset, tmp_path):
     rewrite(dataset[0], lambda c: [a.pop("segmentation") for a in c["annotations"]])
-    rows = visualize.sheet_rows(CocoBoxes(*dataset), evaluate.ground_truth(dataset[0]), [], 4)
+    rows = draw.sheet_rows(CocoBoxes(*dataset), evaluate.ground_truth(dataset[0]), [], 4)
     assert all(row[4] is None and len(row[3].boxes) == 0 for row in rows)
-    visualize.sheet(rows, str(tmp_path / "sheet.png"), ["red", "green", "blue"])
+    draw.sheet(rows, str(tmp_path / "sheet.png"), ["red", "green", "blue"])
 
 
 def test_instances_are_drawn_where_they_are():
@@ -588,20 +588,20 @@ def test_instances_are_drawn_where_they_are():
     masks[0, 20:50, 10:50], masks[1, 30:58, 40:70] = True, True  # they overlap
     boxes = torch.tensor([[10, 20, 50, 50], [40, 30, 70, 58.0]])
     labels, scores = torch.tensor([0, 1]), torch.tensor([0.9, 0.8])
-    drawn = visualize.draw_instances(picture, boxes, labels, scores, masks, ["a", "b"])
+    drawn = draw.draw_instances(picture, boxes, labels, scores, masks, ["a", "b"])
     assert drawn.shape == picture.shape and drawn.dtype == torch.uint8 and (picture == 100).all()
     changed = (drawn != 100).any(0)
     assert changed[20:50, 10:50].all() and changed[30:58, 40:70].all()
     assert not changed[52:, :38].any() and not changed[:, 75:].any()
-    assert drawn[:, 49, 30].tolist() == list(visualize.COLOURS[0])  # its outline
+    assert drawn[:, 49, 30].tolist() == list(draw.COLOURS[0])  # its outline
     assert drawn[:, 40, 45].sum() > 250  # the part that both share is not black
-    nothing = visualize.draw_instances(picture, boxes[:0], torch.zeros(0, dtype=torch.int64))
+    nothing = draw.draw_instances(picture, boxes[:0], torch.zeros(0, dtype=torch.int64))
     assert torch.equal(nothing, picture)
 
 
 def test_predictions_take_the_colour_of_their_object():
     boxes = torch.tensor([[0, 0, 10, 10], [20, 20, 40, 40.0]])
     found = torch.tensor([[21, 20, 40, 40], [30, 20, 50, 40], [0, 1, 10, 10.0]])
-    assert visualize.matching_colours(boxes, found) == [1, 3, 0]  # the second has an IoU of 1/3: its own
-    assert visualize.matching_colours(boxes[:0], found) == [0, 1, 2]
-    assert visualize.matching_colours(boxes, found[:0]) == []
+    assert draw.matching_colours(boxes, found) == [1, 3, 0]  # the second has an IoU of 1/3: its own
+    assert draw.matching_colours(boxes[:0], found) == [0, 1, 2]
+    assert draw.matching_colours(boxes, found[:0]) == []

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import experiments
+from tools import experiments
 import train
-from checkpoint import load
-from experiments import FROM_START, RECIPE, ROWS, RUNS, Experiments, parse_arguments, spread, table
+from formats.checkpoint import load
+from tools.experiments import FROM_START, RECIPE, ROWS, RUNS, Experiments, parse_arguments, spread, table
 from test_train import drawn, same, warm  # noqa: F401
 
 SMALL = ("--backbone r18-slim --channels 32 --backbone-weights none --min-size 64 --max-size 64 --teacher-min-size 64 "
@@ -46,7 +46,7 @@ def small(drawn, warm, tmp_path, monkeypatch):  # noqa: F811
     def python(self, folder, script, *options):
         folder.mkdir(parents=True, exist_ok=True)
         calls.append((script, folder.name))
-        module = importlib.import_module(script.removesuffix(".py"))
+        module = importlib.import_module(script)
         module.main([str(option) for option in options])
 
     class NoSignals(train.StopSignals):  # only a main thread hears them, and runs have threads
@@ -72,10 +72,10 @@ def test_runs_rows_and_table_and_nothing_twice(small, tmp_path, capsys):
     chosen = ["--rows", "self-training", "boxinst-ema", "boxinst", "boxteacher", "--seeds", "3"]
     experiments.main([*options, *chosen])
     out, folder = capsys.readouterr().out, tmp_path / "runs/seed3"
-    trained = [name for script, name in calls if script == "train.py"]
+    trained = [name for script, name in calls if script == "train"]
     assert trained == ["start", "boxinst", "self-training", "boxteacher"]
-    assert calls.count(("selftraining.py", "self-training")) == 1
-    assert [name for script, name in calls if script == "evaluate.py"] == (
+    assert calls.count(("tools.selftraining", "self-training")) == 1
+    assert [name for script, name in calls if script == "evaluate"] == (
         ["start"] * 2 + ["boxinst"] * 4 + ["self-training"] * 2 + ["boxteacher"] * 2)
     labels = json.loads((folder / "self-training/labels.json").read_text())
     assert any(row["score"] > 0 for row in labels["annotations"])  # what BoxInst found, not the true masks
@@ -102,7 +102,7 @@ def test_runs_rows_and_table_and_nothing_twice(small, tmp_path, capsys):
     (folder / "boxteacher/boxteacher-rescore-on.json").unlink()
     (folder / "boxinst/final.pt").unlink()  # as if it had been stopped: train.py goes on from last.pt
     experiments.main([*options, *chosen])
-    assert calls == [("train.py", "boxinst"), ("evaluate.py", "boxteacher")]
+    assert calls == [("train", "boxinst"), ("evaluate", "boxteacher")]
     assert same(load(folder / "boxinst/final.pt")["teacher"], final["boxinst"]["teacher"])
     calls.clear()
     experiments.main([*options, "--rows", "start", "--seeds", "4", "--eval-every", "1"])
@@ -150,7 +150,7 @@ def test_a_signal_ends_the_scripts_and_begins_nothing_more(drawn, tmp_path, numb
     process = subprocess.Popen([sys.executable, "-c", CODE, "--data", str(drawn), "--out", str(tmp_path / "runs"),
                                 "--jobs", "1", "--rows", "boxteacher", "--seeds", "0", "1"], start_new_session=True,
                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env=os.environ | {"PYTHONPATH": str(Path(experiments.__file__).parent)})
+                               env=os.environ | {"PYTHONPATH": str(Path(experiments.__file__).parents[1])})
     try:
         log, until = tmp_path / "runs/seed0/start/log.txt", time.monotonic() + 60
         while not (log.exists() and log.read_text().endswith("\n1\n")):
@@ -218,10 +218,10 @@ def test_scripts_run_with_their_output_in_the_log(drawn, tmp_path):  # noqa: F81
     args = parse_arguments(["--data", str(drawn), "--out", str(tmp_path), "--jobs", "64"])
     one = Experiments(args)
     assert one.environment["OMP_NUM_THREADS"] == "1"
-    with pytest.raises(RuntimeError, match=r"evaluate\.py ended with status 1; see .*log\.txt"):
-        one.python(tmp_path / "run", "evaluate.py", "--ckpt", tmp_path / "none.pt", "--data", drawn)
+    with pytest.raises(RuntimeError, match=r"evaluate ended with status 1; see .*log\.txt"):
+        one.python(tmp_path / "run", "evaluate", "--ckpt", tmp_path / "none.pt", "--data", drawn)
     log = (tmp_path / "run/log.txt").read_text()
-    assert re.match(r"\$ .*evaluate\.py --ckpt", log) and "error: no checkpoint at" in log
+    assert re.match(r"\$ .*-m evaluate --ckpt", log) and "error: no checkpoint at" in log
 
 
 def test_spread_and_an_empty_table(tmp_path):

@@ -10,9 +10,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from assign import box_masks, picture_targets
-from coco import CocoBoxes
+from formats.coco import CocoBoxes
 from conftest import given_controllers
-from label import (ASSIGNED, PROMPTED, Labels, agreement, assigned_rows, box_pixels, cut_masks, label_dataset,
+from tools.label import (ASSIGNED, PROMPTED, Labels, agreement, assigned_rows, box_pixels, cut_masks, label_dataset,
                    label_picture, model_classes, owners, polygons, prompt, report_agreement, with_masks)
 from model import STRIDES, Predictions, build_model, make_locations, mask_logits
 from test_teacher import made_up
@@ -203,7 +203,7 @@ def test_chunks_of_masks_change_nothing(monkeypatch):
     picture, boxes = random_picture(96, 128), torch.tensor([[16.0, 24, 72, 64], [80, 30, 110, 70], [4, 70, 40, 90]])
     rows = torch.tensor([5, -1, 40])
     whole = cut_masks(picture, rows, boxes, (96, 128), (50, 70))
-    monkeypatch.setattr("label.CHUNK", 1)
+    monkeypatch.setattr("tools.label.CHUNK", 1)
     assert cut_masks(picture, rows, boxes, (96, 128), (50, 70)) == whole
     assert whole[1] is None and whole[0]["size"] == [50, 70] and whole[0] != whole[2]
 

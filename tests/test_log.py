@@ -12,18 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
-import log
-import visualize
-from checkpoint import load
-from coco import CocoBoxes
-from log import Log, draw_sheet, sheet_pictures
+from tools import log
+from tools import draw
+from formats.checkpoint import load
+from formats.coco import CocoBoxes
+from tools.log import Log, draw_sheet, sheet_pictures
 from model import Instances
 from runlengths import encode
 from schedule import Plan
 from teacher import PseudoLabels
 from test_train import (SMALL, command, copy_set, drawn, metrics, new_run, one_line_error, only_training,  # noqa: F401
                         same, warm)
-from visualize import GAP, HEADER, PANEL
+from tools.draw import GAP, HEADER, PANEL
 
 PLAN = Plan(iterations=100, lr=0.1, warmup=0, drops=(60, 80), cosine=False, ramp=10)
 CELL = PANEL + GAP
@@ -194,8 +194,8 @@ def test_masks_are_drawn_where_they_are(drawn, tmp_path, monkeypatch):  # noqa: 
     assert (panel(sheets[0], 0) == panel(sheets[1], 0)).all()
     changed, inside = (bare != sure).any(2), slice(85, 235)
     assert changed[inside, 85:155].mean() > 0.99 and not changed[inside, 165:235].any()
-    assert (sure[inside, 155:160] == visualize.COLOURS[0]).all(2).any(1).all()    # its outline is the box's colour
-    assert (bare[inside, 79:82] == visualize.COLOURS[0]).all(2).any(1).all()      # that of a box without a fill
+    assert (sure[inside, 155:160] == draw.COLOURS[0]).all(2).any(1).all()    # its outline is the box's colour
+    assert (bare[inside, 79:82] == draw.COLOURS[0]).all(2).any(1).all()      # that of a box without a fill
     rows = (sure != unsure).any((1, 2)).nonzero()[0]                              # the score, above the box
     assert len(rows) and 50 < rows.min() <= rows.max() < 80
 
@@ -217,10 +217,10 @@ def test_a_sheet_has_as_many_panels_as_there_are_things_to_see(tmp_path):
     found, label = Instances(boxes, torch.tensor([0.9]), torch.tensor([0]), rles, (64, 64)), torch.tensor([0])
     path, titled = str(tmp_path / "x.png"), str(tmp_path / "y.png")
     for truths, columns in (([None, None], 2), ([None, masks], 3), ([masks, masks], 3)):
-        visualize.sheet([(picture, boxes, label, found, truth) for truth in truths], path)
+        draw.sheet([(picture, boxes, label, found, truth) for truth in truths], path)
         assert Image.open(path).size == sheet_size(2, columns)
     for to, options in ((path, {}), (titled, {"title": "something else"})):
-        visualize.sheet([(picture, boxes, label, found, None)], to, **options)
+        draw.sheet([(picture, boxes, label, found, None)], to, **options)
     differs = (np.asarray(Image.open(path)) != np.asarray(Image.open(titled))).any((0, 2)).nonzero()[0]
     assert GAP + CELL <= differs.min() <= differs.max() < GAP + CELL + PANEL      # of the middle panel's title
 

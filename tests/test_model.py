@@ -8,12 +8,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import FrozenBatchNorm2d
 
 import model as model_module
-import pasting
+import masks as masks_module
 from backbone import BatchNorm
 from conftest import check, head_maps, predictions_of, relative_error
 from model import (SIZES_OF_INTEREST, STRIDES, Controllers, Detections, Instances, build_model, confident, detect,
                    dynamic_mask_head, mask_logits, num_mask_params, predict)
-from pasting import aligned_bilinear, paste_masks
+from masks import aligned_bilinear, paste_masks
 from runlengths import decode, encode
 
 
@@ -296,8 +296,8 @@ def test_a_large_mask_is_computed_band_by_band_and_chunk_by_chunk(monkeypatch):
     logits = 3 * torch.randn(5, 16, 16, generator=torch.Generator().manual_seed(0))
     logits[3] = -9
     rles, quality = paste_masks(logits, (64, 50), (300, 400))
-    monkeypatch.setattr(pasting, "BAND", 7)
-    monkeypatch.setattr(pasting, "CHUNK_PIXELS", 2 * 300 * 400)
+    monkeypatch.setattr(masks_module, "BAND", 7)
+    monkeypatch.setattr(masks_module, "CHUNK_PIXELS", 2 * 300 * 400)
     bands, made, empty = [], [], torch.empty
     monkeypatch.setattr(torch, "gt", lambda *args, gt=torch.gt, **kw: bands.append(len(args[0])) or gt(*args, **kw))
     monkeypatch.setattr(torch, "empty", lambda n, **kw: made.append(n) or empty(n, **kw))

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import teacher as teacher_module
 import train
 from data import Batch
-from log import Log
+from tools.log import Log
 from model import Detections, build_model, constant
 from schedule import make_plan
 from teacher import make_teacher

@@ -14,7 +14,7 @@ from PIL import Image
 import data
 import predict
 import train
-from coco import CocoBoxes
+from formats.coco import CocoBoxes
 from test_train import SMALL, drawn, warm  # noqa: F401
 
 PROJECT = Path(__file__).resolve().parent.parent

@@ -13,15 +13,15 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-import checkpoint
+from formats import checkpoint
 import evaluate
 import predict
 import train
-from coco import CocoBoxes, DataError
+from formats.coco import CocoBoxes, DataError
 from model import SCORE_THRESHOLD, Instances, load
 from predict import Drawings, drawn_names, find_pictures, unused
 from test_train import SMALL, drawn, losses_of, one_line_error, warm  # noqa: F401
-from visualize import COLOURS, colour_of, window
+from tools.draw import COLOURS, colour_of, window
 
 
 @pytest.fixture(scope="session")

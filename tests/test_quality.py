@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 import evaluate
-import quality
-from coco import CocoBoxes
+from tools import quality
+from formats.coco import CocoBoxes
 from teacher import SCORES, pseudo_labels
 from test_evaluate import Looker, checkpoint, command, dataset, fails, rewrite  # noqa: F401
 from test_teacher import made_up, make_batch

@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-import selftraining
+from tools import selftraining
 import train
 from assign import box_masks
 from boxteacher import mask_quality
-from checkpoint import load
-from coco import CocoBoxes
+from formats.checkpoint import load
+from formats.coco import CocoBoxes
 from teacher import PseudoLabels
 from test_train import SMALL, drawn, losses_of, one_line_error, only_training, warm  # noqa: F401
 

@@ -8,9 +8,9 @@ from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
-import shapes
-from coco import DataError
-from shapes import write_shapes
+from formats import shapes
+from formats.coco import DataError
+from formats.shapes import write_shapes
 
 
 @pytest.fixture(scope="module")

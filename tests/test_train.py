@@ -17,12 +17,12 @@ import pytest
 import torch
 
 import train
-from checkpoint import CheckpointError, load, load_model
-from coco import CocoBoxes
+from formats.checkpoint import CheckpointError, load, load_model
+from formats.coco import CocoBoxes
 from data import TrainBatches
-from log import Log
+from tools.log import Log
 from model import CondInst
-from shapes import write_shapes
+from formats.shapes import write_shapes
 from boxteacher import RAMPED, total_loss
 from schedule import Plan, learning_rate, make_plan, ramp_factor
 from train import Run, parse_arguments, train_step

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 
 import boxteacher
-from checkpoint import load_model
+from formats.checkpoint import load_model
 from conftest import check
 from data import Batch
 from model import build_model, detect, mask_logits, predict
-from pasting import paste_masks
-from pretrained import CHECKPOINT, read_checkpoint, their_name
+from masks import paste_masks
+from formats.released import CHECKPOINT, read_checkpoint, their_name
 from released_files import GOLDEN, SWIN_B, network, released
 from schedule import make_plan, ramp_factor
 from teacher import make_teacher, pseudo_labels

@@ -23,7 +23,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from coco import CocoBoxes, DataError, write_files
+from formats.coco import CocoBoxes, DataError, write_files
 
 # the eight classes that are scored as objects; their category ids are Cityscapes' label ids
 CLASSES = [{"id": 24, "name": "person"}, {"id": 25, "name": "rider"}, {"id": 26, "name": "car"},

@@ -7,7 +7,7 @@ from pathlib import Path
 from backbone import BACKBONES
 from data import AUGMENTATIONS, positive
 from evaluate import pick_device, probability
-from pretrained import IMAGENET
+from formats.released import IMAGENET
 from schedule import RECIPES, SCHEDULES
 from teacher import SCORES
 

@@ -20,10 +20,10 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from assign import LEVEL_RANGES, assign_masks, box_masks, picture_targets
-from coco import CocoBoxes, DataError
 from data import TestImages, readable_batches
+from formats.coco import CocoBoxes, DataError
+from masks import paste_masks
 from model import CondInst, Detections, Locations, Predictions, detect, mask_logits
-from pasting import paste_masks
 from runlengths import encode
 from teacher import mask_aware_score
 

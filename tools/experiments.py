@@ -1,9 +1,9 @@
 """The comparisons of Tables 3 to 7 on drawn shapes, over seeds, by one command (results: EXPERIMENTS.md).
 
-    python experiments.py                              every row, seeds 1 2 3; goes on where it was stopped
-    python experiments.py --seeds 4 5 6                the same on other seeds
-    python experiments.py --rows boxinst boxteacher    some rows
-    python experiments.py --table                      train nothing, print the table of what is there
+    python -m tools.experiments                              every row, seeds 1 2 3; goes on where it was stopped
+    python -m tools.experiments --seeds 4 5 6                the same on other seeds
+    python -m tools.experiments --rows boxinst boxteacher    some rows
+    python -m tools.experiments --table                      train nothing, print the table of what is there
 
 A run is train.py with RECIPE and the options of RUNS, in OUT/seed<N>/<run>, evaluated twice: with the detector's
 scores and with those rescored by the masks, so that rescoring is not mistaken for learning. Runs go side by side,
@@ -21,10 +21,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from coco import DataError, datasets
 from data import positive
-from shapes import write_shapes
+from formats.coco import DataError, datasets
+from formats.shapes import write_shapes
 
+PROJECT = Path(__file__).resolve().parents[1]
 RECIPE = ("--backbone r18-slim --backbone-weights none --channels 64 --min-size 128 --max-size 128 "
           "--teacher-min-size 160 --teacher-max-size 160 --batch-size 8 --optimizer adamw --lr-decay cosine "
           "--clip-grad 10 --ema 0.99 --workers 0 --log-every 50 --measure-labels").split()
@@ -88,8 +89,8 @@ class Experiments:
         self.stopped, self.running, self.lock = False, set(), threading.RLock()
 
     def python(self, folder: Path, script: str, *options) -> None:
-        """Run a script of this project, its output at the end of folder/log.txt; RuntimeError where it fails."""
-        command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, options)]
+        """Run a program of this project, its output at the end of folder/log.txt; RuntimeError where it fails."""
+        command = [sys.executable, "-m", script, *map(str, options)]
         with self.lock:
             if self.stopped:
                 raise RuntimeError("stopped")
@@ -97,6 +98,7 @@ class Experiments:
             with (folder / "log.txt").open("a") as log:
                 print("$", " ".join(command), file=log, flush=True)
                 process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self.environment,
+                                           cwd=PROJECT,
                                            start_new_session=True)  # Ctrl-C reaches it through `stop` alone, once
             self.running.add(process)
         status = process.wait()
@@ -136,7 +138,7 @@ class Experiments:
         if run == "self-training":
             annotations = folder / "labels.json"
             if not annotations.exists():
-                self.python(folder, "selftraining.py", "--train-json", self.train_json, "--train-images",
+                self.python(folder, "tools.selftraining", "--train-json", self.train_json, "--train-images",
                             self.train_images, "--ckpt", self.folder("boxinst", seed) / "final.pt", "--weights",
                             "student", "--out", annotations, "--workers", 0)
         validation = ["--val-json", self.val_json, "--val-images", self.val_images]
@@ -144,13 +146,13 @@ class Experiments:
             start = [] if run == "start" else ["--init", self.folder("start", seed) / "final.pt", *FROM_START]
             # named file by file, nothing is evaluated in the run, unless asked for: that follows
             evaluation = [*validation, "--eval-every", self.eval_every] if self.eval_every else []
-            self.python(folder, "train.py", "--train-json", annotations, "--train-images", self.train_images,
+            self.python(folder, "train", "--train-json", annotations, "--train-images", self.train_images,
                         *evaluation, *RECIPE, *start, *RUNS[run], "--seed", seed, "--amp", self.amp, "--out", folder)
         for name, row in ROWS.items():
             for rescore in ("off", "on"):
                 metrics = self.metrics(name, seed, rescore)
                 if row.run == run and not metrics.exists():
-                    self.python(folder, "evaluate.py", *validation, "--ckpt", folder / "final.pt", "--weights",
+                    self.python(folder, "evaluate", *validation, "--ckpt", folder / "final.pt", "--weights",
                                 row.weights, "--rescore", rescore, "--metrics", metrics, "--batch-size", 8,
                                 "--workers", 0)
         print(f"seed {seed}: {run} is complete", flush=True)

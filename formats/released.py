@@ -28,7 +28,7 @@ import torchvision
 from torch import Tensor
 
 from backbone import make_backbone
-from coco import COCO_CLASSES
+from formats.coco import COCO_CLASSES
 from model import PIXEL_STD, build_model
 
 # ------------------------------------------------------------------------------------------------- reading files

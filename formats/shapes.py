@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as rle
 from tqdm import tqdm
 
-from coco import DataError
+from formats.coco import DataError
 
 SPLITS = ("train", "val")
 SUPERSAMPLE = 4      # outlines are filled on a grid this much finer: soft edges, masks exact to the pixel

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from coco import DataError
-from curves import COLOURS, INK, axes, ticks
+from formats.coco import DataError
+from tools.curves import COLOURS, INK, axes, ticks
 
-BENCHMARK = Path(__file__).with_name("benchmark.py")
+BENCHMARK = Path(__file__).resolve().parents[1] / "benchmark.py"
 
 
 def measure_growth(args: argparse.Namespace) -> dict:

@@ -15,10 +15,10 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torchvision.utils import draw_bounding_boxes
 
-from coco import CocoBoxes, UndecodableImage
 from data import load_image
-from label import ASSIGNED, PROMPTED, Labels
-from visualize import fill_mask, outline_mask
+from formats.coco import CocoBoxes, UndecodableImage
+from tools.draw import fill_mask, outline_mask
+from tools.label import ASSIGNED, PROMPTED, Labels
 
 SIDES = (190, 320)  # the longer side of a cut-out lies between these, pixels
 LISTED = 20_000     # boxes below --min-score that the page names without a picture

@@ -1,7 +1,7 @@
 """Naive self-training, stage one (paper Sec. 2, Table 6): a trained model gives the boxes of a data set masks.
 
     python train.py --method boxinst ...                                                    the labeller
-    python selftraining.py --ckpt runs/boxinst-r50-coco/final.pt --data coco --out runs/labels.json
+    python -m tools.selftraining --ckpt runs/boxinst-r50-coco/final.pt --data coco --out runs/labels.json
     python train.py --method condinst --train-json runs/labels.json --train-images datasets/coco/train2017 ...
 
 Its predictions are given to the boxes by Alg. 1 (label.py), in the order of the mask-aware score (Sec. 2 takes the
@@ -15,12 +15,12 @@ import sys
 
 import numpy as np
 
-from checkpoint import CheckpointError, load_model, test_size
-from coco import CocoBoxes, DataError, datasets
 from data import check_sizes, positive
 from evaluate import check_classes, ground_truth, output_file, pick_device, probability, write_json
-from label import label_dataset, report_agreement, with_masks
-from visualize import sheet, sheet_rows
+from formats.checkpoint import CheckpointError, load_model, test_size
+from formats.coco import CocoBoxes, DataError, datasets
+from tools.draw import sheet, sheet_rows
+from tools.label import label_dataset, report_agreement, with_masks
 
 
 def draw_labels(annotations: CocoBoxes, content: dict, path: str) -> None:

@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from coco import (FORMS, KEYS, NAMES, DataError, category_problems, clipped, content_problems, datasets, load_json,
-                  named, picture_folder, picture_problems, small_problems)
 from data import as_stated
+from formats.coco import (FORMS, KEYS, NAMES, DataError, category_problems, clipped, content_problems, datasets,
+                          load_json, named, picture_folder, picture_problems, small_problems)
 
 FEW = 10         # boxes; a class of fewer is named
 OUTSIDE = 0.1    # pixels by which a box may reach out of its picture unnoticed: rounded coordinates do

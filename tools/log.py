@@ -20,14 +20,14 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from coco import CocoBoxes, DataError, warn
 from data import Batch, Draw, TrainBatches, canvas_of, collate
+from formats.coco import CocoBoxes, DataError, warn
+from masks import paste_masks
 from model import CondInst, Instances
-from pasting import paste_masks
 from runlengths import decode
 from schedule import Plan, learning_rate, ramp_factor
 from teacher import label
-from visualize import sheet
+from tools.draw import sheet
 
 PICTURES = 8  # on a sheet
 

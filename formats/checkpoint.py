@@ -14,8 +14,8 @@
 All load with weights_only=True: loading never runs code from the file. The checkpoints that BoxTeacher's authors and
 AdelaiDet released load as if they were ours (pretrained.py).
 
-    python checkpoint.py CKPT                 says what a file is
-    python checkpoint.py CKPT --convert OUT   writes it in our format, without what only a resume needs
+    python -m formats.checkpoint CKPT                 says what a file is
+    python -m formats.checkpoint CKPT --convert OUT   writes it in our format, without what only a resume needs
 """
 import argparse
 import os
@@ -25,9 +25,9 @@ from pathlib import Path
 
 import torch
 
-from coco import warn
+from formats.coco import warn
+from formats.released import read, read_backbone, read_checkpoint, summary
 from model import CondInst, build_model
-from pretrained import read, read_backbone, read_checkpoint, summary
 
 FORMAT = "boxteacher-1"
 ENTRIES = {"model": dict, "classes": (list, type(None)), "method": str, "config": dict,

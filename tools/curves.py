@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from coco import DataError
+from formats.coco import DataError
 
 # title, key of a line of metrics.jsonl (of its evaluation, where it is a pair)
 PANELS = (("mask AP", ("segm", "AP")), ("box AP", ("bbox", "AP")), ("IoU of pseudo masks", "label_iou"),

@@ -16,8 +16,8 @@ import torchvision
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
-from coco import CocoBoxes
 from evaluate import write_json
+from formats.coco import CocoBoxes
 
 CATEGORIES = [{"id": i, "name": f"class {i}"} for i in range(1, 81)]
 

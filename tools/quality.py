@@ -24,10 +24,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.ops import box_iou, clip_boxes_to_image
 
 from assign import assign_masks, box_masks
-from curves import INK, axes
 from data import Batch
 from model import Detections, Predictions, detect, mask_logits
 from teacher import SCORE_FUNCTIONS, SCORES
+from tools.curves import INK, axes
 
 PLOT = 320                  # side of a panel's square from 0 to 1, pixels
 LEFT, TOP = 58, 86          # from the picture's edge to the first square, pixels
