@@ -1,7 +1,7 @@
 """Which prediction answers for which box: the two assignments of BoxTeacher.
 
 fcos_targets      student: which location learns which ground-truth box (FCOS Sec. 3.1, centre sampling)
-batch_instances   student: which of those locations also learn a mask, at most 64 a picture
+batch_instances   student: which of those locations also learn a mask, at most 64 an image
 assign_masks      teacher: which predicted mask becomes the pseudo mask of which box (paper Alg. 1)
 """
 from typing import NamedTuple
@@ -16,7 +16,7 @@ CENTER_RADIUS = 1.5  # strides
 
 
 class Targets(NamedTuple):
-    """What each of the L locations of B pictures shall predict. C classes; the label C is background."""
+    """What each of the L locations of B images shall predict. C classes; the label C is background."""
 
     labels: Tensor  # (B, L) int64
     ltrb: Tensor    # (B, L, 4) strides; 0 at background
@@ -25,16 +25,16 @@ class Targets(NamedTuple):
 
 def fcos_targets(locations: Locations, boxes: list[Tensor], labels: list[Tensor], num_classes: int) -> Targets:
     """FCOS targets of a batch. boxes[b] (G_b, 4) xyxy pixels of the network's input, labels[b] (G_b,)."""
-    first, pictures = 0, []
+    first, images = 0, []
     for b, l in zip(boxes, labels):
-        pictures.append(picture_targets(locations, b, l, num_classes, first))
+        images.append(image_targets(locations, b, l, num_classes, first))
         first += len(b)
-    return Targets(*map(torch.stack, zip(*pictures)))
+    return Targets(*map(torch.stack, zip(*images)))
 
 
-def picture_targets(locations: Locations, boxes: Tensor, labels: Tensor, num_classes: int,
+def image_targets(locations: Locations, boxes: Tensor, labels: Tensor, num_classes: int,
                     first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """One picture of fcos_targets; `first` is the number of its first box within the batch.
+    """One image of fcos_targets; `first` is the number of its first box within the batch.
 
     A location is a candidate for a box that (1) holds it, strictly, within 1.5 strides of the box's centre, and
     (2) has its farthest side at a distance of the location's level. Among several boxes the smallest wins.
@@ -62,19 +62,19 @@ def picture_targets(locations: Locations, boxes: Tensor, labels: Tensor, num_cla
 
 @torch.no_grad()
 def batch_instances(predictions: Predictions, targets: Targets, boxes: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """The instances of a batch, see select_instances: rows[b] of picture b, and gt (K,), the box of each of all K,
-    counted over the batch, or -1 where it only fills up. A picture without boxes has none."""
+    """The instances of a batch, see select_instances: rows[b] of image b, and gt (K,), the box of each of all K,
+    counted over the batch, or -1 where it only fills up. An image without boxes has none."""
     rows, gt = [], []
-    for b, picture_boxes in enumerate(boxes):
-        picture_rows, chosen = select_instances(predictions.class_logits[b], predictions.centerness[b],
-                                                targets.boxes[b], limit=64 if len(picture_boxes) else 0)
-        rows.append(picture_rows)
-        gt.append(torch.where(chosen, targets.boxes[b, picture_rows], -1))
+    for b, image_boxes in enumerate(boxes):
+        image_rows, chosen = select_instances(predictions.class_logits[b], predictions.centerness[b],
+                                                targets.boxes[b], limit=64 if len(image_boxes) else 0)
+        rows.append(image_rows)
+        gt.append(torch.where(chosen, targets.boxes[b, image_rows], -1))
     return rows, torch.cat(gt)
 
 
 def select_instances(class_logits: Tensor, centerness: Tensor, boxes: Tensor, limit: int = 64) -> tuple[Tensor, Tensor]:
-    """The positive locations of one picture whose masks are learnt, at most `limit`.
+    """The positive locations of one image whose masks are learnt, at most `limit`.
 
     class_logits (L, C), centerness (L,) logits, boxes (L,) the assigned box or -1. Every box with positives
     gets the same share of the limit, at least one, filled with its most confident locations; where there are

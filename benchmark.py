@@ -1,17 +1,17 @@
 """What training, inference and data cost on this device, and where the time goes: python benchmark.py
 
-    python benchmark.py                                  R-50, two pictures of 480 x 640, all but what follows
+    python benchmark.py                                  R-50, two images of 480 x 640, all but what follows
     python benchmark.py --size 800 1333 --device cuda    the paper's size
-    python benchmark.py --only annotations               100,000 annotated pictures in memory
+    python benchmark.py --only annotations               100,000 annotated images in memory
     python benchmark.py --growth growth.png              how the cost grows, too (growth.py)
     torchrun --nproc_per_node=2 benchmark.py --only training
 
 Times are medians over alternating rounds, in seconds and in Y: one forward pass of torchvision's resnet50 (eval,
-float32, no gradients) over the same number of pictures of the same size, with the same threads, in a process of its own
+float32, no gradients) over the same number of images of the same size, with the same threads, in a process of its own
 (measuring.Yardstick says why). Y makes machines comparable. The limit is what the convolutions of a step would take at
 the speed of one large convolution, measured in the same run. The share of the convolutions is that of PyTorch's
 operations with "conv" in their name, forward and backward, in the time of all operations of a step: what such an
-operation does to its own input and output, such as oneDNN's change of layout, belongs to it. The pictures are made up.
+operation does to its own input and output, such as oneDNN's change of layout, belongs to it. The images are made up.
 Weights are random, so nothing would be found: `knowing` puts the boxes into the teacher's and the detector's answers,
 and `drawing` the masks into the mask head's; their time is not counted, or is a part of its own in the evaluation.
 """
@@ -84,8 +84,8 @@ def knowing(predictions: Predictions, boxes: list[torch.Tensor], labels: list[to
 
 
 def drawing(clock: Clock, part: str) -> Callable:
-    """model.mask_logits for batches of one picture, which draws an ellipse into each box, and counts that as `part`:
-    random weights would draw noise all over the picture."""
+    """model.mask_logits for batches of one image, which draws an ellipse into each box, and counts that as `part`:
+    random weights would draw noise all over the image."""
     look = model.mask_logits
 
     def mask_logits(predictions: Predictions, rows: list[torch.Tensor]) -> torch.Tensor:
@@ -167,7 +167,7 @@ def measure_step(args: argparse.Namespace, folder: Path, rank: int, world_size: 
     before = peak_memory(device)
     training.step()
     seconds = statistics.median(training.step() for _ in range(args.rounds))
-    return {"seconds": seconds, "pictures a second": args.batch_size * world_size / seconds,
+    return {"seconds": seconds, "images a second": args.batch_size * world_size / seconds,
             "peak MiB": peak_memory(device) - before}
 
 
@@ -199,7 +199,7 @@ def measure_training(args: argparse.Namespace, folder: Path, rank: int, world_si
     convolutions = sum(time for name, time in own.items() if "conv" in name.lower()) / sum(own.values())
     rate = convolution_rate(device, pick_amp(args.amp, device), args.rounds)
     return {"seconds": step, "Y": statistics.median(ys), "in Y": step / statistics.median(ys),
-            "pictures a second": args.batch_size * world_size / step, "peak MiB": memory,
+            "images a second": args.batch_size * world_size / step, "peak MiB": memory,
             "TFLOP": flops.get_total_flops() / 1e12, "convolution TFLOP/s": rate / 1e12,
             "fraction of the limit": flops.get_total_flops() / rate / step,
             "share of convolutions": convolutions, "share outside the convolutions": 1 - convolutions,
@@ -207,7 +207,7 @@ def measure_training(args: argparse.Namespace, folder: Path, rank: int, world_si
 
 
 def measure_inference(args: argparse.Namespace, folder: Path) -> dict:
-    """Seconds a picture from pixels to 100 detections' run lengths, and its parts. Y is that of a batch, as above."""
+    """Seconds an image from pixels to 100 detections' run lengths, and its parts. Y is that of a batch, as above."""
     annotations = made_up_data(folder, 1, tuple(args.size), 200)
     device, classes = args.device, annotations.classes
     network = model.build_model(args.backbone, 80).eval().to(device)
@@ -238,7 +238,7 @@ def measure_inference(args: argparse.Namespace, folder: Path) -> dict:
                 for name, value in clock.seconds.items():
                     parts[name].append(value)
         pasted = {}
-        for scale in (0.5, 1, 2, 4):  # of the picture's own sides; the network sees it at one size
+        for scale in (0.5, 1, 2, 4):  # of the image's own sides; the network sees it at one size
             height, width = (round(scale * side) for side in args.size)
             for _ in range(2):
                 clock.seconds.clear()
@@ -249,11 +249,11 @@ def measure_inference(args: argparse.Namespace, folder: Path) -> dict:
     ys = statistics.median(ys[1:])
     return {"detections": count, "seconds": one, "Y": ys, "in Y": one / ys,
             "parts": {name: statistics.median(values) for name, values in parts.items()},
-            "seconds of pasting into a picture of": pasted}
+            "seconds of pasting into an image of": pasted}
 
 
 def measure_evaluation(args: argparse.Namespace, folder: Path, count: int = 12) -> dict:
-    """Seconds of evaluating `count` pictures of 100 detections, and of its parts, which overlap: together they are more
+    """Seconds of evaluating `count` images of 100 detections, and of its parts, which overlap: together they are more
     than the whole."""
     annotations = made_up_data(folder, count, tuple(args.size), 200)
     network = model.build_model(args.backbone, 80).eval().to(args.device)
@@ -277,12 +277,12 @@ def measure_evaluation(args: argparse.Namespace, folder: Path, count: int = 12) 
                                     progress=False)
         evaluate.coco_metrics(annotations.json_path, results)
     took = clock.now() - start - clock.seconds.pop("not counted")
-    return {"pictures": count, "detections": len(results), "seconds": took, "pictures a second": count / took,
+    return {"images": count, "detections": len(results), "seconds": took, "images a second": count / took,
             "parts": dict(clock.seconds)}
 
 
 def measure_data(args: argparse.Namespace, folder: Path) -> dict:
-    """Milliseconds a picture of one process, beside the bare ones: decoding, and resizing to the student's and the
+    """Milliseconds an image of one process, beside the bare ones: decoding, and resizing to the student's and the
     teacher's view, once where these are equal. At --size, and at the sizes that train.py has by itself."""
     annotations, own = made_up_data(folder, 8, (480, 640), 7), train.parse_arguments(["--out", str(folder)])
     usual = own.min_size, own.max_size, (own.teacher_min_size, own.teacher_max_size)
@@ -294,29 +294,29 @@ def measure_data(args: argparse.Namespace, folder: Path) -> dict:
                                        teacher_size=teacher_size, augment=augment) for augment in AUGMENTATIONS}
 
         def bare(of=works["none"]):
-            for draw in (of.draw(0, place, picture) for place, picture in enumerate(of.order(0))):
-                limits = {(draw.min_size, of.max_size), of.teacher_size}
-                with Image.open(annotations.path(draw.picture)) as image:
+            for choices in (of.choose(0, place, i) for place, i in enumerate(of.order(0))):
+                limits = {(choices.min_size, of.max_size), of.teacher_size}
+                with Image.open(annotations.path(choices.image)) as image:
                     image = as_rgb(image)
                 for limit in limits:
-                    view(image, of.resized(draw.picture, *limit), False)
+                    view(image, of.resized_size(choices.image, *limit), False)
 
         seconds = medians(args.rounds, torch.device("cpu"), bare=bare,
                           **{name: lambda of=of: of[0] for name, of in works.items()})
-        figures |= {"milliseconds a picture" + title: {name: 1000 * s / 8 for name, s in seconds.items()},
-                    "pictures a second" + title: {name: 8 / s for name, s in seconds.items()},
+        figures |= {"milliseconds an image" + title: {name: 1000 * s / 8 for name, s in seconds.items()},
+                    "images a second" + title: {name: 8 / s for name, s in seconds.items()},
                     "rate against the bare one" + title: {name: seconds["bare"] / s for name, s in seconds.items()}}
     return figures
 
 
 def measure_annotations(args: argparse.Namespace, folder: Path) -> dict:
-    """Seconds and memory to load --annotated pictures' boxes; MiB of all processes, and of a worker's own, after a
+    """Seconds and memory to load --annotated images' boxes; MiB of all processes, and of a worker's own, after a
     tenth of the batches that 0, 2 and 4 workers make, and after all."""
     path, before = many_annotations(folder, args.annotated), process_memory()["private"]
     clock = Clock(torch.device("cpu"))
     with clock.part("load"):
         annotations = CocoBoxes(path, folder)
-    figures = {"pictures": len(annotations), "boxes": len(annotations.boxes), "load seconds": clock.seconds["load"],
+    figures = {"images": len(annotations), "boxes": len(annotations.boxes), "load seconds": clock.seconds["load"],
                "MiB before": before, "MiB after": process_memory()["private"],
                "MiB of arrays": sum(x.nbytes for x in vars(annotations).values() if hasattr(x, "nbytes")) / 2 ** 20}
     batches = TrainBatches(annotations, batch_size=32, min_sizes=[48], max_size=64, teacher_size=(48, 64))
@@ -341,7 +341,7 @@ def measure_annotations(args: argparse.Namespace, folder: Path) -> dict:
 def measure_mask_memory(args: argparse.Namespace, folder: Path, size: tuple[int, int] = (800, 1344),
                         instances: int = 128) -> dict:
     """MiB that the loss on pairs of cells holds at its most, forward and backward, for `instances` masks of two padded
-    pictures of `size`, eight to a box: ours, and in the dense form of all 8 neighbours; and that both are equal."""
+    images of `size`, eight to a box: ours, and in the dense form of all 8 neighbours; and that both are equal."""
     torch.manual_seed(0)
     h, w, boxes = size[0] // 4, size[1] // 4, max(instances // 8, 2)
     images = F.interpolate(torch.rand(2, 3, h // 8, w // 8) * 255, size, mode="bilinear").to(args.device)
@@ -429,10 +429,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--device", type=pick_device, default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1")
     add("--backbone", choices=list(IMAGENET), default="r50", help="as from ImageNet: norms and first stage frozen")
     add("--size", nargs=2, type=positive, default=[480, 640], metavar=("H", "W"),
-        help="of the pictures, pixels; at least as wide as high")
+        help="of the images, pixels; at least as wide as high")
     add("--teacher-size", nargs=2, type=positive, metavar=("H", "W"), help="of the teacher's; None: the same")
-    add("--batch-size", type=positive, default=2, help="pictures a step and process, and in Y")
-    add("--instances", type=positive, default=7, help="boxes a picture in training; inference and evaluation have 200, "
+    add("--batch-size", type=positive, default=2, help="images a step and process, and in Y")
+    add("--instances", type=positive, default=7, help="boxes an image in training; inference and evaluation have 200, "
         "of which 100 are found")
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="as in train.py")
     add("--compile", action="store_true", help="as in train.py, of training")
@@ -441,13 +441,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--only", nargs="+", choices=MEASURES, default=list(MEASURES)[:-2],
         help="measure these alone; step: no more than a step of training takes; annotations: what a long file of them "
         "takes to load and hold, on Linux")
-    add("--annotated", type=positive, default=100000, help="pictures of the annotations to load")
+    add("--annotated", type=positive, default=100000, help="images of the annotations to load")
     add("--json", metavar="FILE", help="write all figures there")
     add("--growth", metavar="FILE", help="measure how a step grows, too, and draw it there (PNG, growth.py); "
         "takes a quarter of an hour on two cores; alone: --only step --growth FILE")
-    add("--growth-instances", nargs="+", type=positive, default=[8, 32, 128, 512], help="boxes a picture")
+    add("--growth-instances", nargs="+", type=positive, default=[8, 32, 128, 512], help="boxes an image")
     add("--growth-sizes", nargs="+", type=positive, default=[480, 640, 800, 1000], help="shorter sides, pixels")
-    add("--growth-batches", nargs="+", type=positive, default=[1, 2, 4, 8], help="pictures a step")
+    add("--growth-batches", nargs="+", type=positive, default=[1, 2, 4, 8], help="images a step")
     args = parser.parse_args(argv)
     if args.size[0] > args.size[1]:
         parser.error("argument --size: first the shorter side, then the longer one")
@@ -470,7 +470,7 @@ def main(argv: list[str] | None = None) -> None:
         figures = {"about": about}
         if rank == 0:
             print(f"{world_size} x {gpu}, {about['threads']} threads, torch {about['torch']}, {args.backbone}, "
-                  f"{args.batch_size} pictures of {args.size[0]} x {args.size[1]}")
+                  f"{args.batch_size} images of {args.size[0]} x {args.size[1]}")
         for name in args.only:
             if rank and name not in TOGETHER:
                 continue

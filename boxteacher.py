@@ -1,4 +1,4 @@
-"""BoxTeacher on one page: from a batch of pictures with boxes to its losses (paper Fig. 2 and Sec. 3).
+"""BoxTeacher on one page: from a batch of images with boxes to its losses (paper Fig. 2 and Sec. 3).
 
     batch -> teacher -> pseudo masks (Alg. 1) -> student -> L_det + L_box-sup + L_mask-sup
 

@@ -1,7 +1,7 @@
-"""Data: pictures in, batches of uint8 views out (paper: A.1, Table 9).
+"""Data: images in, batches of uint8 views out (paper: A.1, Table 9).
 
-The way of a picture, top to bottom: `load_image` decodes it; `TrainBatches` makes the batch of micro-step k, with the
-student's clean and colour-augmented views and the teacher's clean view; `TestImages` makes the pictures of an
+The way of an image, top to bottom: `load_image` decodes it; `TrainBatches` makes the batch of micro-step k, with the
+student's clean and colour-augmented views and the teacher's clean view; `TestImages` makes the images of an
 evaluation. Their boxes come from coco.py. Boxes are xyxy in pixels, sizes (height, width).
 
     python data.py shapes datasets/shapes              # writes the small embedded data set
@@ -34,10 +34,10 @@ from formats.shapes import write_shapes
 STRIDE = 32      # batches are padded to a multiple of it: the stride of the backbone's last stage, pixels
 COMPILED_STRIDE = 128  # the same with train.py --compile: fewer sizes, and all levels of the pyramid divide them
 
-# ---------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------------- images
 
 def as_stated(image: Image.Image, path: str, size: tuple[int, int]) -> Image.Image:
-    """The picture turned as its annotation sees it: `size` (height, width) decides whether EXIF is obeyed.
+    """The image turned as its annotation sees it: `size` (height, width) decides whether EXIF is obeyed.
 
     Raises DataError where neither way fits; to turn the pixels anyway would hide a wrong annotation."""
     height, width = size
@@ -57,7 +57,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def load_image(path: str, size: tuple[int, int] | None = None) -> Image.Image:
-    """RGB picture of the (height, width) that its annotation states; None: as it is, turned as EXIF says.
+    """RGB image of the (height, width) that its annotation states; None: as it is, turned as EXIF says.
 
     Raises UndecodableImage, DataError."""
     try:
@@ -70,9 +70,9 @@ def load_image(path: str, size: tuple[int, int] | None = None) -> Image.Image:
 
 
 def check_sizes(annotations: CocoBoxes, at_most: int = 2000) -> None:
-    """Compares the headers of up to `at_most` pictures, evenly spaced, with the annotation. Raises DataError.
+    """Compares the headers of up to `at_most` images, evenly spaced, with the annotation. Raises DataError.
 
-    A picture without a readable header passes with a warning: training skips it, evaluation stops at it."""
+    An image without a readable header passes with a warning: training skips it, evaluation stops at it."""
     checked = np.unique(np.linspace(0, len(annotations) - 1, min(at_most, len(annotations))).astype(int))
     wrong = []
     for path, size in ((annotations.path(i), annotations.size(i)) for i in checked):
@@ -84,17 +84,17 @@ def check_sizes(annotations: CocoBoxes, at_most: int = 2000) -> None:
         except Exception as error:
             warn(f"{path} cannot be decoded: {error}")
     if wrong:
-        raise DataError(f"{annotations.json_path}: {len(wrong)} of {len(checked)} pictures looked at have "
+        raise DataError(f"{annotations.json_path}: {len(wrong)} of {len(checked)} images looked at have "
                         f"another size than it states, the first: {wrong[0]}")
 
 
-def resized(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
+def resized_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
     """(height, width) with the shorter side at min_size, unless the longer one would then pass max_size."""
     scale = min(min_size / min(height, width), max_size / max(height, width))
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
-def fitted(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
+def fitted_size(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
     """`size`, shrunk where it does not fit into `canvas`; both (height, width)."""
     shrink = min(1, canvas[0] / size[0], canvas[1] / size[1])
     return max(1, int(size[0] * shrink)), max(1, int(size[1] * shrink))
@@ -106,7 +106,7 @@ def canvas_of(sizes: list[tuple[int, int]], stride: int = STRIDE) -> tuple[int, 
 
 
 def view(image: Image.Image, size: tuple[int, int], flip: bool) -> Image.Image:
-    """The picture at `size` (height, width), mirrored left to right if `flip`."""
+    """The image at `size` (height, width), mirrored left to right if `flip`."""
     image = image.resize(size[::-1], Image.BILINEAR)             # Pillow averages where it shrinks
     return image.transpose(Image.FLIP_LEFT_RIGHT) if flip else image
 
@@ -136,7 +136,7 @@ def view_mask(mask: np.ndarray, size: tuple[int, int], flip: bool) -> Tensor:
 
 
 def view_masks(annotations: CocoBoxes, i: int, size: tuple[int, int], flip: bool) -> Tensor | None:
-    """view_mask of every box of picture i, (G, h/4, w/4); None where the annotations were read without masks."""
+    """view_mask of every box of image i, (G, h/4, w/4); None where the annotations were read without masks."""
     if annotations.rles is None:
         return None
     masks = [view_mask(annotations.mask(i, box), size, flip) for box in range(*annotations.offsets[i:i + 2])]
@@ -157,7 +157,7 @@ class Blur(v2.GaussianBlur):
 
 
 # The student's colour augmentations (Table 9, hue 0.1 in both; strong-blur: the released 3x recipe). They
-# take Pillow's pictures: faster than tensors, and no sum in them depends on the number of threads.
+# take Pillow's images: faster than tensors, and no sum in them depends on the number of threads.
 STRONG = [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2)]
 AUGMENTATIONS = {
     "none": None,
@@ -170,7 +170,7 @@ AUGMENTATIONS = {
 # ----------------------------------------------------------------------------------------------- batches
 
 class Batch(NamedTuple):
-    """Pictures are uint8 RGB, channels last in memory, padded with zeros at the right and at the bottom to a multiple
+    """Images are uint8 RGB, channels last in memory, padded with zeros at the right and at the bottom to a multiple
     of STRIDE, or COMPILED_STRIDE."""
     images: Tensor                          # (B,3,H,W) clean view at the student's size
     sizes: list[tuple[int, int]]            # true (height, width) within images
@@ -182,7 +182,7 @@ class Batch(NamedTuple):
     teacher_images: Tensor | None           # (B,3,Ht,Wt) clean view at the teacher's size, flipped alike
     teacher_sizes: list[tuple[int, int]]    # true (height, width) within teacher_images; [] without a teacher
     masks: list[Tensor] | None              # (G,H/4,W/4) bool ground truth at pixels 2, 6, 10, ... of images
-    skipped: list[str]                      # "path ...: why" of undecodable pictures that others stand in for
+    skipped: list[str]                      # "path ...: why" of undecodable images that others stand in for
 
     def to(self, device) -> "Batch":
         return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=True))
@@ -205,7 +205,7 @@ class Batch(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One picture on its way into a Batch, not padded yet."""
+    """One image on its way into a Batch, not padded yet."""
     image: Image.Image                      # the views, RGB
     augmented: Image.Image | None
     teacher_image: Image.Image | None       # `image` itself where both are of one size
@@ -230,12 +230,12 @@ def collate(samples: Iterable[Sample], count: int, canvas: tuple[int, int],
     canvases = {"image": canvas, "augmented": canvas, "teacher_image": teacher_canvas}
     views, sizes, others = {}, {"teacher_image": []}, []
     for i, sample in enumerate(samples):
-        for name, picture in zip(canvases, sample):
-            if picture is not None:
+        for name, image in zip(canvases, sample):
+            if image is not None:
                 if name not in views:
                     views[name], sizes[name] = np.zeros((count, *canvases[name], 3), np.uint8), []
-                views[name][i, :picture.height, :picture.width] = picture
-                sizes[name].append((picture.height, picture.width))
+                views[name][i, :image.height, :image.width] = image
+                sizes[name].append((image.height, image.width))
         others.append(sample[len(canvases):])
     views = {name: torch.from_numpy(view).permute(0, 3, 1, 2) for name, view in views.items()}
     masks, boxes, labels, originals, image_ids, skipped = map(list, zip(*others))
@@ -245,9 +245,9 @@ def collate(samples: Iterable[Sample], count: int, canvas: tuple[int, int],
                  None if masks[0] is None else [padded(mask, quarter) for mask in masks], sum(skipped, []))
 
 
-class Draw(NamedTuple):
-    """What chance decides of a sample, known before its picture is opened."""
-    picture: int
+class Choices(NamedTuple):
+    """What chance decides of a sample, known before its image is opened."""
+    image: int
     min_size: int
     flip: bool
     colour_seed: int
@@ -256,13 +256,13 @@ class Draw(NamedTuple):
 class TrainBatches(torch.utils.data.Dataset):
     """Item k is this process's Batch of micro-step k of the run, for any k >= 0.
 
-    batch_size: pictures of a micro-step over all world_size processes, a multiple of it; min_sizes: shorter
+    batch_size: images of a micro-step over all world_size processes, a multiple of it; min_sizes: shorter
     sides to draw from, max_size: longest side, teacher_size: (shorter, longest) side or None, all in pixels;
     augment: one of AUGMENTATIONS; stride: batches are padded to a multiple of it. Raises ValueError for these,
-    DataError where there is no box to learn from, for a picture that has not the stated size, and for 100
-    undecodable pictures in a row.
+    DataError where there is no box to learn from, for an image that has not the stated size, and for 100
+    undecodable images in a row.
 
-    Which pictures item k has follows from (seed, k, batch_size); their sizes, flips and colours from (seed,
+    Which images item k has follows from (seed, k, batch_size); their sizes, flips and colours from (seed,
     k, place in the batch). So workers, restarts and the number of processes change nothing, and no state of
     the loader is saved. For DataLoader(batches, batch_size=None, sampler=range(start, stop),
     collate_fn=TrainBatches.collate, ...)."""
@@ -271,7 +271,7 @@ class TrainBatches(torch.utils.data.Dataset):
                  teacher_size: tuple[int, int] | None = None, augment: str = "none", seed: int = 0,
                  rank: int = 0, world_size: int = 1, stride: int = STRIDE):
         if batch_size % world_size:
-            raise ValueError(f"{batch_size} pictures a micro-step do not divide among {world_size} processes")
+            raise ValueError(f"{batch_size} images a micro-step do not divide among {world_size} processes")
         if augment not in AUGMENTATIONS:
             raise ValueError(f"augment is one of {', '.join(AUGMENTATIONS)}, not {augment!r}")
         if not len(annotations.boxes):
@@ -284,19 +284,20 @@ class TrainBatches(torch.utils.data.Dataset):
         self.wide = annotations.sizes[:, 1] >= annotations.sizes[:, 0]
         self.repeats = -(-batch_size // len(annotations))        # a tiny set is gone through more than once
         self.epoch_length = len(annotations) * self.repeats // batch_size
-        self.epoch, self.plan = -1, None
+        self.epoch, self.batches = -1, None
 
     def __getitem__(self, k: int) -> Batch:
-        draws = [self.draw(k, place, picture) for place, picture in enumerate(self.order(k))]
-        # Padded for the pictures of all processes, not for this one's alone: padding has a say in the
+        choices = [self.choose(k, place, image) for place, image in enumerate(self.order(k))]
+        # Padded for the images of all processes, not for this one's alone: padding has a say in the
         # features, so a step would depend on the number of processes. And all have the same work to do.
-        canvas = canvas_of([self.resized(draw.picture, draw.min_size, self.max_size) for draw in draws], self.stride)
+        canvas = canvas_of([self.resized_size(one.image, one.min_size, self.max_size) for one in choices], self.stride)
         teacher_canvas = None
-        alike = all((draw.min_size, self.max_size) == self.teacher_size for draw in draws)
+        alike = all((one.min_size, self.max_size) == self.teacher_size for one in choices)
         if self.teacher_size and not alike:
-            teacher_canvas = canvas_of([self.resized(draw.picture, *self.teacher_size) for draw in draws], self.stride)
-        own = draws[self.own]
-        batch = collate((self.sample(draw, canvas, teacher_canvas) for draw in own), len(own), canvas, teacher_canvas)
+            teacher_canvas = canvas_of([self.resized_size(one.image, *self.teacher_size) for one in choices],
+                                       self.stride)
+        own = choices[self.own]
+        batch = collate((self.sample(one, canvas, teacher_canvas) for one in own), len(own), canvas, teacher_canvas)
         return batch._replace(teacher_images=batch.images, teacher_sizes=batch.sizes) if alike else batch
 
     @staticmethod
@@ -304,16 +305,16 @@ class TrainBatches(torch.utils.data.Dataset):
         return batch                     # the DataLoader's own conversion would turn the sizes into lists
 
     def order(self, k: int) -> list[int]:
-        """The pictures of micro-step k, of all processes: batch_size numbers."""
+        """The images of micro-step k, of all processes: batch_size numbers."""
         epoch, batch = divmod(k, self.epoch_length)
         if epoch != self.epoch:
-            self.epoch, self.plan = epoch, self.plan_epoch(epoch)
-        return self.plan[batch].tolist()
+            self.epoch, self.batches = epoch, self.epoch_order(epoch)
+        return self.batches[batch].tolist()
 
-    def plan_epoch(self, epoch: int) -> np.ndarray:
-        """(epoch_length, batch_size) pictures, each once, without those that do not fill a last batch.
+    def epoch_order(self, epoch: int) -> np.ndarray:
+        """(epoch_length, batch_size) images, each once, without those that do not fill a last batch.
 
-        Landscape and portrait pictures have batches of their own, for less padding; only leftovers mix."""
+        Landscape and portrait images have batches of their own, for less padding; only leftovers mix."""
         rng = np.random.default_rng([self.seed, epoch, self.batch_size])     # no sample has so high a place
         order = np.concatenate([rng.permutation(len(self.annotations)) for _ in range(self.repeats)])
         groups = order[self.wide[order]], order[~self.wide[order]]
@@ -323,37 +324,37 @@ class TrainBatches(torch.utils.data.Dataset):
         batches = np.concatenate([*(group[:n] for group, n in zip(groups, filled)), rest])
         return rng.permutation(batches.reshape(-1, self.batch_size))
 
-    def draw(self, k: int, place: int, picture: int) -> Draw:
+    def choose(self, k: int, place: int, image: int) -> Choices:
         rng = np.random.default_rng([self.seed, k, place])
-        return Draw(picture, self.min_sizes[rng.integers(len(self.min_sizes))], bool(rng.random() < 0.5),
-                    int(rng.integers(2**62)))
+        return Choices(image, self.min_sizes[rng.integers(len(self.min_sizes))], bool(rng.random() < 0.5),
+                       int(rng.integers(2**62)))
 
-    def resized(self, picture: int, min_size: int, max_size: int) -> tuple[int, int]:
-        return resized(*self.annotations.size(picture), min_size, max_size)
+    def resized_size(self, image: int, min_size: int, max_size: int) -> tuple[int, int]:
+        return resized_size(*self.annotations.size(image), min_size, max_size)
 
-    def decode(self, picture: int) -> tuple[Image.Image, int, list[str]]:
-        """-> the picture, or the next one that can be decoded; its number; what is wrong with the skipped."""
+    def decode(self, image: int) -> tuple[Image.Image, int, list[str]]:
+        """-> the image, or the next one that can be decoded; its number; what is wrong with the skipped."""
         skipped = []
-        for i in range(picture, picture + min(len(self.annotations), 100)):
+        for i in range(image, image + min(len(self.annotations), 100)):
             i %= len(self.annotations)
             try:
                 return load_image(self.annotations.path(i), self.annotations.size(i)), i, skipped
             except UndecodableImage as error:
                 skipped.append(str(error))
-        raise DataError(f"{len(skipped)} pictures in a row cannot be decoded, the first: {skipped[0]}")
+        raise DataError(f"{len(skipped)} images in a row cannot be decoded, the first: {skipped[0]}")
 
-    def sample(self, draw: Draw, canvas: tuple[int, int], teacher_canvas: tuple[int, int] | None) -> Sample:
-        image, i, skipped = self.decode(draw.picture)
-        # Fitted for a picture that stands in for a broken one: the canvas is fixed, and the others' too.
-        size = fitted(self.resized(i, draw.min_size, self.max_size), canvas)
-        student, teacher = view(image, size, draw.flip), None
+    def sample(self, choices: Choices, canvas: tuple[int, int], teacher_canvas: tuple[int, int] | None) -> Sample:
+        image, i, skipped = self.decode(choices.image)
+        # Fitted for an image that stands in for a broken one: the canvas is fixed, and the others' too.
+        size = fitted_size(self.resized_size(i, choices.min_size, self.max_size), canvas)
+        student, teacher = view(image, size, choices.flip), None
         if teacher_canvas:
-            teacher_size = fitted(self.resized(i, *self.teacher_size), teacher_canvas)
-            teacher = student if teacher_size == size else view(image, teacher_size, draw.flip)
+            teacher_size = fitted_size(self.resized_size(i, *self.teacher_size), teacher_canvas)
+            teacher = student if teacher_size == size else view(image, teacher_size, choices.flip)
         boxes, labels = self.annotations.image_boxes(i)
-        return Sample(student, self.coloured(student, draw.colour_seed), teacher,
-                      view_masks(self.annotations, i, size, draw.flip),
-                      view_boxes(boxes, self.annotations.size(i), size, draw.flip), torch.tensor(labels),
+        return Sample(student, self.coloured(student, choices.colour_seed), teacher,
+                      view_masks(self.annotations, i, size, choices.flip),
+                      view_boxes(boxes, self.annotations.size(i), size, choices.flip), torch.tensor(labels),
                       self.annotations.size(i), int(self.annotations.image_ids[i]), skipped)
 
     def coloured(self, image: Image.Image, seed: int) -> Image.Image | None:
@@ -365,7 +366,7 @@ class TrainBatches(torch.utils.data.Dataset):
 
 
 class TestImages(torch.utils.data.Dataset):
-    """Item i is picture i at the test size with its boxes; `TestImages.collate` makes a Batch of several.
+    """Item i is image i at the test size with its boxes; `TestImages.collate` makes a Batch of several.
 
     min_size: shorter side, unless the longer one would pass max_size, pixels. With the objects' masks where the
     annotations were read with them. Raises DataError."""
@@ -380,7 +381,7 @@ class TestImages(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> Sample:
         original = self.annotations.size(i)
-        size = resized(*original, self.min_size, self.max_size)
+        size = resized_size(*original, self.min_size, self.max_size)
         image = view(load_image(self.annotations.path(i), original), size, flip=False)
         boxes, labels = self.annotations.image_boxes(i)
         return Sample(image, None, None, view_masks(self.annotations, i, size, flip=False),
@@ -394,17 +395,17 @@ class TestImages(torch.utils.data.Dataset):
 
 
 class Readable(torch.utils.data.Dataset):
-    """The items of another data set; where a picture cannot be decoded, the message that says so."""
+    """The items of another data set; where an image cannot be decoded, the message that says so."""
 
-    def __init__(self, pictures: torch.utils.data.Dataset):
-        self.pictures = pictures
+    def __init__(self, images: torch.utils.data.Dataset):
+        self.images = images
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, i: int) -> Sample | str:
         try:
-            return self.pictures[i]
+            return self.images[i]
         except UndecodableImage as error:
             return str(error)
 
@@ -415,10 +416,10 @@ class Readable(torch.utils.data.Dataset):
         return batch, [item for item in items if isinstance(item, str)]
 
 
-def readable_batches(pictures: torch.utils.data.Dataset, title: str, *, batch_size: int = 1, workers: int = 2,
+def readable_batches(images: torch.utils.data.Dataset, title: str, *, batch_size: int = 1, workers: int = 2,
                      device: torch.device | str = "cpu") -> Iterator[Batch]:
-    """Batches of Samples on the device, with a progress bar; undecodable pictures are named and left out."""
-    loader = DataLoader(Readable(pictures), batch_size=batch_size, num_workers=workers, collate_fn=Readable.collate,
+    """Batches of Samples on the device, with a progress bar; undecodable images are named and left out."""
+    loader = DataLoader(Readable(images), batch_size=batch_size, num_workers=workers, collate_fn=Readable.collate,
                         pin_memory=torch.device(device).type == "cuda")
     for batch, broken in tqdm(loader, desc=title, unit="batch", disable=None):
         for message in broken:
@@ -449,10 +450,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     shapes = commands.add_parser("shapes", help="write the embedded data set of drawn shapes, in COCO layout",
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     shapes.add_argument("dir", metavar="DIR", help="folder to make, for example datasets/shapes")
-    shapes.add_argument("--train", type=positive, default=3000, metavar="N", help="pictures to train on")
-    shapes.add_argument("--val", type=positive, default=200, metavar="N", help="pictures to evaluate on")
-    shapes.add_argument("--size", type=positive, default=128, metavar="S", help="side of a picture, pixels")
-    shapes.add_argument("--seed", type=int, default=0, metavar="S", help="another one draws another set")
+    shapes.add_argument("--train", type=positive, default=3000, metavar="N", help="images to train on")
+    shapes.add_argument("--val", type=positive, default=200, metavar="N", help="images to evaluate on")
+    shapes.add_argument("--size", type=positive, default=128, metavar="S", help="side of an image, pixels")
+    shapes.add_argument("--seed", type=int, default=0, metavar="S", help="another one choices another set")
     cityscapes = commands.add_parser("cityscapes", help="write COCO annotation files for Cityscapes")
     cityscapes.add_argument("root", metavar="ROOT", help="folder that holds leftImg8bit and gtFine; the files go into "
                             "its sub-folder annotations")
@@ -464,7 +465,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                                 "fail")
     check.add_argument("paths", nargs="+", metavar="DIR_OR_JSON", help="a folder as --data of train.py takes it, or an "
                        "annotation file in COCO format")
-    check.add_argument("--images", metavar="DIR", help="folder of the pictures of an annotation file, where they are "
+    check.add_argument("--images", metavar="DIR", help="folder of the images of an annotation file, where they are "
                        "not beside it")
     return parser.parse_args(argv)
 

@@ -5,7 +5,7 @@
     python evaluate.py --ckpt ... --data cityscapes --cityscapes-results runs/for-cityscapes
     python evaluate.py --curves curves.png runs/boxinst-r50-coco runs/boxteacher-r50-coco
 
-`evaluate` runs the model over a set of pictures and returns detections in COCO's results format,
+`evaluate` runs the model over a set of images and returns detections in COCO's results format,
 `coco_metrics` gives their figures through pycocotools, `print_tables` shows them. train.py uses the same. What
 Cityscapes asks for beyond that is in cityscapes.py, how well scores tell good masks from poor ones in quality.py.
 """
@@ -41,30 +41,30 @@ FIGURES = ["AP", "AP50", "AP75", "APs", "APm", "APl"]  # the first six numbers o
 
 def evaluate(model: torch.nn.Module, annotations: CocoBoxes, *, score_threshold: float = 0.05, rescore: bool = True,
              **how) -> list[dict]:
-    """Detections of every picture, in the pictures' order, in COCO's results format (see `coco_results`).
+    """Detections of every image, in the images' order, in COCO's results format (see `coco_results`).
 
-    how: sizes, batches and device, see `over_pictures`.
+    how: sizes, batches and device, see `over_images`.
     """
     def detections(predictions: Predictions, batch: Batch) -> list[dict]:
         instances = find_instances(predictions, batch.sizes, batch.original_sizes, score_threshold, rescore)
         return [result for image_id, one in zip(batch.image_ids, instances)
                 for result in coco_results(image_id, one, annotations.classes)]
 
-    return over_pictures(model, annotations, "evaluate", detections, **how)
+    return over_images(model, annotations, "evaluate", detections, **how)
 
 
 @torch.no_grad()
-def over_pictures(model: torch.nn.Module, annotations: CocoBoxes, title: str,
+def over_images(model: torch.nn.Module, annotations: CocoBoxes, title: str,
                   work: Callable[[Predictions, Batch], list], *, min_size: int = 800, max_size: int = 1333,
                   batch_size: int = 1, workers: int = 2, device: torch.device | str = "cpu",
                   amp_dtype: torch.dtype | None = None, progress: bool = True, worker_init_fn=None) -> list:
-    """What `work` makes of the model's predictions, in one list in the pictures' order; the model is in eval mode.
+    """What `work` makes of the model's predictions, in one list in the images' order; the model is in eval mode.
 
     `work` runs in a thread of its own, while the model looks at the next batch and no farther.
     min_size and max_size are the input's shorter and longest side in pixels. Under torch.distributed each
     process takes every world-th batch and all return the whole list. Whole batches are dealt out, because
-    a picture's padding depends on its batch: so the number of processes does not change the results.
-    A picture that cannot be decoded raises DataError.
+    an image's padding depends on its batch: so the number of processes does not change the results.
+    An image that cannot be decoded raises DataError.
     """
     device = torch.device(device)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -96,7 +96,7 @@ def over_pictures(model: torch.nn.Module, annotations: CocoBoxes, title: str,
 
 
 def coco_results(image_id: int, instances: Instances, classes: list[dict]) -> list[dict]:
-    """One picture's instances as COCO results: the data set's category ids, bbox xywh in pixels, RLE."""
+    """One image's instances as COCO results: the data set's category ids, bbox xywh in pixels, RLE."""
     boxes = instances.boxes.double()
     boxes[:, 2:] -= boxes[:, :2]  # xyxy -> xywh
     rows = zip(instances.labels.tolist(), instances.scores.tolist(), boxes.tolist(), instances.rles)
@@ -289,7 +289,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "these run folders over the iterations there (PNG)")
     add("--data", default="coco", help="coco, cityscapes, shapes (under datasets/), or a folder in COCO layout")
     add("--val-json", metavar="FILE", help="annotations in COCO format, in place of those of --data")
-    add("--val-images", metavar="DIR", help="the pictures of --val-json")
+    add("--val-images", metavar="DIR", help="the images of --val-json")
     add("--weights", choices=["teacher", "student"], help="None: the teacher's where there are any")
     add("--min-size", type=positive, metavar="PIXELS",
         help="shorter side of the input; None: the checkpoint's test size, 800 where it states none")
@@ -304,18 +304,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "scripts, and give the AP of these too where the package cityscapesscripts is installed")
     add("--sheet", metavar="FILE", help="draw boxes, predictions and ground truth there (PNG)")
     add("--score-quality", metavar="FILE", help="correlate the scores of Table 5 with the IoU of the masks, and draw "
-        "one against the other there (PNG); looks at every picture once more")
-    add("--sheet-count", type=positive, default=12, help="number of pictures on the sheet")
+        "one against the other there (PNG); looks at every image once more")
+    add("--sheet-count", type=positive, default=12, help="number of images on the sheet")
     add("--device", type=pick_device, default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1")
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
         help="mixed precision; auto: bf16 or else fp16 on CUDA, off on CPU")
-    add("--batch-size", type=positive, default=1, help="pictures per forward pass of one process")
+    add("--batch-size", type=positive, default=1, help="images per forward pass of one process")
     add("--workers", type=int, default=2, help="loading processes of one process")
     args = parser.parse_args(argv)
     if (args.ckpt is None) == (args.curves is None):
         parser.error("one of --ckpt FILE and --curves FILE RUN... is needed")
     if args.curves and len(args.curves) < 2:
-        parser.error("argument --curves: expected FILE RUN..., the picture to write and at least one run's folder")
+        parser.error("argument --curves: expected FILE RUN..., the image to write and at least one run's folder")
     if args.curves and any((args.results, args.metrics, args.sheet, args.score_quality, args.cityscapes_results)):
         parser.error("argument --curves: it evaluates nothing, so there is nothing else to write")
     if (args.val_json is None) != (args.val_images is None):
@@ -349,14 +349,14 @@ def run(args: argparse.Namespace) -> None:
     min_size, max_size = args.min_size or test_size(info)[0], args.max_size or test_size(info)[1]
     if rank == 0:
         print(f"{info['method']} {info['model']['backbone']}, {info['weights']}'s weights, scores "
-              f"{'rescored by masks' if rescore else 'of the detector'}: {len(annotations)} pictures at "
+              f"{'rescored by masks' if rescore else 'of the detector'}: {len(annotations)} images at "
               f"{min_size}/{max_size} pixels", flush=True)
     how = dict(min_size=min_size, max_size=max_size, batch_size=args.batch_size, workers=args.workers, device=device,
                amp_dtype=pick_amp(args.amp, device))
     model.to(device)
     results = evaluate(model, annotations, rescore=rescore, score_threshold=args.score_threshold, **how)
     if args.score_quality:
-        rows = over_pictures(model, annotations, "score quality",
+        rows = over_images(model, annotations, "score quality",
                              lambda predictions, batch: matches(predictions, batch, args.score_threshold), **how)
     if rank == 0:
         write_json(args.results, results)
@@ -370,7 +370,7 @@ def run(args: argparse.Namespace) -> None:
         if args.cityscapes_results:
             cityscapes.export(results, annotations, args.cityscapes_results)
             if cityscapes_scripts:
-                print(f"cityscapesscripts scores {len(annotations)} pictures", flush=True)
+                print(f"cityscapesscripts scores {len(annotations)} images", flush=True)
                 figures = cityscapes.official_ap(cityscapes_scripts, annotations, args.cityscapes_results)
                 cityscapes.print_table(figures)
                 write_json(args.metrics, metrics | {"cityscapes": figures})

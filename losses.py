@@ -138,7 +138,7 @@ def pair_weights(alike: list[Tensor], inside: Tensor, valid: Tensor, image: Tens
     """How often each pair counts, 0, 1 or 2, for every box: 4 x (G, h', w') uint8.
 
     (i, j) counts where the two are `alike` (4 x (G, h', w') bool), i is `inside` the box (G, h, w) and j is a
-    `valid` cell of the picture (B, h, w); its mirror (j, i) counts likewise. image (G,): each box's picture.
+    `valid` cell of the image (B, h, w); its mirror (j, i) counts likewise. image (G,): each box's image.
     """
     weights = []
     for same, offset in zip(alike, OFFSETS):
@@ -197,9 +197,9 @@ def rgb_to_lab(rgb: Tensor) -> Tensor:
 
 def valid_cells(sizes: list[tuple[int, int]], original_sizes: list[tuple[int, int]], height: int, width: int,
                 device: torch.device) -> Tensor:
-    """Cells (B, height, width) of the stride-4 grid that lie in the picture and may be a neighbour.
+    """Cells (B, height, width) of the stride-4 grid that lie in the image and may be a neighbour.
 
-    The bottom 10 pixel rows of the file (scaled) are left out, as in BoxInst: many pictures end in a black bar.
+    The bottom 10 pixel rows of the file (scaled) are left out, as in BoxInst: many images end in a black bar.
     """
     y = torch.arange(height, device=device)[:, None] * 4 + 2
     x = torch.arange(width, device=device) * 4 + 2

@@ -1,7 +1,7 @@
-"""Masks from the network's grid to the picture: enlarged, resized, cut at the threshold, written as run lengths.
+"""Masks from the network's grid to the image: enlarged, resized, cut at the threshold, written as run lengths.
 
     aligned_bilinear   the alignment of CondInst, by which every map of masks is enlarged
-    paste_masks        probabilities at stride 4 -> COCO's run lengths (runlengths.py) at the picture's own size
+    paste_masks        probabilities at stride 4 -> COCO's run lengths (runlengths.py) at the image's own size
 """
 from typing import NamedTuple
 
@@ -36,14 +36,14 @@ CHUNK_PIXELS = 2 ** 26  # pixels of masks that go to the CPU at once: 64 MiB
 @torch.no_grad()
 def paste_masks(logits: Tensor, size: tuple[int, int], output_size: tuple[int, int], threshold: float = 0.5,
                 within: Tensor | None = None) -> tuple[list[dict], Tensor]:
-    """Masks (K, h, w) at stride 4 as run lengths at the picture's own size (H, W), and their quality (K,).
+    """Masks (K, h, w) at stride 4 as run lengths at the image's own size (H, W), and their quality (K,).
 
     Their probabilities are enlarged to the padded input, the padding is cut off (true `size`), the rest is resized to
     output_size, and then comes the threshold: any other order shifts the masks. Quality is the mean probability of the
     pixels above the threshold. within (K, 4): masks are cut to these pixels x0 ... x1 - 1, y0 ... y1 - 1.
 
     All three steps are rows @ p @ columns.T at once, and a pixel is a mean of the cells that it is made of. So what is
-    not made of a cell above the threshold is not computed: a mask costs what it covers, not what the picture has.
+    not made of a cell above the threshold is not computed: a mask costs what it covers, not what the image has.
     """
     p = logits.sigmoid()
     rows, columns = (Resizing.of(*sizes, p.device) for sizes in zip(p.shape[1:], size, output_size))
@@ -74,7 +74,7 @@ class Resizing(NamedTuple):
 
     @classmethod
     def of(cls, cells: int, size: int, output_size: int, device: torch.device) -> "Resizing":
-        """By doing it to a picture for each cell, in which that cell alone is 1."""
+        """By doing it to an image for each cell, in which that cell alone is 1."""
         x = aligned_bilinear(torch.eye(cells).view(1, cells, cells, 1), 4)[:, :, :size, :1]
         weights = F.interpolate(x, size=(output_size, 1), mode="bilinear", align_corners=False)[0, :, :, 0].T
         return cls(weights.contiguous().to(device), *ends(weights > 0).numpy().T)

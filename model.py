@@ -1,12 +1,12 @@
 """The network of BoxTeacher: CondInst, that is FCOS with a dynamic mask head (paper Sec. 3.1 and 4).
 
-Read from top to bottom as a picture travels through it:
+Read from top to bottom as an image travels through it:
 
     pixels -> backbone (C3-C5) -> FPN (P3-P7) -> FCOS head -> class, ltrb, centerness, controller at each location
                                      |
                                      +-> mask branch -> mask features at stride 8
     controller + mask features -> dynamic mask head -> mask logits at stride 4
-    all of it -> detect -> paste (pasting.py) -> Instances of the picture
+    all of it -> detect -> paste (pasting.py) -> Instances of the image
 
 Teacher and student are two of these with different weights. Sources: FCOS (Tian et al., ICCV 2019),
 CondInst (Tian et al., ECCV 2020).
@@ -44,7 +44,7 @@ class Locations(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """What the network says of a batch of B pictures before any threshold. All float32."""
+    """What the network says of a batch of B images before any threshold. All float32."""
 
     class_logits: Tensor        # (B, L, classes)
     ltrb: Tensor                # (B, L, 4) distances to the box's left, top, right, bottom, in strides, >= 0
@@ -53,13 +53,13 @@ class Predictions(NamedTuple):
     mask_features: Tensor       # (B, 16, H/8, W/8)
     locations: Locations
 
-    def of_picture(self, index: int) -> "Predictions":
-        """Those of one picture, as a batch of one."""
+    def of_image(self, index: int) -> "Predictions":
+        """Those of one image, as a batch of one."""
         return Predictions(*(x[index:index + 1] for x in self[:-1]), self.locations)
 
 
 class Detections(NamedTuple):
-    """Boxes of one picture after NMS, best first."""
+    """Boxes of one image after NMS, best first."""
 
     boxes: Tensor   # (N, 4) xyxy pixels of the network's input, not clipped to it
     scores: Tensor  # (N,) sqrt(class probability * centerness), the detector's own confidence
@@ -68,7 +68,7 @@ class Detections(NamedTuple):
 
 
 class Instances(NamedTuple):
-    """The final answer for one picture, on the CPU, at the picture's own size."""
+    """The final answer for one image, on the CPU, at the image's own size."""
 
     boxes: Tensor          # (N, 4) xyxy pixels
     scores: Tensor         # (N,)
@@ -156,7 +156,7 @@ def by_location(maps: list[Tensor]) -> Tensor:
 class Controllers:
     """The parameters of the mask heads (CondInst Sec. 3.1), a 3x3 convolution of the box tower's maps.
 
-    Of thousands of locations at most a hundred a picture draw a mask, so it is computed where it is asked for alone:
+    Of thousands of locations at most a hundred an image draw a mask, so it is computed where it is asked for alone:
     everywhere it would be a tenth of the head's work.
     """
 
@@ -167,17 +167,17 @@ class Controllers:
         self.level_sizes, self.layer = [m.shape[-2:] for m in maps], layer
 
     def at(self, rows: list[Tensor]) -> Tensor:
-        """(K, P), float32, of the locations rows[b] (k_b,) of picture b, in that order."""
+        """(K, P), float32, of the locations rows[b] (k_b,) of image b, in that order."""
         around = neighbourhoods(self.level_sizes, self.cells.device)
         patches = torch.cat([cells[around[r]] for cells, r in zip(self.cells, rows)])         # (K, 9, C)
         weight = self.layer.weight.permute(0, 2, 3, 1)                                        # (P, 3, 3, C)
         with torch.autocast(self.cells.device.type, enabled=False):
             return F.linear(patches.flatten(1).float(), weight.flatten(1), self.layer.bias)
 
-    def __getitem__(self, pictures: slice) -> "Controllers":
-        """Those of some of the B pictures."""
+    def __getitem__(self, images: slice) -> "Controllers":
+        """Those of some of the B images."""
         some = copy.copy(self)
-        some.cells = self.cells[pictures]
+        some.cells = self.cells[images]
         return some
 
 
@@ -226,15 +226,15 @@ def num_mask_params(channels: int) -> int:
 
 def dynamic_mask_head(mask_features: Tensor, controllers: Tensor, xy: Tensor, size_of_interest: Tensor,
                       counts: list[int]) -> Tensor:
-    """Each instance's own three-layer mask head over the mask features of its picture (CondInst Sec. 3.1).
+    """Each instance's own three-layer mask head over the mask features of its image (CondInst Sec. 3.1).
 
     mask_features (B, C, H, W) at stride 8; controllers (K, P), xy (K, 2) pixels of the instance's location and
-    size_of_interest (K,) pixels, instances ordered by picture, counts[b] of them in picture b.
+    size_of_interest (K,) pixels, instances ordered by image, counts[b] of them in image b.
     Returns logits (K, 2H, 2W) at stride 4.
 
     The input of layer 1 is the relative coordinate (xy - pixel) / size_of_interest beside the features. Written
     as xy / size - pixel / size, its first half is a bias and its second reads the pixel coordinates, which all
-    instances share. So layer 1 of all instances of a picture is ONE matrix product with the picture's own map.
+    instances share. So layer 1 of all instances of an image is ONE matrix product with the image's own map.
     """
     n, (batch, c, h, w) = MASK_HEAD_WIDTH, mask_features.shape
     with torch.autocast(mask_features.device.type, enabled=False):
@@ -248,8 +248,8 @@ def dynamic_mask_head(mask_features: Tensor, controllers: Tensor, xy: Tensor, si
         y = torch.arange(h, device=xy.device).mul(8).add(4.0)[:, None].expand(h, w)
         features = torch.cat([torch.stack([x, y]).expand(batch, 2, h, w), mask_features.float()], 1).flatten(2)
 
-        hidden = [torch.addmm(b.reshape(-1, 1), weight.reshape(-1, c + 2), picture)   # (8 k, H*W)
-                  for picture, weight, b in zip(features, w1.split(counts), b1.split(counts))]
+        hidden = [torch.addmm(b.reshape(-1, 1), weight.reshape(-1, c + 2), image)   # (8 k, H*W)
+                  for image, weight, b in zip(features, w1.split(counts), b1.split(counts))]
         hidden = F.relu(torch.cat(hidden)).view(len(controllers), n, h * w)
         hidden = F.relu(torch.baddbmm(b2[:, :, None], w2, hidden))
         logits = torch.baddbmm(b3[:, :, None], w3, hidden).view(len(controllers), 1, h, w)
@@ -278,13 +278,13 @@ class CondInst(nn.Module):
         self.to(memory_format=torch.channels_last)  # colours of a pixel side by side: what convolutions like best
 
     def forward(self, images: Tensor, sizes: list[tuple[int, int]]) -> Predictions:
-        """images (B, 3, H, W) RGB 0..255, padded to multiples of 32; sizes: each picture's true (height, width)."""
+        """images (B, 3, H, W) RGB 0..255, padded to multiples of 32; sizes: each image's true (height, width)."""
         pyramid = self.fpn(self.backbone(self.normalise(images, sizes)))
         locations = make_locations([p.shape[-2:] for p in pyramid], images.device)
         return Predictions(*self.head(pyramid), self.mask_branch(pyramid[:3]), locations)
 
     def compile_convolutions(self, backend: str = "inductor") -> None:
-        """Have torch.compile translate backbone, FPN and towers, once for each size of padded pictures that comes.
+        """Have torch.compile translate backbone, FPN and towers, once for each size of padded images that comes.
 
         Translating takes minutes a size, so there shall be few of them: see data.COMPILED_STRIDE.
         """
@@ -294,7 +294,7 @@ class CondInst(nn.Module):
         self.head.towers = torch.compile(self.head.towers, backend=backend, dynamic=False)
 
     def normalise(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
-        """Centre and scale the pixels; what lies outside a picture's true size becomes 0, the mean colour."""
+        """Centre and scale the pixels; what lies outside an image's true size becomes 0, the mean colour."""
         images = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         for image, (h, w) in zip(images, sizes):
             image[:, h:] = 0
@@ -309,7 +309,7 @@ def constant(values: tuple, device: torch.device) -> Tensor:
 
 
 def mask_logits(predictions: Predictions, rows: list[Tensor]) -> Tensor:
-    """Masks (K, H/4, W/4) of the instances at locations rows[b] (k_b,) of picture b, in that order."""
+    """Masks (K, H/4, W/4) of the instances at locations rows[b] (k_b,) of image b, in that order."""
     controllers = predictions.controllers.at(rows)
     locations, all_rows = predictions.locations, torch.cat(rows)
     sizes = constant(SIZES_OF_INTEREST, controllers.device)[locations.level[all_rows]]
@@ -347,16 +347,16 @@ def decode_boxes(ltrb: Tensor, locations: Locations) -> Tensor:
 
 
 @torch.no_grad()
-def detect(picture: Predictions, score_threshold: float = 0.05, per_level: int = 1000,
+def detect(image: Predictions, score_threshold: float = 0.05, per_level: int = 1000,
            nms_threshold: float = 0.6, limit: int = 100) -> Detections:
-    """Detections of one picture, see Predictions.of_picture (FCOS Sec. 3.3).
+    """Detections of one image, see Predictions.of_image (FCOS Sec. 3.3).
 
     A (location, class) pair is a candidate where class probability * centerness > score_threshold; each level
     keeps its `per_level` best; NMS is class by class over all levels; the `limit` best remain.
     """
-    quality, first = picture.class_logits[0].sigmoid() * picture.centerness[0].sigmoid()[:, None], 0       # (L, C)
+    quality, first = image.class_logits[0].sigmoid() * image.centerness[0].sigmoid()[:, None], 0       # (L, C)
     values, places = [], []
-    for h, w in picture.controllers.level_sizes:
+    for h, w in image.controllers.level_sizes:
         best = quality[first:first + h * w].flatten().topk(min(per_level, h * w * quality.shape[1]))
         values.append(best.values)
         places.append(best.indices + first * quality.shape[1])
@@ -364,7 +364,7 @@ def detect(picture: Predictions, score_threshold: float = 0.05, per_level: int =
     places = torch.cat(places)[torch.cat(values) > score_threshold]
     rows, labels = places // quality.shape[1], places % quality.shape[1]
     scores = quality[rows, labels].sqrt()
-    boxes = decode_boxes(picture.ltrb[0], picture.locations)[rows]
+    boxes = decode_boxes(image.ltrb[0], image.locations)[rows]
     # batched_nms moves each class to a place of its own, which fails for boxes at negative coordinates
     keep = batched_nms(boxes - boxes.min() if len(boxes) else boxes, scores, labels, nms_threshold)[:limit]
     return Detections(boxes[keep], scores[keep], labels[keep], rows[keep])
@@ -373,16 +373,16 @@ def detect(picture: Predictions, score_threshold: float = 0.05, per_level: int =
 @torch.no_grad()
 def find_instances(predictions: Predictions, sizes: list[tuple[int, int]], original_sizes: list[tuple[int, int]],
                    score_threshold: float = 0.05, rescore: bool = True) -> list[Instances]:
-    """The instances of each picture of a batch, from what the network says of it; see `predict`."""
+    """The instances of each image of a batch, from what the network says of it; see `predict`."""
     answers = []
     for i, ((h, w), (height, width)) in enumerate(zip(sizes, original_sizes)):
-        picture = predictions.of_picture(i)
-        found = detect(picture, score_threshold)
+        image = predictions.of_image(i)
+        found = detect(image, score_threshold)
         boxes = found.boxes * found.boxes.new_tensor([width / w, height / h, width / w, height / h])
         boxes[:, 0::2] = boxes[:, 0::2].clamp(0, width)
         boxes[:, 1::2] = boxes[:, 1::2].clamp(0, height)
         keep = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
-        rles, quality = paste_masks(mask_logits(picture, [found.rows[keep]]), (h, w), (height, width))
+        rles, quality = paste_masks(mask_logits(image, [found.rows[keep]]), (h, w), (height, width))
         scores = (found.scores[keep] * quality).sqrt() if rescore else found.scores[keep]
         answers.append(Instances(boxes[keep].cpu(), scores.cpu(), found.labels[keep].cpu(), rles, (height, width)))
     return answers
@@ -391,7 +391,7 @@ def find_instances(predictions: Predictions, sizes: list[tuple[int, int]], origi
 @torch.no_grad()
 def predict(model: CondInst, images: Tensor, sizes: list[tuple[int, int]], original_sizes: list[tuple[int, int]],
             score_threshold: float = 0.05, rescore: bool = True) -> list[Instances]:
-    """The instances of each picture of a padded batch (as in CondInst.forward), model in eval mode.
+    """The instances of each image of a padded batch (as in CondInst.forward), model in eval mode.
 
     original_sizes: (height, width) to which boxes and masks are brought. rescore: report sqrt(d * q), the
     detector's score d times the quality q of the mask (paper Sec. 3.1), instead of d.
@@ -414,19 +414,19 @@ def confident(instances: Instances, score: float) -> Instances:
 
 
 class Predictor:
-    """A trained model that takes pictures: what `load` gives. classes: the name of each label."""
+    """A trained model that takes images: what `load` gives. classes: the name of each label."""
 
     def __init__(self, network: CondInst, classes: list[str], size: tuple[int, int], rescore: bool):
         self.network, self.classes, self.size, self.rescore = network, classes, size, rescore
 
     def predict(self, image, score_threshold: float | None = None) -> Instances:
-        """The instances of one picture whose score, as it is reported, is at least score_threshold (None: 0.6 where
+        """The instances of one image whose score, as it is reported, is at least score_threshold (None: 0.6 where
         scores are rescored, else 0.3).
 
-        image: a file's path, a Pillow picture (both turned as their EXIF says), or an array or tensor (height, width,
+        image: a file's path, a Pillow image (both turned as their EXIF says), or an array or tensor (height, width,
         3), uint8 RGB.
         """
-        from data import as_rgb, canvas_of, load_image, padded, pixels, resized, view  # which build on this file
+        from data import as_rgb, canvas_of, load_image, padded, pixels, resized_size, view  # which build on this file
         if isinstance(image, (str, os.PathLike)):
             image = load_image(os.fspath(image))
         elif isinstance(image, Image.Image):
@@ -436,9 +436,9 @@ class Predictor:
         if score_threshold is None:
             score_threshold = SCORE_THRESHOLD[self.rescore]
         height, width = image.height, image.width
-        size = resized(height, width, *self.size)
-        picture = padded(pixels(view(as_rgb(image), size, flip=False)), canvas_of([size]))
-        images = picture[None].to(self.network.mean.device)
+        size = resized_size(height, width, *self.size)
+        padded_image = padded(pixels(view(as_rgb(image), size, flip=False)), canvas_of([size]))
+        images = padded_image[None].to(self.network.mean.device)
         found = predict(self.network, images, [size], [(height, width)], min(0.05, score_threshold), self.rescore)
         return confident(found[0], score_threshold)
 

@@ -1,11 +1,11 @@
-"""Masks for pictures, and masks for boxes: what a trained model is for.
+"""Masks for images, and masks for boxes: what a trained model is for.
 
-    python predict.py --ckpt CKPT pictures/ photo.jpg --out found              finds objects in pictures
-    python predict.py --ckpt CKPT --boxes boxes.json --images pictures/ --out masks     gives each box its mask
+    python predict.py --ckpt CKPT images/ photo.jpg --out found              finds objects in images
+    python predict.py --ckpt CKPT --boxes boxes.json --images images/ --out masks     gives each box its mask
 
-The first writes `predictions.json` (COCO results, with the `file_name` of each) and a drawn picture for each picture.
+The first writes `predictions.json` (COCO results, with the `file_name` of each) and a drawn image for each image.
 The second writes `masks.json`, the annotation file with masks, scores and where they come from (label.py); a drawn
-picture for each picture; and `review.html`, the least certain masks first (review.py).
+image for each image; and `review.html`, the least certain masks first (review.py).
 """
 import argparse
 import os
@@ -19,34 +19,34 @@ from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import Sample, check_sizes, load_image, pixels, positive, readable_batches, resized, view
+from data import Sample, check_sizes, load_image, pixels, positive, readable_batches, resized_size, view
 from evaluate import coco_results, output_file, pick_amp, pick_device, probability, write_json
 from formats.checkpoint import CheckpointError, load_model, test_size
 from formats.coco import CocoBoxes, DataError, UndecodableImage, warn
-from formats.convert import pictures_in
+from formats.convert import images_in
 from model import SCORE_THRESHOLD, CondInst, confident, predict
 from tools.draw import corners, draw_instances, stack
 from tools.label import ASSIGNED, PROMPTED, label_dataset, model_classes, opencv, polygons, report_agreement, with_masks
 from tools.review import write_review
 
-DRAWN = (480, 1600)  # the longer side of a drawn picture lies between these, pixels: both small and huge ones are read
+DRAWN = (480, 1600)  # the longer side of a drawn image lies between these, pixels: both small and huge ones are read
 
 
 # ------------------------------------------------------------------------------------------- finding objects
 
 
-def find_pictures(paths: list[str], out: Path) -> list[tuple[str, str]]:
-    """(path, name within the folder that was given) of every picture among `paths`, each file once.
+def find_images(paths: list[str], out: Path) -> list[tuple[str, str]]:
+    """(path, name within the folder that was given) of every image among `paths`, each file once.
 
     Folders are searched to the bottom, but for `out` and hidden files. Raises DataError where a path does not exist,
-    a folder is `out` itself, or there is no picture at all.
+    a folder is `out` itself, or there is no image at all.
     """
     found = {}
     for path in paths:
         if os.path.isdir(path):
             if Path(path).resolve() == out.resolve():
                 raise DataError(f"{path} is to be read and written: name another folder with --out")
-            names = pictures_in(Path(path), Path(path))
+            names = images_in(Path(path), Path(path))
         elif os.path.exists(path):
             path, names = os.path.split(path)
             names = [names]
@@ -58,11 +58,11 @@ def find_pictures(paths: list[str], out: Path) -> list[tuple[str, str]]:
             if results not in real.parents:
                 found.setdefault(real, (os.path.join(path, name), name))
     if not found:
-        raise DataError(f"no pictures in {', '.join(paths)}")
+        raise DataError(f"no images in {', '.join(paths)}")
     return list(found.values())
 
 
-def unused(name: str, names: set[str]) -> str:
+def free_name(name: str, names: set[str]) -> str:
     """`name`, or the first of name-2, name-3, ... that is not among `names` yet, which it joins."""
     stem, suffix = os.path.splitext(name)
     number, free = 2, name
@@ -72,8 +72,8 @@ def unused(name: str, names: set[str]) -> str:
     return free
 
 
-class Pictures(Dataset):
-    """Item i is picture i at the test size, without boxes; its image_id is i + 1."""
+class Images(Dataset):
+    """Item i is image i at the test size, without boxes; its image_id is i + 1."""
 
     def __init__(self, paths: list[str], min_size: int, max_size: int):
         self.paths, self.min_size, self.max_size = paths, min_size, max_size
@@ -83,18 +83,18 @@ class Pictures(Dataset):
 
     def __getitem__(self, i: int) -> Sample:
         image = load_image(self.paths[i])
-        size = resized(image.height, image.width, self.min_size, self.max_size)
+        size = resized_size(image.height, image.width, self.min_size, self.max_size)
         return Sample(view(image, size, flip=False), None, None, None, torch.zeros(0, 4),
                       torch.zeros(0, dtype=torch.int64), (image.height, image.width), i + 1, [])
 
 
 @torch.no_grad()
-def find_objects(model: CondInst, pictures: Dataset, classes: list[dict], *, score_threshold: float, rescore: bool,
+def find_objects(model: CondInst, images: Dataset, classes: list[dict], *, score_threshold: float, rescore: bool,
                  device: torch.device, amp_dtype: torch.dtype | None, batch_size: int,
                  workers: int) -> tuple[list[dict], int]:
-    """Detections of all pictures in COCO's results format, and how many pictures could be decoded."""
+    """Detections of all images in COCO's results format, and how many images could be decoded."""
     results, seen, cut = [], 0, min(0.05, score_threshold)
-    for batch in readable_batches(pictures, "predict", batch_size=batch_size, workers=workers, device=device):
+    for batch in readable_batches(images, "predict", batch_size=batch_size, workers=workers, device=device):
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             answers = predict(model, batch.images, batch.sizes, batch.original_sizes, cut, rescore)
         for image_id, instances in zip(batch.image_ids, answers):
@@ -107,22 +107,22 @@ def find_objects(model: CondInst, pictures: Dataset, classes: list[dict], *, sco
 
 
 class Drawings(Dataset):
-    """Item i draws picture i and writes it: a data set, so that loading processes can share the work.
+    """Item i draws image i and writes it: a data set, so that loading processes can share the work.
 
-    pictures: (path, (height, width) or None for the file's own, objects, the file to write). An object has bbox,
+    images: (path, (height, width) or None for the file's own, objects, the file to write). An object has bbox,
     category_id, score and segmentation (RLE), as in COCO's results.
     """
 
-    def __init__(self, pictures: list[tuple], classes: list[dict]):
-        self.pictures = pictures
+    def __init__(self, images: list[tuple], classes: list[dict]):
+        self.images = images
         self.names, self.label = [c["name"] for c in classes], {c["id"]: i for i, c in enumerate(classes)}
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, i: int) -> str:
         """-> what went wrong, or nothing."""
-        path, size, objects, out = self.pictures[i]
+        path, size, objects, out = self.images[i]
         try:
             image = load_image(path, size)
         except UndecodableImage:
@@ -141,24 +141,24 @@ class Drawings(Dataset):
         size = max(1, round(image.height * scale)), max(1, round(image.width * scale))
         masks = [np.asarray(Image.fromarray(coco_mask.decode(one["segmentation"])).resize(size[::-1], Image.NEAREST))
                  for one in objects]
-        picture = draw_instances(
+        canvas = draw_instances(
             pixels(view(image, size, flip=False)), corners(objects) * scale,
             torch.tensor([self.label[one["category_id"]] for one in objects], dtype=torch.int64),
             torch.tensor([one["score"] for one in objects]), stack(masks, *size), self.names)
-        return Image.fromarray(picture.permute(1, 2, 0).numpy())
+        return Image.fromarray(canvas.permute(1, 2, 0).numpy())
 
 
 def draw_all(drawings: Drawings, workers: int) -> None:
     loader = DataLoader(drawings, batch_size=None, num_workers=workers)
-    problems = [problem for problem in tqdm(loader, desc="draw", unit="picture", disable=None) if problem]
+    problems = [problem for problem in tqdm(loader, desc="draw", unit="image", disable=None) if problem]
     if problems:
-        raise DataError(f"{len(problems)} of {len(drawings)} pictures were not drawn, the first: {problems[0]}")
+        raise DataError(f"{len(problems)} of {len(drawings)} images were not drawn, the first: {problems[0]}")
 
 
 def drawn_names(names: list[str]) -> list[str]:
-    """A file of its own for each picture's drawing, of its name, as JPEG; a later one of the same name has a number."""
+    """A file of its own for each image's drawing, of its name, as JPEG; a later one of the same name has a number."""
     taken = set()
-    return [unused(os.path.splitext(name)[0] + ".jpg", taken) for name in names]
+    return [free_name(os.path.splitext(name)[0] + ".jpg", taken) for name in names]
 
 
 def check_outputs(outputs: list[Path], inputs: list[str]) -> None:
@@ -173,14 +173,14 @@ def check_outputs(outputs: list[Path], inputs: list[str]) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Find objects with their masks in pictures, or give boxes their "
+    parser = argparse.ArgumentParser(description="Find objects with their masks in images, or give boxes their "
                                      "masks.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("pictures", nargs="*", metavar="IMAGE_OR_FOLDER", help="pictures, and folders of them with all below")
+    add("inputs", nargs="*", metavar="IMAGE_OR_FOLDER", help="images, and folders of them with all below")
     add("--ckpt", required=True, metavar="FILE", help="a checkpoint, of this project or a released one")
     add("--out", required=True, metavar="DIR", help="folder for the results, made where it is missing")
-    add("--boxes", metavar="FILE", help="in place of pictures: give each box of this COCO annotation file a mask")
-    add("--images", metavar="DIR", help="the pictures of --boxes")
+    add("--boxes", metavar="FILE", help="in place of images: give each box of this COCO annotation file a mask")
+    add("--images", metavar="DIR", help="the images of --boxes")
     add("--min-score", type=probability, help="with --boxes: leave masks below this score (0 to 1) out and list their "
         "boxes for review; None: all are kept")
     add("--polygons", action="store_true", help="with --boxes: write polygons in place of run lengths (holes are "
@@ -188,9 +188,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--measure", action="store_true", help="with --boxes that have masks already: print how well the new ones "
         "agree with them")
     add("--review-count", type=positive, help="with --boxes: masks on the review page, the least certain; None: 200")
-    add("--score-threshold", type=probability, help="of pictures: objects whose score, as it is written, is below it "
+    add("--score-threshold", type=probability, help="of images: objects whose score, as it is written, is below it "
         "(0 to 1) are left out; None: 0.6 where scores are rescored, else 0.3")
-    add("--rescore", choices=["auto", "on", "off"], default="auto", help="of pictures: report sqrt(detection score x "
+    add("--rescore", choices=["auto", "on", "off"], default="auto", help="of images: report sqrt(detection score x "
         "mask probability); auto: on where the method is boxteacher")
     add("--weights", choices=["teacher", "student"], help="None: the teacher's where there are any")
     add("--min-size", type=positive, metavar="PIXELS", help="shorter side; None: the checkpoint's test size, or 800")
@@ -198,11 +198,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--device", type=pick_device, default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1")
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
         help="mixed precision; auto: bf16 or else fp16 on CUDA, off on CPU")
-    add("--batch-size", type=positive, default=1, help="pictures per forward pass")
-    add("--workers", type=int, default=2, help="processes that load and draw pictures")
+    add("--batch-size", type=positive, default=1, help="images per forward pass")
+    add("--workers", type=int, default=2, help="processes that load and draw images")
     args = parser.parse_args(argv)
-    if bool(args.pictures) == bool(args.boxes):
-        parser.error("either pictures (files or folders) or --boxes FILE is needed")
+    if bool(args.inputs) == bool(args.boxes):
+        parser.error("either images (files or folders) or --boxes FILE is needed")
     if bool(args.boxes) != bool(args.images):
         parser.error("--boxes and --images go together")
     others = dict(min_score=None, review_count=None, polygons=False, measure=False)
@@ -210,35 +210,35 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         others = dict(score_threshold=None, rescore="auto")
     for name, default in others.items():
         if getattr(args, name) != default:
-            mode = "pictures" if args.boxes else "--boxes"
+            mode = "images" if args.boxes else "--boxes"
             parser.error(f"argument --{name.replace('_', '-')}: it is for {mode}")
     if args.workers < 0:
         parser.error(f"argument --workers: {args.workers} is less than 0")
     return args
 
 
-def predict_pictures(args: argparse.Namespace, model: CondInst, info: dict, sizes: tuple, how: dict) -> None:
+def predict_images(args: argparse.Namespace, model: CondInst, info: dict, sizes: tuple, how: dict) -> None:
     """predict.py IMAGE_OR_FOLDER...: predictions.json first, then the drawings."""
     out = Path(args.out)
-    paths, names = map(list, zip(*find_pictures(args.pictures, out)))
+    paths, names = map(list, zip(*find_images(args.inputs, out)))
     outs = [out / name for name in drawn_names(names)]
     check_outputs(outs, paths)
     classes = info["classes"] or [{"id": i, "name": str(i)} for i in range(model.num_classes)]
     rescore = info["method"] == "boxteacher" if args.rescore == "auto" else args.rescore == "on"
     threshold = args.score_threshold if args.score_threshold is not None else SCORE_THRESHOLD[rescore]
     output_file(str(out / "predictions.json"))
-    results, seen = find_objects(model, Pictures(paths, *sizes), classes, rescore=rescore, score_threshold=threshold,
+    results, seen = find_objects(model, Images(paths, *sizes), classes, rescore=rescore, score_threshold=threshold,
                                  **how)
     if not seen:
-        raise DataError(f"none of the {len(paths)} pictures can be decoded")
+        raise DataError(f"none of the {len(paths)} images can be decoded")
     objects = [[] for _ in paths]
     for result in results:
         result["file_name"] = paths[result["image_id"] - 1]
         objects[result["image_id"] - 1].append(result)
     write_json(str(out / "predictions.json"), results)
-    print(f"{out / 'predictions.json'}: {len(results)} objects of score >= {threshold:g} in {seen} pictures")
+    print(f"{out / 'predictions.json'}: {len(results)} objects of score >= {threshold:g} in {seen} images")
     draw_all(Drawings(list(zip(paths, [None] * len(paths), objects, map(str, outs))), classes), args.workers)
-    print(f"{out}: {seen} pictures with what was found in them")
+    print(f"{out}: {seen} images with what was found in them")
 
 
 def label_boxes(args: argparse.Namespace, model: CondInst, info: dict, sizes: tuple, how: dict) -> None:
@@ -274,10 +274,10 @@ def label_boxes(args: argparse.Namespace, model: CondInst, info: dict, sizes: tu
                  str(out / "review.html"), args.review_count or 200, min_score)
     print(f"{out / 'review.html'}: the least certain masks first")
     objects = [content["annotations"][row] | {"segmentation": rle} for row, rle in zip(rows, labels.rles)]
-    pictures = [(annotations.path(i), annotations.size(i),
+    images = [(annotations.path(i), annotations.size(i),
                  [one for one in objects[slice(*annotations.offsets[i:i + 2])] if one["segmentation"]],
                  str(out / drawings[i])) for i in range(len(annotations))]
-    draw_all(Drawings(pictures, annotations.classes), args.workers)
+    draw_all(Drawings(images, annotations.classes), args.workers)
     print(f"{out / 'pictures'}: the pictures with their masks")
 
 
@@ -290,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
         sizes = args.min_size or test_size(info)[0], args.max_size or test_size(info)[1]
         how = dict(device=args.device, amp_dtype=pick_amp(args.amp, args.device), batch_size=args.batch_size,
                    workers=args.workers)
-        (label_boxes if args.boxes else predict_pictures)(args, model.to(args.device), info, sizes, how)
+        (label_boxes if args.boxes else predict_images)(args, model.to(args.device), info, sizes, how)
     except (DataError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

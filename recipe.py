@@ -37,9 +37,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("data").add_argument
     add("--data", default="coco", help="coco, cityscapes, shapes (under datasets/), or a folder in COCO layout")
     add("--train-json", metavar="FILE", help="annotations to train on, in place of those of --data; boxes suffice")
-    add("--train-images", metavar="DIR", help="the pictures of --train-json")
+    add("--train-images", metavar="DIR", help="the images of --train-json")
     add("--val-json", metavar="FILE", help="annotations to evaluate on; none: no evaluation with --train-json")
-    add("--val-images", metavar="DIR", help="the pictures of --val-json")
+    add("--val-images", metavar="DIR", help="the images of --val-json")
     add("--min-size", type=positive, nargs="+", default=[640, 672, 704, 736, 768, 800], metavar="PIXELS",
         help="shorter sides to draw from, pixels")
     add("--max-size", type=positive, default=1333, metavar="PIXELS", help="longest side, pixels")
@@ -76,10 +76,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--lambda-affinity", type=not_negative_float, default=0.1, help="weight of the affinity loss (Eq. 2)")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--schedule", choices=SCHEDULES, default="1x", help="90k, 180k or 270k iterations of 16 pictures")
+    add("--schedule", choices=SCHEDULES, default="1x", help="90k, 180k or 270k iterations of 16 images")
     add("--iters", type=positive, help="number of iterations, in place of --schedule")
     add("--batch-size", type=positive, default=16,
-        help="pictures per optimiser step, over all processes and micro-steps")
+        help="images per optimiser step, over all processes and micro-steps")
     add("--accumulate", type=positive, default=1, help="micro-steps per optimiser step")
     add("--optimizer", choices=RECIPES, help="sgd with momentum 0.9, or adamw; None: adamw for swin, else sgd")
     add("--lr", type=positive_float, help="peak learning rate; None: 0.01 (sgd) or 1e-4 (adamw) x batch size / 16")
@@ -87,7 +87,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="steps: to a tenth where the schedule says, with --iters after 2/3 and 8/9")
     add("--warmup", type=not_negative, help="iterations of linear warm-up; None: 1000, at most a twentieth of the run")
     add("--ramp", type=positive, help="iterations in which the pairwise and pseudo-mask losses reach their full "
-        "weight; None: 10000 of 16 pictures, at most a ninth of the run")
+        "weight; None: 10000 of 16 images, at most a ninth of the run")
     add("--weight-decay", type=not_negative_float, help="None: 1e-4 (sgd) or 0.05 (adamw)")
     add("--clip-grad", type=positive_float, help="largest norm of the gradient; None: any")
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
@@ -99,11 +99,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("run").add_argument
     add("--device", type=pick_device, default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1")
     add("--seed", type=not_negative, default=0,
-        help="of the first weights, the order of pictures and their augmentation")
+        help="of the first weights, the order of images and their augmentation")
     add("--out", metavar="DIR", help="run folder; None: runs/<method>-<backbone>-<data>")
     add("--fresh", action="store_true", help="move an earlier run in OUT aside instead of going on with it")
     add("--eval-every", type=positive, default=10000, help="iterations between evaluations, and between drawings of "
-        "masks on training pictures (OUT/labels-*.png); one more at the end")
+        "masks on training images (OUT/labels-*.png); one more at the end")
     add("--checkpoint-every", type=positive, default=5000, help="iterations between checkpoints")
     add("--log-every", type=positive, default=20, help="iterations between log lines")
     add("--tensorboard", action="store_true", help="write what metrics.jsonl says for TensorBoard too, into "

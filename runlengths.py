@@ -1,6 +1,6 @@
-"""Masks as COCO writes them: run lengths down the columns, of a picture of (height, width).
+"""Masks as COCO writes them: run lengths down the columns, of an image of (height, width).
 
-`encode` makes them of the window of the picture that holds the mask, so that a small object of a large picture costs
+`encode` makes them of the window of the image that holds the mask, so that a small object of a large image costs
 what it covers. Found masks are kept in no other form; `decode` gives their pixels.
 """
 import numpy as np
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def encode(columns: np.ndarray, left: int, top: int, size: tuple[int, int]) -> dict:
-    """The mask of a picture of `size` (H, W) that is `columns` within a window and nothing outside.
+    """The mask of an image of `size` (H, W) that is `columns` within a window and nothing outside.
 
-    columns (w, h) bool: the window's pixels column by column; its first one is pixel (left, top) of the picture.
+    columns (w, h) bool: the window's pixels column by column; its first one is pixel (left, top) of the image.
     """
     height, width = size
     if columns.shape[1] == height:
@@ -28,7 +28,7 @@ def encode(columns: np.ndarray, left: int, top: int, size: tuple[int, int]) -> d
 
 
 def decode(rles: list[dict], size: tuple[int, int]) -> Tensor:
-    """Masks (N, H, W) bool of a picture of `size` (H, W)."""
+    """Masks (N, H, W) bool of an image of `size` (H, W)."""
     masks = torch.zeros(len(rles), *size, dtype=torch.bool)
     for mask, rle in zip(masks, rles):
         mask.copy_(torch.from_numpy(coco_mask.decode(rle)))

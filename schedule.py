@@ -1,14 +1,14 @@
 """What changes over a run, as pure functions of the iteration (paper Sec. 4.1): so a resumed run needs no state of it.
 
-The EMA's momentum is in teacher.py, the order of pictures in data.py.
+The EMA's momentum is in teacher.py, the order of images in data.py.
 """
 import argparse
 import math
 from typing import NamedTuple
 
-# name: iterations of 16 pictures, and after which of them the learning rate falls to a tenth
+# name: iterations of 16 images, and after which of them the learning rate falls to a tenth
 SCHEDULES = {"1x": (90_000, 60_000, 80_000), "2x": (180_000, 120_000, 160_000), "3x": (270_000, 210_000, 250_000)}
-RECIPES = {"sgd": (0.01, 1e-4), "adamw": (1e-4, 0.05)}  # optimizer: learning rate for 16 pictures, weight decay
+RECIPES = {"sgd": (0.01, 1e-4), "adamw": (1e-4, 0.05)}  # optimizer: learning rate for 16 images, weight decay
 
 
 class Plan(NamedTuple):
@@ -21,7 +21,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
-    """Fewer pictures a batch: the learning rate falls and a named schedule grows in proportion."""
+    """Fewer images a batch: the learning rate falls and a named schedule grows in proportion."""
     scale = 16 / args.batch_size
     if args.iters is None:
         iterations, *drops = (round(n * scale) for n in SCHEDULES[args.schedule])

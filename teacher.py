@@ -1,7 +1,7 @@
 """The teacher of BoxTeacher (paper Sec. 3.1): an average of the student over time that labels boxes with masks.
 
     update   theta <- alpha theta + (1 - alpha) xi, the exponential moving average (EMA)
-    label    clean picture -> teacher -> mask-aware scores (Eq. 1) -> Alg. 1 -> a pseudo mask for each box
+    label    clean image -> teacher -> mask-aware scores (Eq. 1) -> Alg. 1 -> a pseudo mask for each box
 """
 import copy
 from typing import NamedTuple
@@ -21,7 +21,7 @@ SCORES = ("mask-aware", "cls", "iou", "mean-entropy")  # Table 5; "released", se
 
 
 class PseudoLabels(NamedTuple):
-    """A mask for each of the G boxes of a batch, on the stride-4 grid of the student's pictures."""
+    """A mask for each of the G boxes of a batch, on the stride-4 grid of the student's images."""
 
     masks: Tensor   # (G, h, w) probabilities, 0 outside the box
     scores: Tensor  # (G,) how far to trust it; 0: this box got none
@@ -46,7 +46,7 @@ def update(teacher: CondInst, student: CondInst, momentum: float, statistics: bo
            skipped: Tensor | None = None) -> None:
     """EMA of the parameters.
 
-    statistics: take over the student's batch norm statistics, for an average that sees no pictures of its own.
+    statistics: take over the student's batch norm statistics, for an average that sees no images of its own.
     skipped: bool of one element, of which only the device knows whether it is true: then the parameters stay.
     """
     theta, xi = list(teacher.parameters()), list(student.parameters())
@@ -74,14 +74,14 @@ def pseudo_labels(predictions: Predictions, batch: Batch, score: str = "mask-awa
     height, width = batch.images.shape[-2] // 4, batch.images.shape[-1] // 4
     masks, scores = [], []
     for b, (boxes, size, teacher_size) in enumerate(zip(batch.boxes, batch.sizes, batch.teacher_sizes)):
-        picture = predictions.of_picture(b)
-        found, iou = overlapping(detect(picture), boxes, size, teacher_size)
-        logits = mask_logits(picture, [found.rows])
+        image = predictions.of_image(b)
+        found, iou = overlapping(detect(image), boxes, size, teacher_size)
+        logits = mask_logits(image, [found.rows])
         if score == "released":
             p, order, s = released_masks(logits, found.scores, teacher_size, size, height, width)
         else:
             p = to_student_grid(logits.sigmoid(), teacher_size, size, height, width)                # (N, h, w)
-            h, w = (size[0] + 1) // 4, (size[1] + 1) // 4  # cells within the picture: padding has no part in a score
+            h, w = (size[0] + 1) // 4, (size[1] + 1) // 4  # cells within the image: padding has no part in a score
             order = s = SCORE_FUNCTIONS[score](found.scores, p[:, :h, :w], box_masks(found.boxes, h, w), iou)
         match = assign_masks(iou, order)                                                            # (G,)
         masks.append(F.pad(p, (0, 0, 0, 0, 0, 1))[match] * box_masks(boxes, height, width))         # at -1: nothing
@@ -91,7 +91,7 @@ def pseudo_labels(predictions: Predictions, batch: Batch, score: str = "mask-awa
 
 def overlapping(found: Detections, boxes: Tensor, size: tuple[int, int],
                 teacher_size: tuple[int, int]) -> tuple[Detections, Tensor]:
-    """The detections that overlap some box enough to be assigned, in pixels of the student's picture, and their IoU.
+    """The detections that overlap some box enough to be assigned, in pixels of the student's image, and their IoU.
 
     Here the host waits for the teacher's network, as it does in `detect` for the candidates and for what NMS keeps.
     """
@@ -105,11 +105,11 @@ def overlapping(found: Detections, boxes: Tensor, size: tuple[int, int],
 
 def to_student_grid(p: Tensor, teacher_size: tuple[int, int], size: tuple[int, int], height: int,
                     width: int) -> Tensor:
-    """Maps p (N, h', w') at stride 4 of the teacher's picture, read on the student's stride-4 grid (height, width).
+    """Maps p (N, h', w') at stride 4 of the teacher's image, read on the student's stride-4 grid (height, width).
 
-    Both sizes are the pictures' true (height, width). Cell i of the student's grid is the middle of pixel 4i + 2,
-    at the fraction (4i + 2.5) / size of the picture, which is pixel t = that * teacher_size - 0.5 of the teacher's,
-    cell (t - 2) / 4 of its map. Where both pictures are of one size, that is cell i itself.
+    Both sizes are the images' true (height, width). Cell i of the student's grid is the middle of pixel 4i + 2,
+    at the fraction (4i + 2.5) / size of the image, which is pixel t = that * teacher_size - 0.5 of the teacher's,
+    cell (t - 2) / 4 of its map. Where both images are of one size, that is cell i itself.
     """
     if len(p) == 0:
         return p.new_zeros(0, height, width)
@@ -128,7 +128,7 @@ def released_masks(logits: Tensor, c: Tensor, teacher_size: tuple[int, int], siz
                    width: int) -> tuple[Tensor, Tensor, Tensor]:
     """What the authors' program makes of the teacher's masks, in place of Eq. 1: `--score released`.
 
-    logits (N, h', w') of the teacher, c (N,) the detector's confidence. Masks are pasted into the student's picture,
+    logits (N, h', w') of the teacher, c (N,) the detector's confidence. Masks are pasted into the student's image,
     made binary there and sampled at stride 4. With q the mean probability of the whole mask, predictions take turns
     by sqrt(c q), and a mask weighs sqrt(sqrt(c) q). Returns masks (N, height, width) of 0 and 1, the order (N,) and
     the weights (N,).
@@ -164,7 +164,7 @@ def iou_score(c: Tensor, p: Tensor, box: Tensor, iou: Tensor) -> Tensor:
 
 
 def mean_entropy_score(c: Tensor, p: Tensor, box: Tensor, iou: Tensor) -> Tensor:
-    """1 + mean over the picture of p log p + (1 - p) log(1 - p)."""
+    """1 + mean over the image of p log p + (1 - p) log(1 - p)."""
     return 1 + (torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)).mean((1, 2))
 
 

@@ -6,7 +6,7 @@
 
 One iteration: the losses of a batch (boxteacher.py), a step of the optimiser, the EMA of the teacher.
 
-Everything that changes over a run (pictures, learning rate, EMA momentum, ramps) is a function of the iteration, so
+Everything that changes over a run (images, learning rate, EMA momentum, ramps) is a function of the iteration, so
 a run that is stopped, killed or started on other processes goes on from its last checkpoint as if nothing had been.
 """
 import argparse
@@ -244,7 +244,7 @@ def draw_labels(run: Run, log: Log, annotations: CocoBoxes) -> None:
 
 
 def look(run: Run, log: Log, annotations: CocoBoxes, validation: CocoBoxes | None) -> None:
-    """Draw labels and evaluate. Not compiled: their pictures are not padded to few sizes."""
+    """Draw labels and evaluate. Not compiled: their images are not padded to few sizes."""
     with torch.compiler.set_stance("force_eager") if run.args.compile else contextlib.nullcontext():
         draw_labels(run, log, annotations)
         if validation is not None:
@@ -268,13 +268,13 @@ class StopSignals:
         signal.signal(number, signal.SIG_DFL)
 
 
-def check_skipped(batches: list[Batch], broken: set[str], pictures: int) -> None:
-    """Name each undecodable picture once; TrainingError when there are more than 1 % (at least 10), or 100."""
+def check_skipped(batches: list[Batch], broken: set[str], images: int) -> None:
+    """Name each undecodable image once; TrainingError when there are more than 1 % (at least 10), or 100."""
     for note in {note for batch in batches for note in batch.skipped} - broken:
-        print(f"warning: {note}; another picture takes its place", file=sys.stderr, flush=True)
+        print(f"warning: {note}; another image takes its place", file=sys.stderr, flush=True)
         broken.add(note)
-    if len(broken) > min(100, max(10, pictures // 100)):
-        raise TrainingError(f"{len(broken)} pictures cannot be decoded, the last: {note}")
+    if len(broken) > min(100, max(10, images // 100)):
+        raise TrainingError(f"{len(broken)} images cannot be decoded, the last: {note}")
 
 
 class Verdicts:
@@ -405,9 +405,9 @@ def describe(run: Run, annotations: CocoBoxes) -> None:
     plan, gpu = run.plan, torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
     print(f"python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
           f"{run.world_size} x {gpu}, autocast {run.amp_dtype or 'off'}")
-    print(f"{run.args.method}, {run.args.backbone}: {len(annotations)} pictures, {len(annotations.boxes)} boxes, "
+    print(f"{run.args.method}, {run.args.backbone}: {len(annotations)} images, {len(annotations.boxes)} boxes, "
           f"{len(run.classes)} classes -> {run.out}")
-    print(f"{plan.iterations} iterations of {run.args.batch_size} pictures, learning rate {plan.lr:g} after "
+    print(f"{plan.iterations} iterations of {run.args.batch_size} images, learning rate {plan.lr:g} after "
           f"{plan.warmup} of warm-up, {'cosine' if plan.cosine else f'a tenth at {plan.drops}'}; "
           f"ramp of noisy losses {plan.ramp}")
     if run.iteration < plan.iterations:  # else these options train nothing

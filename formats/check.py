@@ -2,7 +2,7 @@
 
 `check` prints a line for each finding: an `error:` would end training, a `warning:` changes what is learnt, a `note:`
 is good to know. How a file must be is said in coco.py alone, whose `..._problems` are all listed here; the entries that
-are sound in spite of them are looked at more closely: `picture_findings` reads the headers of the pictures (they are
+are sound in spite of them are looked at more closely: `image_findings` reads the headers of the images (they are
 not decoded, so one that breaks off after its header is found in training only), then come boxes and classes.
 
 Names that come from a file are printed as Python would write them, since they may hold control characters.
@@ -18,22 +18,22 @@ from tqdm import tqdm
 
 from data import as_stated
 from formats.coco import (FORMS, KEYS, NAMES, DataError, category_problems, clipped, content_problems, datasets,
-                          load_json, named, picture_folder, picture_problems, small_problems)
+                          load_json, named, image_folder, image_problems, small_problems)
 
 FEW = 10         # boxes; a class of fewer is named
-OUTSIDE = 0.1    # pixels by which a box may reach out of its picture unnoticed: rounded coordinates do
+OUTSIDE = 0.1    # pixels by which a box may reach out of its image unnoticed: rounded coordinates do
 
 
 def check(paths: list[str], images: str | None = None) -> bool:
     """Print the findings of each path and at the end a summary of each file; -> whether one is an error.
 
-    A path is an annotation file, with its pictures in the folder `images` (None: looked for), or what --data of
+    A path is an annotation file, with its images in the folder `images` (None: looked for), or what --data of
     train.py takes. Raises DataError where `images` is given with a folder."""
     failed, summaries = False, []
     for path in paths:
         folder = path in NAMES or os.path.isdir(path)
         if folder and images:
-            raise DataError(f"--images is for an annotation file; {path} is a folder with pictures of its own")
+            raise DataError(f"--images is for an annotation file; {path} is a folder with images of its own")
         findings, ends = check_folder(path) if folder else check_file(path, images)[:2]
         for finding in findings:
             print(finding)
@@ -68,8 +68,8 @@ def check_file(path: str, image_dir: str | None, evaluated: bool = False) -> tup
     annotations = [row for row in annotations if row["image_id"] in sizes and row["category_id"] in labels]
     classes = [{"id": row["id"], "name": row["name"]} for row in sorted(categories, key=lambda row: row["id"])]
     if images:
-        image_dir = image_dir or find_pictures(path, images[0]["file_name"])
-        findings += picture_findings(path, images, image_dir, evaluated)
+        image_dir = image_dir or find_images(path, images[0]["file_name"])
+        findings += image_findings(path, images, image_dir, evaluated)
     of_boxes, usable = box_findings(path, annotations, sizes)
     findings += of_boxes
     if usable:
@@ -78,7 +78,7 @@ def check_file(path: str, image_dir: str | None, evaluated: bool = False) -> tup
         findings.append(f"warning: {path} has no box to evaluate on")
     else:
         findings.append(f"error: {path} has no usable box to train on")
-    return findings, [f"{path}: {len(images)} pictures, {len(usable)} boxes, {len(classes)} classes"], classes
+    return findings, [f"{path}: {len(images)} images, {len(usable)} boxes, {len(classes)} classes"], classes
 
 
 def errors(problems: Iterator[str]) -> list[str]:
@@ -93,34 +93,34 @@ def sound(content, kind: str) -> list[dict]:
             ] if isinstance(rows, list) else []
 
 
-# ---------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------------- images
 
-def find_pictures(path: str, first: str) -> str | None:
-    """The folder of an annotation file's pictures, going by the first of them; None where it is found nowhere."""
+def find_images(path: str, first: str) -> str | None:
+    """The folder of an annotation file's images, going by the first of them; None where it is found nowhere."""
     return next((folder for folder in candidates(path) if os.path.isfile(os.path.join(folder, first))), None)
 
 
 def candidates(path: str) -> list[str]:
-    """Where the pictures of an annotation file usually are."""
+    """Where the images of an annotation file usually are."""
     folder, name = os.path.split(path)
     found = [folder, os.path.join(folder, "images")]
     split = re.fullmatch(r"instances_(.+)\.json", name)
     if split and os.path.basename(os.path.abspath(folder)) == "annotations":
         root = os.path.normpath(os.path.join(folder, os.pardir))
-        pictures = os.path.join(root, split[1]), picture_folder(root, root, split[1].removesuffix("2017")), root
-        found = [*pictures, *found]
+        images = os.path.join(root, split[1]), image_folder(root, root, split[1].removesuffix("2017")), root
+        found = [*images, *found]
     return [folder or os.curdir for folder in dict.fromkeys(found)]
 
 
-def picture_findings(path: str, images: list[dict], image_dir: str | None, evaluated: bool) -> list[str]:
-    """Pictures that are missing, cannot be read, have another size than stated, or stand in the file twice."""
+def image_findings(path: str, images: list[dict], image_dir: str | None, evaluated: bool) -> list[str]:
+    """Images that are missing, cannot be read, have another size than stated, or stand in the file twice."""
     if image_dir is None:
         tried = ", ".join(candidates(path))
-        return [f"error: {path}: its first picture {images[0]['file_name']!r} is in none of {tried}: "
-                "name the folder of the pictures with --images"]
-    findings = errors(picture_problems(path, images, image_dir))
+        return [f"error: {path}: its first image {images[0]['file_name']!r} is in none of {tried}: "
+                "name the folder of the images with --images"]
+    findings = errors(image_problems(path, images, image_dir))
     read, unreadable, wrong = 0, [], {}
-    for i, row in enumerate(tqdm(images, "reading headers", unit="picture", disable=None)):
+    for i, row in enumerate(tqdm(images, "reading headers", unit="image", disable=None)):
         file = os.path.join(image_dir, row["file_name"])
         try:
             with Image.open(file) as image:
@@ -134,7 +134,7 @@ def picture_findings(path: str, images: list[dict], image_dir: str | None, evalu
         except Exception:                                   # Pillow: OSError, SyntaxError, ValueError, ...
             unreadable.append(i)
     if wrong:
-        findings += errors(named(path, "pictures", images, list(wrong), "have another size than it states, the first: "
+        findings += errors(named(path, "images", images, list(wrong), "have another size than it states, the first: "
                                  + next(iter(wrong.values()))))
     if unreadable:
         # so many end a run (check_skipped in train.py), and an evaluation ends at the first
@@ -142,11 +142,11 @@ def picture_findings(path: str, images: list[dict], image_dir: str | None, evalu
         end = "an evaluation ends there" if evaluated else "too many to train" if too_many else "skipped in training"
         why = f"cannot be decoded ({end}), the first: {images[unreadable[0]]['file_name']!r}"
         findings += [f"{'error' if too_many or evaluated else 'warning'}: {text}"
-                     for text in named(path, "pictures", images, unreadable, why)]
+                     for text in named(path, "images", images, unreadable, why)]
     again = repeated([row["file_name"] for row in images])
     if again:
         why = f"have the file of another one, the first: {images[again[0]]['file_name']!r}"
-        findings += [f"warning: {text}" for text in named(path, "pictures", images, again, why)]
+        findings += [f"warning: {text}" for text in named(path, "images", images, again, why)]
     return findings
 
 
@@ -161,7 +161,7 @@ def repeated(values: list) -> list[int]:
 def box_findings(path: str, annotations: list[dict],
                  sizes: dict[int, tuple[int, int]]) -> tuple[list[str], list[dict]]:
     """-> boxes that are left out, clipped or repeated; the annotations to learn from. sizes: (height, width) of the
-    pictures by their id."""
+    images by their id."""
     limits = np.array([sizes[row["image_id"]] for row in annotations], np.int64).reshape(-1, 2)
     edges, crowd, small = clipped(annotations, limits)
     xywh = np.array([row["bbox"] for row in annotations], np.float64).reshape(-1, 4)
@@ -171,7 +171,7 @@ def box_findings(path: str, annotations: list[dict],
     again = repeated([(annotations[i]["image_id"], annotations[i]["category_id"], *annotations[i]["bbox"])
                       for i in usable])
     findings = [f"warning: {problem}" for problem in small_problems(path, annotations, small)]
-    for level, places, why in (("warning", np.flatnonzero(outside), "reach out of their picture: clipped"),
+    for level, places, why in (("warning", np.flatnonzero(outside), "reach out of their image: clipped"),
                                ("warning", usable[again], "are exact copies of another one"),
                                ("note", np.flatnonzero(crowd), "are of crowds: left out")):
         findings += [f"{level}: {text}" for text in named(path, "boxes", annotations, places.tolist(), why)]
@@ -179,7 +179,7 @@ def box_findings(path: str, annotations: list[dict],
 
 
 def class_findings(path: str, usable: list[dict], images: list[dict], classes: list[dict]) -> list[str]:
-    """Classes of few boxes, and pictures without any."""
+    """Classes of few boxes, and images without any."""
     findings, count = [], Counter(row["category_id"] for row in usable)
     few = [f"{row['name']!r:.40} ({count[row['id']]})" for row in classes if count[row["id"]] < FEW]
     if few:
@@ -187,4 +187,4 @@ def class_findings(path: str, usable: list[dict], images: list[dict], classes: l
         findings.append(f"warning: {path}: {len(few)} of {len(classes)} classes have fewer than {FEW} boxes: {names}")
     filled = {row["image_id"] for row in usable}
     empty = [i for i, row in enumerate(images) if row["id"] not in filled]
-    return findings + [f"note: {text}" for text in named(path, "pictures", images, empty, "have no boxes")]
+    return findings + [f"note: {text}" for text in named(path, "images", images, empty, "have no boxes")]

@@ -4,7 +4,7 @@
     python evaluate.py --ckpt ... --data cityscapes --cityscapes-results DIR
 
 ROOT is the folder into which leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of cityscapes-dataset.com were
-unpacked. `write_cityscapes` adds ROOT/annotations/instances_{train,val}2017.json and nothing else: the pictures stay
+unpacked. `write_cityscapes` adds ROOT/annotations/instances_{train,val}2017.json and nothing else: the images stay
 in ROOT/leftImg8bit/{train,val}/CITY/, and `coco.datasets` looks for them there wherever a folder has a leftImg8bit.
 
 `prepare`, `export` and `official_ap` hand detections to the benchmark's program (the package cityscapesscripts, which
@@ -31,7 +31,7 @@ CLASSES = [{"id": 24, "name": "person"}, {"id": 25, "name": "rider"}, {"id": 26,
            {"id": 32, "name": "motorcycle"}, {"id": 33, "name": "bicycle"}]
 LABELS = {row["id"] for row in CLASSES}
 LAST_LABEL = 33                                                         # of all that Cityscapes knows
-PICTURE, INSTANCE_MAP = "_leftImg8bit.png", "_gtFine_instanceIds.png"   # what follows CITY/CITY_SEQUENCE_FRAME
+IMAGE, INSTANCE_MAP = "_leftImg8bit.png", "_gtFine_instanceIds.png"   # what follows CITY/CITY_SEQUENCE_FRAME
 
 
 # ------------------------------------------------------------------------------------------ to COCO files
@@ -46,27 +46,27 @@ def write_cityscapes(root: str) -> None:
     write_files({path: contents[split] for split, path in paths.items()})
     for split, path in paths.items():
         groups = sum(row["iscrowd"] for row in contents[split]["annotations"])
-        print(f"{path}: {len(contents[split]['images'])} pictures, "
+        print(f"{path}: {len(contents[split]['images'])} images, "
               f"{len(contents[split]['annotations']) - groups} objects, {groups} groups")
 
 
 def read_split(root: Path, split: str) -> dict:
-    """The content of a split's COCO file. Ids count from 1: pictures by sorted path, annotations by picture and
+    """The content of a split's COCO file. Ids count from 1: images by sorted path, annotations by image and
     instance id. Raises DataError."""
     images, annotations = [], []
-    for name in tqdm(paired_names(root, split), f"reading {split}", unit="picture", disable=None):
-        picture = root / "leftImg8bit" / split / (name + PICTURE)
-        height, width = picture_size(picture)
-        images.append({"id": len(images) + 1, "file_name": name + PICTURE, "width": width, "height": height})
-        for annotation in annotate(read_map(root / "gtFine" / split / (name + INSTANCE_MAP), picture, (height, width))):
+    for name in tqdm(paired_names(root, split), f"reading {split}", unit="image", disable=None):
+        image = root / "leftImg8bit" / split / (name + IMAGE)
+        height, width = image_size(image)
+        images.append({"id": len(images) + 1, "file_name": name + IMAGE, "width": width, "height": height})
+        for annotation in annotate(read_map(root / "gtFine" / split / (name + INSTANCE_MAP), image, (height, width))):
             annotations.append({"id": len(annotations) + 1, "image_id": len(images), **annotation})
     return {"info": {"description": f"Cityscapes {split}, fine annotations"}, "licenses": [],
             "categories": CLASSES, "images": images, "annotations": annotations}
 
 
 def paired_names(root: Path, split: str) -> list[str]:
-    """Sorted CITY/CITY_SEQUENCE_FRAME that have a picture and an instance map. Raises DataError where one is alone."""
-    kinds = {"picture": (root / "leftImg8bit" / split, PICTURE),
+    """Sorted CITY/CITY_SEQUENCE_FRAME that have an image and an instance map. Raises DataError where one is alone."""
+    kinds = {"image": (root / "leftImg8bit" / split, IMAGE),
              "instance map": (root / "gtFine" / split, INSTANCE_MAP)}
     found = {}
     for kind, (folder, ending) in kinds.items():
@@ -74,38 +74,38 @@ def paired_names(root: Path, split: str) -> list[str]:
             raise DataError(f"folder {folder} is missing: unpack leftImg8bit_trainvaltest.zip and "
                             f"gtFine_trainvaltest.zip of cityscapes-dataset.com in {root}")
         found[kind] = {path.relative_to(folder).as_posix().removesuffix(ending) for path in folder.glob("*/*" + ending)}
-    for kind, other in (("picture", "instance map"), ("instance map", "picture")):
+    for kind, other in (("image", "instance map"), ("instance map", "image")):
         alone = sorted(found[kind] - found[other])
         if alone:
             (folder, ending), (other_folder, _) = kinds[kind], kinds[other]
             raise DataError(f"{len(alone)} of {len(found[kind])} {kind}s of {folder} have no {other} in "
                             f"{other_folder}, the first: {alone[0] + ending}")
-    if not found["picture"]:
-        raise DataError(f"{kinds['picture'][0]} holds no picture CITY/*{PICTURE}")
-    return sorted(found["picture"])
+    if not found["image"]:
+        raise DataError(f"{kinds['image'][0]} holds no image CITY/*{IMAGE}")
+    return sorted(found["image"])
 
 
-def picture_size(path: Path) -> tuple[int, int]:
+def image_size(path: Path) -> tuple[int, int]:
     """(height, width) by the header alone. Raises DataError."""
     try:
         with Image.open(path) as image:
             return image.height, image.width
     except Exception as error:                   # Pillow: OSError, SyntaxError, ValueError, struct.error, ...
-        raise DataError(f"picture {path} cannot be read: {str(error) or type(error).__name__}") from None
+        raise DataError(f"image {path} cannot be read: {str(error) or type(error).__name__}") from None
 
 
-def read_map(path: Path, picture: Path, size: tuple[int, int]) -> np.ndarray:
-    """(height, width) of instance ids, checked against the `size` of its picture. Raises DataError."""
+def read_map(path: Path, image_path: Path, size: tuple[int, int]) -> np.ndarray:
+    """(height, width) of instance ids, checked against the `size` of its image. Raises DataError."""
     try:
         with Image.open(path) as image:
             mode, ids = image.mode, np.asarray(image)
     except Exception as error:
         raise DataError(f"instance map {path} cannot be read: {str(error) or type(error).__name__}") from None
     if mode != "L" and not mode.startswith("I"):
-        raise DataError(f"instance map {path} is a picture of mode {mode}, not one of whole numbers (8 or 16 bits)")
+        raise DataError(f"instance map {path} is an image of mode {mode}, not one of whole numbers (8 or 16 bits)")
     if ids.shape != size:
         raise DataError(f"instance map {path} is {ids.shape[1]} x {ids.shape[0]} pixels (width x height), "
-                        f"its picture {picture} is {size[1]} x {size[0]}")
+                        f"its image {image_path} is {size[1]} x {size[0]}")
     highest = int(ids.max())
     if label_of(highest) > LAST_LABEL:
         raise DataError(f"instance map {path} holds the id {highest}, of no label of Cityscapes (0 to {LAST_LABEL})")
@@ -145,10 +145,10 @@ def prepare(annotations: CocoBoxes, folder: str) -> ModuleType | None:
     if other:
         raise DataError(f"{annotations.json_path}: category {other[0]['id']} {other[0]['name']!r} is none of the "
                         "classes that Cityscapes scores; its files are made by: python data.py cityscapes ROOT")
-    pictures = [annotations.path(i) for i in range(len(annotations))]
-    wrong = next((path for path in pictures if not path.endswith(PICTURE)), None)
+    images = [annotations.path(i) for i in range(len(annotations))]
+    wrong = next((path for path in images if not path.endswith(IMAGE)), None)
     if wrong:
-        raise DataError(f"picture {wrong} of {annotations.json_path} is not named as in Cityscapes, *{PICTURE}")
+        raise DataError(f"image {wrong} of {annotations.json_path} is not named as in Cityscapes, *{IMAGE}")
     try:
         os.makedirs(folder, exist_ok=True)
         if os.listdir(folder):
@@ -162,33 +162,33 @@ def prepare(annotations: CocoBoxes, folder: str) -> ModuleType | None:
     except ImportError as error:
         print(f"no AP of Cityscapes' own, only the results in its format: {error} (pip install cityscapesscripts)")
         return None
-    missing = [path for path in map(map_of, pictures) if not os.path.exists(path)]
+    missing = [path for path in map(map_of, images) if not os.path.exists(path)]
     if missing:
-        raise DataError(f"{len(missing)} of {len(pictures)} instance maps of {annotations.json_path} are missing, "
+        raise DataError(f"{len(missing)} of {len(images)} instance maps of {annotations.json_path} are missing, "
                         f"the first: {missing[0]}")
     return scripts
 
 
-def map_of(picture: str) -> str:
+def map_of(image: str) -> str:
     """ROOT/leftImg8bit/SPLIT/CITY/NAME_leftImg8bit.png -> ROOT/gtFine/SPLIT/CITY/NAME_gtFine_..., its instance map."""
-    city, name = os.path.split(os.path.abspath(picture))
+    city, name = os.path.split(os.path.abspath(image))
     split, city = os.path.split(city)
-    pictures, split = os.path.split(split)
-    return os.path.join(os.path.dirname(pictures), "gtFine", split, city, name.removesuffix(PICTURE) + INSTANCE_MAP)
+    images, split = os.path.split(split)
+    return os.path.join(os.path.dirname(images), "gtFine", split, city, name.removesuffix(IMAGE) + INSTANCE_MAP)
 
 
-def prediction_of(picture: str, folder: str) -> str:
-    return os.path.join(folder, os.path.basename(picture).removesuffix(PICTURE) + ".txt")
+def prediction_of(image: str, folder: str) -> str:
+    return os.path.join(folder, os.path.basename(image).removesuffix(IMAGE) + ".txt")
 
 
 def export(results: list[dict], annotations: CocoBoxes, folder: str) -> None:
-    """Write detections in COCO's results format as Cityscapes wants them: one text file per picture, of lines
-    "mask label score"; the masks are PNGs of the picture's size, a bit a pixel, in the sub-folder masks."""
+    """Write detections in COCO's results format as Cityscapes wants them: one text file per image, of lines
+    "mask label score"; the masks are PNGs of the image's size, a bit a pixel, in the sub-folder masks."""
     found = defaultdict(list)
     for result in results:
         found[result["image_id"]].append(result)
     os.makedirs(os.path.join(folder, "masks"))
-    for i in tqdm(range(len(annotations)), "export", unit="picture", disable=None):
+    for i in tqdm(range(len(annotations)), "export", unit="image", disable=None):
         path, lines = prediction_of(annotations.path(i), folder), []
         for k, result in enumerate(found[int(annotations.image_ids[i])]):
             mask = f"masks/{os.path.basename(path).removesuffix('.txt')}_{k}.png"
@@ -201,9 +201,9 @@ def export(results: list[dict], annotations: CocoBoxes, folder: str) -> None:
 def official_ap(scripts: ModuleType, annotations: CocoBoxes, folder: str) -> dict:
     """What cityscapesscripts says of the results that `export` wrote into `folder`, in percent:
     {"AP", "AP50", "per_class": {name: {"AP", "AP50"}}}, None where there is no object. Raises DataError."""
-    pictures = [annotations.path(i) for i in range(len(annotations))]
+    images = [annotations.path(i) for i in range(len(annotations))]
     folder = os.path.abspath(folder)
-    predictions, maps = [prediction_of(path, folder) for path in pictures], [map_of(path) for path in pictures]
+    predictions, maps = [prediction_of(path, folder) for path in images], [map_of(path) for path in images]
     options = copy.copy(scripts.args)
     options.quiet, options.predictionPath = True, folder
     if not hasattr(np, "in1d"):

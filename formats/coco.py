@@ -46,7 +46,7 @@ class DataError(Exception):
 
 
 class UndecodableImage(DataError):
-    """A picture cannot be decoded: skipped in training, an error in evaluation."""
+    """An image cannot be decoded: skipped in training, an error in evaluation."""
 
 
 def warn(message: str) -> None:
@@ -56,19 +56,19 @@ def warn(message: str) -> None:
 
 def datasets(data: str, train_json=None, train_images=None, val_json=None, val_images=None):
     """-> ((train_json, train_images), (val_json, val_images)), the paths of `data`: coco, cityscapes, shapes or
-    a folder in COCO layout, or one of other layout with annotation files added (see `picture_folder`). Files given
+    a folder in COCO layout, or one of other layout with annotation files added (see `image_folder`). Files given
     one by one win."""
     root = os.path.join("datasets", data) if data in NAMES else data
     return ((train_json or os.path.join(root, "annotations", "instances_train2017.json"),
-             train_images or picture_folder(data, root, "train")),
+             train_images or image_folder(data, root, "train")),
             (val_json or os.path.join(root, "annotations", "instances_val2017.json"),
-             val_images or picture_folder(data, root, "val")))
+             val_images or image_folder(data, root, "val")))
 
 
-def picture_folder(data: str, root: str, split: str) -> str:
-    """Where the pictures of a split are: COCO's folder, or where Cityscapes, Pascal VOC and YOLO have them.
+def image_folder(data: str, root: str, split: str) -> str:
+    """Where the images of a split are: COCO's folder, or where Cityscapes, Pascal VOC and YOLO have them.
 
-    `data.py cityscapes`, `voc` and `yolo` leave pictures in their place; the file names of the last two begin there."""
+    `data.py cityscapes`, `voc` and `yolo` leave images in their place; the file names of the last two begin there."""
     if data == "cityscapes" or os.path.isdir(os.path.join(root, "leftImg8bit")):
         return os.path.join(root, "leftImg8bit", split)
     if data not in NAMES and not os.path.isdir(os.path.join(root, "train2017")) and any(
@@ -122,7 +122,7 @@ def is_inside(name) -> bool:
 FORMS = {"id": (is_integer, "an integer"), "image_id": (is_integer, "an integer"),
          "category_id": (is_integer, "an integer"), "name": (is_name, "a text"),
          "width": (is_side, "a positive integer"), "height": (is_side, "a positive integer"),
-         "file_name": (is_inside, "a path inside the folder of pictures: absolute, with '..' or no text"),
+         "file_name": (is_inside, "a path inside the folder of images: absolute, with '..' or no text"),
          "bbox": (is_box, "a list of 4 finite numbers")}
 KEYS = {"images": ("id", "file_name", "width", "height"), "categories": ("id", "name"),
         "annotations": ("id", "image_id", "category_id", "bbox")}
@@ -130,14 +130,14 @@ KEYS = {"images": ("id", "file_name", "width", "height"), "categories": ("id", "
 
 def read_coco(path: str) -> dict[str, list[dict]]:
     """A COCO file, checked: its `images`, `annotations`, `categories` have all their KEYS in the right form
-    and an id of their own, and every annotation a known picture and category. Raises DataError."""
+    and an id of their own, and every annotation a known image and category. Raises DataError."""
     content = load_json(path)
     raise_first(content_problems(path, content))
     return content
 
 
 def load_json(path: str):
-    """What a COCO file holds, unchecked. COCO's test pictures come without annotations: then there are none.
+    """What a COCO file holds, unchecked. COCO's test images come without annotations: then there are none.
     Raises DataError."""
     try:
         with open(path, encoding="utf-8-sig") as file:  # editors of some systems begin a file with a mark
@@ -189,22 +189,22 @@ def row_problems(path: str, kind: str, rows: list) -> Iterator[str]:
         yield f"{path} has no {kind}"
 
 
-def picture_problems(path: str, images: list[dict], image_dir: str) -> Iterator[str]:
-    """Whether the folder or some of the pictures are missing."""
+def image_problems(path: str, images: list[dict], image_dir: str) -> Iterator[str]:
+    """Whether the folder or some of the images are missing."""
     if not os.path.isdir(image_dir):
-        yield f"picture folder {image_dir} is missing; {GET_DATA}"
+        yield f"image folder {image_dir} is missing; {GET_DATA}"
         return
     try:
-        # One listing of the folder instead of a question a picture: the folder may be on a network.
+        # One listing of the folder instead of a question an image: the folder may be on a network.
         there = {entry.name for entry in os.scandir(image_dir)}
     except OSError as error:
-        yield f"picture folder {image_dir} cannot be read: {error.strerror}"
+        yield f"image folder {image_dir} cannot be read: {error.strerror}"
         return
     missing = [row for row in images if row["file_name"] not in there
                and not os.path.exists(os.path.join(image_dir, row["file_name"]))]
     if missing:
         ids = first_five([f"id {row['id']}" for row in missing[:6]])
-        yield (f"{len(missing)} of {len(images)} pictures of {path} are missing in {image_dir}, "
+        yield (f"{len(missing)} of {len(images)} images of {path} are missing in {image_dir}, "
                f"the first: {missing[0]['file_name']!r} ({ids})")
 
 
@@ -218,7 +218,7 @@ def compressed_rle(path: str, annotation: dict, size: tuple[int, int]) -> bytes:
     """Counts of the compressed RLE of an annotation's `segmentation`: polygons, none at all (an empty list: an empty
     mask), or RLE, compressed or not.
 
-    Raises DataError, also where an RLE has another size than its picture."""
+    Raises DataError, also where an RLE has another size than its image."""
     segmentation = annotation.get("segmentation")
     try:
         if segmentation == []:
@@ -229,7 +229,7 @@ def compressed_rle(path: str, annotation: dict, size: tuple[int, int]) -> bytes:
             return coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))["counts"]
         counts, plain = segmentation["counts"], isinstance(segmentation["counts"], list)
         if tuple(segmentation["size"]) != size or plain and sum(counts) != size[0] * size[1]:
-            raise ValueError("the RLE has another size than the picture")
+            raise ValueError("the RLE has another size than the image")
         return coco_mask.frPyObjects(segmentation, *size)["counts"] if plain else counts.encode()
     except Exception as error:            # pycocotools raises what it trips over, plain Exception among it
         why = str(error).split("\n")[0]
@@ -248,7 +248,7 @@ def packed(strings: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def clipped(annotations: list[dict], sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Boxes within their pictures, `sizes` (all,2) -> (all,4) float64 xyxy; (all,) bool, those of crowds; (all,)
+    """Boxes within their images, `sizes` (all,2) -> (all,4) float64 xyxy; (all,) bool, those of crowds; (all,)
     bool, others of under 1 px."""
     xywh = np.array([row["bbox"] for row in annotations], np.float64).reshape(-1, 4)
     limits = sizes[:, ::-1]
@@ -279,11 +279,11 @@ def uncollected():
 
 
 class CocoBoxes:
-    """A COCO-format annotation file as flat arrays: n pictures, m boxes.
+    """A COCO-format annotation file as flat arrays: n images, m boxes.
 
     image_ids (n,) int64; sizes (n,2) int32, (height, width) of the files; boxes (m,4) float32 xyxy, pixels of
     the file, clipped to it; labels (m,) int64 from 0, label i being classes[i], {"id", "name"}, sorted by id;
-    offsets (n+1,): picture i has the boxes offsets[i] to offsets[i+1]; rows (m,): where in the file's list of
+    offsets (n+1,): image i has the boxes offsets[i] to offsets[i+1]; rows (m,): where in the file's list of
     annotations a box stands. With `masks` their masks too: `mask`; a box whose `segmentation` is an empty list has
     an empty one, with a warning.
     Crowd boxes are left out; those under 1 px after the clipping too, with a warning. Raises DataError.
@@ -295,27 +295,27 @@ class CocoBoxes:
         self.json_path, self.image_dir = str(json_path), str(image_dir)
         content = read_coco(self.json_path)
         images, annotations = content["images"], content["annotations"]
-        raise_first(picture_problems(self.json_path, images, self.image_dir))
+        raise_first(image_problems(self.json_path, images, self.image_dir))
         self.classes = [{"id": row["id"], "name": row["name"]}
                         for row in sorted(content["categories"], key=lambda row: row["id"])]
         self.image_ids = np.array([row["id"] for row in images], np.int64)
         self.sizes = np.array([(row["height"], row["width"]) for row in images], np.int32)
         self.name_bytes, self.name_offsets = packed([os.fsencode(row["file_name"]) for row in images])
 
-        picture = positions([row["image_id"] for row in annotations], self.image_ids)
+        image = positions([row["image_id"] for row in annotations], self.image_ids)
         label = positions([row["category_id"] for row in annotations], np.array([row["id"] for row in self.classes]))
-        boxes, crowd, small = clipped(annotations, self.sizes[picture])
+        boxes, crowd, small = clipped(annotations, self.sizes[image])
         for problem in small_problems(self.json_path, annotations, small):
             warn(problem)
         kept = np.flatnonzero(~crowd & ~small)
-        kept = kept[np.argsort(picture[kept], kind="stable")]
+        kept = kept[np.argsort(image[kept], kind="stable")]
         self.boxes, self.labels, self.rows = boxes[kept].astype(np.float32), label[kept], kept
-        self.offsets = np.searchsorted(picture[kept], np.arange(len(images) + 1))
+        self.offsets = np.searchsorted(image[kept], np.arange(len(images) + 1))
         self.rles = None
         if masks:
             self._check_masks([annotations[i] for i in kept])
             self.rles, self.rle_offsets = packed(
-                [compressed_rle(self.json_path, annotations[i], self.size(picture[i])) for i in kept])
+                [compressed_rle(self.json_path, annotations[i], self.size(image[i])) for i in kept])
 
     def _check_masks(self, annotations: list[dict]) -> None:
         """Warns of empty masks: dice is constant against them, so their boxes teach a box alone. Raises DataError where
@@ -338,12 +338,12 @@ class CocoBoxes:
         return os.path.join(self.image_dir, os.fsdecode(name))
 
     def image_boxes(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """-> boxes (G,4) xyxy in pixels of the file, labels (G,) of picture i."""
+        """-> boxes (G,4) xyxy in pixels of the file, labels (G,) of image i."""
         own = slice(self.offsets[i], self.offsets[i + 1])
         return self.boxes[own], self.labels[own]
 
     def mask(self, i: int, box: int) -> np.ndarray:
-        """(height, width) uint8, 0 or 1: the mask of box number `box` of all m, one of picture i."""
+        """(height, width) uint8, 0 or 1: the mask of box number `box` of all m, one of image i."""
         return coco_mask.decode(self.rle(i, box))
 
     def rle(self, i: int, box: int) -> dict:

@@ -5,12 +5,12 @@
                                     data.yaml or classes.txt
     python train.py --data DIR
 
-`write_voc` and `write_yolo` add DIR/annotations/instances_{train,val}2017.json and nothing else: the pictures stay
+`write_voc` and `write_yolo` add DIR/annotations/instances_{train,val}2017.json and nothing else: the images stay
 where they are, their names in those files are paths within DIR, and `coco.datasets` looks for them there. Where a
-folder is not divided, all its pictures are to train on, and there is no val file.
+folder is not divided, all its images are to train on, and there is no val file.
 
 All annotations are read before anything is written; the first of them that cannot be used is named by a DataError.
-Boxes are xywh in pixels of the picture, sizes (height, width).
+Boxes are xywh in pixels of the image, sizes (height, width).
 """
 import json
 import os
@@ -28,7 +28,7 @@ from formats.coco import DataError, first_five, is_name, warn, write_files
 MADE_BY = "boxes converted by: python data.py "    # begins the description in a file, which begins the file
 
 
-class Picture(NamedTuple):
+class Labelled(NamedTuple):
     file_name: str            # path within DIR
     size: tuple[int, int]     # (height, width)
     boxes: list[dict]         # "class": name or number, "bbox": xywh, and what else COCO's annotation is to have
@@ -46,18 +46,18 @@ def write_voc(root: str) -> None:
     stems = sorted(path.stem for path in (root / "Annotations").glob("*.xml") if not path.name.startswith("."))
     splits = checked_splits(root, voc_splits(root, stems), stems)
     there = {}
-    for picture in pictures_in(root, root / "JPEGImages"):
-        there.setdefault(Path(picture).stem, []).append(picture)
+    for image in images_in(root, root / "JPEGImages"):
+        there.setdefault(Path(image).stem, []).append(image)
     found = read_all(root, splits, lambda stem: read_xml(root, stem, there))
     owners = {}
-    for stem, picture in found.items():
-        other = owners.setdefault(picture.file_name, stem)
+    for stem, image in found.items():
+        other = owners.setdefault(image.file_name, stem)
         if other != stem:
-            raise DataError(f"{root / 'Annotations'}: {other}.xml and {stem}.xml are both of {picture.file_name}")
+            raise DataError(f"{root / 'Annotations'}: {other}.xml and {stem}.xml are both of {image.file_name}")
     alone = [name for stem in sorted({*there} - {*stems}) for name in there[stem] if name not in owners]
     if alone:
-        warn(f"{root}: {len(alone)} pictures have no XML and are left out ({first_five(list(map(repr, alone)))})")
-    names = sorted({box["class"] for picture in found.values() for box in picture.boxes})
+        warn(f"{root}: {len(alone)} images have no XML and are left out ({first_five(list(map(repr, alone)))})")
+    names = sorted({box["class"] for image in found.values() for box in image.boxes})
     write_splits(root, "voc", {split: [found[stem] for stem in part] for split, part in splits.items()},
                  {name: {"id": number, "name": name} for number, name in enumerate(names, 1)})
 
@@ -77,8 +77,8 @@ def voc_splits(root: Path, stems: list[str]) -> dict[str, list[str]]:
     return splits or {"train": stems}
 
 
-def read_xml(root: Path, stem: str, there: dict[str, list[str]]) -> Picture:
-    """`there`: the pictures of each stem, as paths within root. Raises DataError."""
+def read_xml(root: Path, stem: str, there: dict[str, list[str]]) -> Labelled:
+    """`there`: the images of each stem, as paths within root. Raises DataError."""
     path = root / "Annotations" / f"{stem}.xml"
     try:
         tree = ElementTree.parse(path).getroot()
@@ -87,18 +87,18 @@ def read_xml(root: Path, stem: str, there: dict[str, list[str]]) -> Picture:
     if tree.tag != "annotation":
         raise DataError(f"{path}: not of Pascal VOC: it holds <{tree.tag!r:.40}>, no <annotation>")
     name = re.split(r"[/\\]", (tree.findtext("filename") or "").strip())[-1]
-    pictures = [picture for picture in there.get(Path(name).stem, []) if Path(picture).name == name]
-    pictures = pictures or there.get(stem, [])
-    if len(pictures) != 1:
-        raise DataError(f"{path}: its picture is missing: {root / 'JPEGImages'} has no {name!r:.80} and "
-                        f"{len(pictures) or 'no'} pictures {stem!r} of any suffix")
+    images = [image for image in there.get(Path(name).stem, []) if Path(image).name == name]
+    images = images or there.get(stem, [])
+    if len(images) != 1:
+        raise DataError(f"{path}: its image is missing: {root / 'JPEGImages'} has no {name!r:.80} and "
+                        f"{len(images) or 'no'} images {stem!r} of any suffix")
     boxes = []
     for number, thing in enumerate(tree.findall("object"), 1):
         try:
             boxes.append(voc_box(thing))
         except ValueError as error:
             raise DataError(f"{path}: object {number} {error}") from None
-    return Picture(pictures[0], voc_size(tree, path, root / pictures[0]), boxes)
+    return Labelled(images[0], voc_size(tree, path, root / images[0]), boxes)
 
 
 def voc_box(thing: ElementTree.Element) -> dict:
@@ -118,17 +118,17 @@ def voc_box(thing: ElementTree.Element) -> dict:
     return {"class": name, "bbox": bbox, **flags}
 
 
-def voc_size(tree: ElementTree.Element, path: Path, picture: Path) -> tuple[int, int]:
-    """As the XML states it, or else the picture's header. Raises DataError."""
+def voc_size(tree: ElementTree.Element, path: Path, image: Path) -> tuple[int, int]:
+    """As the XML states it, or else the image's header. Raises DataError."""
     if not all((tree.findtext(f"size/{side}") or "").strip() for side in ("height", "width")):
-        return header(picture)[0]
+        return header(image)[0]
     try:
         height, width = (number_of(tree, f"size/{side}") for side in ("height", "width"))
     except ValueError as error:
         raise DataError(f"{path}: {error}") from None
     if type(height) is not int or type(width) is not int:
         raise DataError(f"{path}: its size, {width} x {height}, is not in whole pixels")
-    return (height, width) if min(height, width) > 0 else header(picture)[0]
+    return (height, width) if min(height, width) > 0 else header(image)[0]
 
 
 def number_of(element: ElementTree.Element, tag: str) -> int | float:
@@ -146,7 +146,7 @@ def number_of(element: ElementTree.Element, tag: str) -> int | float:
 
 FOLDERS = {"train": ("train", "train2017"), "val": ("val", "valid", "val2017")}      # in images/ and labels/
 
-# EXIF's orientations (1: upright) by what becomes of an upright picture in the file: rows and columns are exchanged,
+# EXIF's orientations (1: upright) by what becomes of an upright image in the file: rows and columns are exchanged,
 # then left and right, then top and bottom.
 TRANSPOSED, MIRRORED_X, MIRRORED_Y = (5, 6, 7, 8), (2, 3, 7, 8), (3, 4, 6, 7)
 
@@ -160,53 +160,53 @@ def write_yolo(root: str) -> None:
     for part in parts:
         check_folders(part, "images", "labels")
     check_root(root)
-    everything = [name for part in parts for name in pictures_in(root, part / "images")]
+    everything = [name for part in parts for name in images_in(root, part / "images")]
     splits = checked_splits(root, yolo_splits(root, everything), everything)
     names = class_names(root)
     check_labels(root, [part / "labels" for part in parts],
                  sorted({*everything, *(name for names in splits.values() for name in names)}))
     found = read_all(root, splits, lambda name: read_txt(root, name, names))
     if names is None:
-        names = {box["class"]: str(box["class"]) for picture in found.values() for box in picture.boxes}
+        names = {box["class"]: str(box["class"]) for image in found.values() for box in image.boxes}
         warn(f"{root}: no data.yaml with names and no classes.txt: the classes are named after their numbers")
     write_splits(root, "yolo", {split: [found[name] for name in part] for split, part in splits.items()},
                  {number: {"id": number, "name": names[number]} for number in sorted(names)})
 
 
 def yolo_splits(root: Path, everything: list[str]) -> dict[str, list[str]]:
-    """Pictures of each part: of folders in images/, or that have an images/ of their own; or all are to train on."""
+    """Images of each part: of folders in images/, or that have an images/ of their own; or all are to train on."""
     folders = {split: [folder for name in names for folder in (root / "images" / name, root / name / "images")
                        if folder.is_dir()] for split, names in FOLDERS.items()}
     if not any(folders.values()):
         return {"train": everything}
-    return {split: [name for folder in some for name in pictures_in(root, folder)]
+    return {split: [name for folder in some for name in images_in(root, folder)]
             for split, some in folders.items() if some}
 
 
-def label_file(root: Path, picture: str) -> Path:
-    parts = list(Path(picture).parts)
+def label_file(root: Path, image: str) -> Path:
+    parts = list(Path(image).parts)
     parts[parts.index("images")] = "labels"
     return root.joinpath(*parts).with_suffix(".txt")
 
 
-def check_labels(root: Path, folders: list[Path], pictures: list[str]) -> None:
-    """Warns of label files below `folders` without a picture. Raises DataError where two pictures share one."""
+def check_labels(root: Path, folders: list[Path], images: list[str]) -> None:
+    """Warns of label files below `folders` without an image. Raises DataError where two images share one."""
     owners = {}
-    for picture in pictures:
-        other = owners.setdefault(label_file(root, picture), picture)
-        if other != picture:
-            raise DataError(f"{root}: {other!r} and {picture!r} share one label file, {label_file(root, picture)}")
+    for image in images:
+        other = owners.setdefault(label_file(root, image), image)
+        if other != image:
+            raise DataError(f"{root}: {other!r} and {image!r} share one label file, {label_file(root, image)}")
     alone = sorted(str(path) for folder in folders for path in files_in(folder)
                    if path.suffix == ".txt" and path not in owners and path.name != "classes.txt")
     if alone:
-        warn(f"{root}: {len(alone)} label files have no picture and are left out ({first_five(alone)})")
+        warn(f"{root}: {len(alone)} label files have no image and are left out ({first_five(alone)})")
 
 
-def read_txt(root: Path, name: str, names: dict[int, str] | None) -> Picture:
-    """A picture and its label file; without one it has no boxes. Raises DataError."""
+def read_txt(root: Path, name: str, names: dict[int, str] | None) -> Labelled:
+    """An image and its label file; without one it has no boxes. Raises DataError."""
     (height, width), orientation = header(root / name)
-    # Labels are of the upright picture. The size stated is its size, by which data.as_stated knows to turn the picture;
-    # where its size does not tell, the picture will be used as the file has it, and the boxes are turned instead.
+    # Labels are of the upright image. The size stated is its size, by which data.as_stated knows to turn the image;
+    # where its size does not tell, the image will be used as the file has it, and the boxes are turned instead.
     seen = (width, height) if orientation in TRANSPOSED else (height, width)
     if seen != (height, width):
         orientation = 1
@@ -221,7 +221,7 @@ def read_txt(root: Path, name: str, names: dict[int, str] | None) -> Picture:
                     x0 * seen[1], y0 * seen[0], (x1 - x0) * seen[1], (y1 - y0) * seen[0])]})
         except ValueError as error:
             raise DataError(f"{path}, line {number}: {error}") from None
-    return Picture(name, seen, boxes)
+    return Labelled(name, seen, boxes)
 
 
 def yolo_class(text: str, names: dict[int, str] | None) -> int:
@@ -234,7 +234,7 @@ def yolo_class(text: str, names: dict[int, str] | None) -> int:
 
 
 def yolo_box(fields: list[str]) -> tuple[float, float, float, float]:
-    """`class cx cy width height` or `class x y x y x y ...`, fractions of the picture -> x0, y0, x1, y1, such too.
+    """`class cx cy width height` or `class x y x y x y ...`, fractions of the image -> x0, y0, x1, y1, such too.
 
     Raises ValueError."""
     if len(fields) == 6:
@@ -249,7 +249,7 @@ def yolo_box(fields: list[str]) -> tuple[float, float, float, float]:
         except ValueError:
             raise ValueError(f"{text!r:.40} is no number") from None
         if not -0.01 <= values[-1] <= 1.01:                           # rounded ones may be a little outside
-            raise ValueError(f"{text!r:.40} is no fraction of the picture's width or height (0 to 1)")
+            raise ValueError(f"{text!r:.40} is no fraction of the image's width or height (0 to 1)")
     if len(values) > 4:
         return min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])
     x, y, width, height = values
@@ -259,7 +259,7 @@ def yolo_box(fields: list[str]) -> tuple[float, float, float, float]:
 
 
 def turned_back(box: tuple[float, float, float, float], orientation: int) -> tuple[float, float, float, float]:
-    """x0, y0, x1, y1, fractions of the upright picture -> of the picture as its file has it."""
+    """x0, y0, x1, y1, fractions of the upright image -> of the image as its file has it."""
     x0, y0, x1, y1 = box
     if orientation in TRANSPOSED:
         x0, y0, x1, y1 = y0, x0, y1, x1
@@ -354,11 +354,11 @@ def check_folders(root: Path, *folders: str) -> None:
 
 
 def check_root(root: Path) -> None:
-    """Raises DataError where pictures would be looked for elsewhere, and where annotation files are there that no
+    """Raises DataError where images would be looked for elsewhere, and where annotation files are there that no
     conversion has made."""
     for folder in ("train2017", "leftImg8bit"):
         if (root / folder).exists():
-            raise DataError(f"{root / folder} is in the way: with it the pictures are looked for there; move it away")
+            raise DataError(f"{root / folder} is in the way: with it the images are looked for there; move it away")
     for split in ("train", "val"):
         if target(root, split).exists() and not is_ours(target(root, split)):
             raise DataError(f"{target(root, split)} is there and was not made by data.py voc or yolo; move it away")
@@ -383,24 +383,24 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(Path(where) / name for where, _, names in os.walk(folder) for name in names if name[0] != ".")
 
 
-def pictures_in(root: Path, folder: Path) -> list[str]:
-    """Paths within root of the pictures below a folder: what Pillow can open, going by the suffix."""
+def images_in(root: Path, folder: Path) -> list[str]:
+    """Paths within root of the images below a folder: what Pillow can open, going by the suffix."""
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     return [path.relative_to(root).as_posix() for path in files_in(folder) if path.suffix.lower() in suffixes]
 
 
 def checked_splits(root: Path, splits: dict[str, list[str]], everything: list[str]) -> dict[str, list[str]]:
-    """The parts, less a val without pictures; what is in neither or in both is warned of. Raises DataError."""
+    """The parts, less a val without images; what is in neither or in both is warned of. Raises DataError."""
     if not splits.get("train"):
-        raise DataError(f"{root}: there are no pictures to train on")
+        raise DataError(f"{root}: there are no images to train on")
     train, val = set(splits["train"]), set(splits.get("val", ()))
     if "val" in splits and not val:
-        warn(f"{root}: there are no pictures to evaluate on")
+        warn(f"{root}: there are no images to evaluate on")
     for why, names in (("are in no part and are left out", {*everything} - train - val),
                        ("are to train on and to evaluate on", train & val)):
         if names:
             some = first_five(list(map(repr, sorted(names))))
-            warn(f"{root}: {len(names)} of {len(everything)} pictures {why} ({some})")
+            warn(f"{root}: {len(names)} of {len(everything)} images {why} ({some})")
     return {split: names for split, names in splits.items() if names}
 
 
@@ -428,37 +428,37 @@ def header(path: Path) -> tuple[tuple[int, int], int]:
         with Image.open(path) as image:
             return (image.height, image.width), image.getexif().get(0x0112, 1)
     except Exception as error:                   # Pillow: OSError, SyntaxError, ValueError, struct.error, ...
-        raise DataError(f"picture {path} cannot be read: {str(error) or type(error).__name__}") from None
+        raise DataError(f"image {path} cannot be read: {str(error) or type(error).__name__}") from None
 
 
-def read_all(root: Path, splits: dict[str, list[str]], read: Callable[[str], Picture]) -> dict[str, Picture]:
+def read_all(root: Path, splits: dict[str, list[str]], read: Callable[[str], Labelled]) -> dict[str, Labelled]:
     """`read` of each name in the parts. Raises DataError: the first that `read` raises, and how many there are."""
-    pictures, problems = {}, []
-    for name in tqdm(sorted({name for names in splits.values() for name in names}), "reading", unit="picture",
+    images, problems = {}, []
+    for name in tqdm(sorted({name for names in splits.values() for name in names}), "reading", unit="image",
                      disable=None):
         try:
-            pictures[name] = read(name)
+            images[name] = read(name)
         except DataError as error:
             problems.append(str(error))
     if problems:
-        raise DataError(f"{root}: {len(problems)} of {len(problems) + len(pictures)} pictures cannot be converted, "
+        raise DataError(f"{root}: {len(problems)} of {len(problems) + len(images)} images cannot be converted, "
                         f"nothing was written; the first: {problems[0]}")
-    return pictures
+    return images
 
 
-def write_splits(root: Path, layout: str, splits: dict[str, list[Picture]], classes: dict[str | int, dict]) -> None:
+def write_splits(root: Path, layout: str, splits: dict[str, list[Labelled]], classes: dict[str | int, dict]) -> None:
     """Write the annotation files; `classes` gives the category for each "class" of a box. An earlier conversion's are
     replaced, and its val file is removed where there is none now: training would go on evaluating with it.
 
     Raises DataError."""
-    if not any(picture.boxes for picture in splits["train"]):
-        raise DataError(f"{root}: no picture to train on has a box; nothing was written")
+    if not any(image.boxes for image in splits["train"]):
+        raise DataError(f"{root}: no image to train on has a box; nothing was written")
     contents = {str(target(root, split)): {
         "info": {"description": MADE_BY + layout}, "licenses": [], "categories": list(classes.values()),
-        **images_and_annotations(pictures, classes)} for split, pictures in splits.items()}
+        **images_and_annotations(images, classes)} for split, images in splits.items()}
     write_files(contents)
     for path, content in contents.items():
-        print(f"{path}: {len(content['images'])} pictures, {len(content['annotations'])} boxes, {len(classes)} classes")
+        print(f"{path}: {len(content['images'])} images, {len(content['annotations'])} boxes, {len(classes)} classes")
     stale = target(root, "val")
     if "val" not in splits and stale.exists():
         try:
@@ -468,10 +468,10 @@ def write_splits(root: Path, layout: str, splits: dict[str, list[Picture]], clas
         print(f"{stale}: removed, it was an earlier conversion's")
 
 
-def images_and_annotations(pictures: list[Picture], classes: dict[str | int, dict]) -> dict[str, list[dict]]:
+def images_and_annotations(labelled: list[Labelled], classes: dict[str | int, dict]) -> dict[str, list[dict]]:
     """The lists of a COCO file. Ids count from 1."""
     images, annotations = [], []
-    for number, (file_name, (height, width), boxes) in enumerate(pictures, 1):
+    for number, (file_name, (height, width), boxes) in enumerate(labelled, 1):
         images.append({"id": number, "file_name": file_name, "width": width, "height": height})
         for box in boxes:
             row = {"id": len(annotations) + 1, "image_id": number, "category_id": classes[box["class"]]["id"],

@@ -1,12 +1,12 @@
-"""The embedded data set `shapes`: drawn pictures with exact masks, in COCO layout. Not from the paper.
+"""The embedded data set `shapes`: drawn images with exact masks, in COCO layout. Not from the paper.
 
-It lets all of the code be tried within minutes, without a download. A picture holds 1 to 8 solid objects of
+It lets all of the code be tried within minutes, without a download. An image holds 1 to 8 solid objects of
 six classes, turned at random, from a seventh to six tenths of the side, later ones in front of earlier ones.
 What makes masks hard to learn from boxes is drawn independently of the class: textures, two colours, shading,
 clutter, and colours taken from what lies beneath. So every class has plain, well contrasted objects and
 camouflaged ones. None has a hole of its own, which losses that know only the box cannot see.
 
-Lengths are in pixels; those meant for a 128 px picture are multiplied by `unit` = size / 128.
+Lengths are in pixels; those meant for a 128 px image are multiplied by `unit` = size / 128.
 Points and directions are (x, y); arrays are indexed [row, column].
 """
 import functools
@@ -34,9 +34,9 @@ TRIES = 12           # places tried for an object before it is left out
 
 def write_shapes(root: str | os.PathLike, train: int = 3000, val: int = 200, size: int = 128,
                  seed: int = 0) -> None:
-    """Write `train` + `val` pictures of size x size pixels under root, as COCO 2017 lays its files out.
+    """Write `train` + `val` images of size x size pixels under root, as COCO 2017 lays its files out.
 
-    Picture i of a split depends on (seed, split, i) and size alone: a smaller set begins a larger one.
+    Image i of a split depends on (seed, split, i) and size alone: a smaller set begins a larger one.
     Root appears only when it is complete. Raises DataError: values out of range, root not empty or not
     writable.
     """
@@ -60,21 +60,21 @@ def write_shapes(root: str | os.PathLike, train: int = 3000, val: int = 200, siz
 
 
 def write_split(root: Path, split: str, count: int, size: int, seed: int) -> None:
-    """Write one split: its pictures (on all cores) and its annotation file."""
+    """Write one split: its images (on all cores) and its annotation file."""
     (root / "annotations").mkdir(exist_ok=True)
     folder = root / f"{split}2017"
     folder.mkdir()
-    write = functools.partial(write_picture, folder, seed, SPLITS.index(split), size)
+    write = functools.partial(write_image, folder, seed, SPLITS.index(split), size)
     with multiprocessing.Pool() as pool:
         drawn = pool.imap(write, range(count), chunksize=16)
-        pictures = list(tqdm(drawn, f"drawing {split}", count, disable=None))
+        per_image = list(tqdm(drawn, f"drawing {split}", count, disable=None))
         pool.close()
         pool.join()  # they end by themselves: leaving the block would signal them
-    annotations = [annotation for picture in pictures for annotation in picture]
+    annotations = [annotation for some in per_image for annotation in some]
     images = [{"id": i + 1, "file_name": file_name(i), "width": size, "height": size} for i in range(count)]
     categories = [{"id": k + 1, "name": name, "supercategory": "shape"} for k, name in enumerate(CLASSES)]
     content = {
-        "info": {"description": "shapes: drawn pictures with exact masks", "seed": seed},
+        "info": {"description": "shapes: drawn images with exact masks", "seed": seed},
         "licenses": [],
         "categories": categories,
         "images": images,
@@ -87,10 +87,10 @@ def file_name(index: int) -> str:
     return f"{index + 1:012d}.jpg"
 
 
-def write_picture(folder: Path, seed: int, split: int, size: int, index: int) -> list[dict]:
-    """Draw picture `index`, write it, return its annotations (without ids)."""
-    picture, owner, labels = draw_picture(np.random.default_rng([seed, split, index]), size)
-    Image.fromarray(picture).save(folder / file_name(index), quality=95, subsampling=0)
+def write_image(folder: Path, seed: int, split: int, size: int, index: int) -> list[dict]:
+    """Draw image `index`, write it, return its annotations (without ids)."""
+    image, owner, labels = draw_image(np.random.default_rng([seed, split, index]), size)
+    Image.fromarray(image).save(folder / file_name(index), quality=95, subsampling=0)
     return [{"image_id": index + 1, **annotation} for annotation in annotate(owner, labels)]
 
 
@@ -111,11 +111,11 @@ def annotate(owner: np.ndarray, labels: list[int]) -> list[dict]:
     return annotations
 
 
-def draw_picture(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """-> picture (size, size, 3) uint8; owner (size, size) uint8: 1 + the object seen there, or 0; labels."""
+def draw_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """-> image (size, size, 3) uint8; owner (size, size) uint8: 1 + the object seen there, or 0; labels."""
     objects, owner = place_objects(rng, size)
     canvas = draw_background(rng, size)
-    light = direction(rng).tolist()  # one for the whole picture
+    light = direction(rng).tolist()  # one for the whole image
     for thing in objects:
         paint(rng, canvas, thing, light, size / 128)
     canvas += rng.uniform(1, 5) * rng.standard_normal((size, size, 1), np.float32)
@@ -129,7 +129,7 @@ class Thing(NamedTuple):
     centre: tuple[float, float]  # (x, y), pixels
     radius: float                # pixels, to the outline's farthest point
     area: float                  # pixels, the hidden and the cut-off parts included
-    window: tuple[slice, slice]  # rows and columns of the picture that the outline reaches
+    window: tuple[slice, slice]  # rows and columns of the image that the outline reaches
     coverage: np.ndarray         # (h, w) float32: how much of each pixel of the window is inside, 0..1
 
 
@@ -151,7 +151,7 @@ def place_objects(rng: np.random.Generator, size: int) -> tuple[list[Thing], np.
 
 
 def make_object(rng: np.random.Generator, label: int, size: int) -> Thing:
-    """An object of the class somewhere in the picture, of random size, stretched and turned at random."""
+    """An object of the class somewhere in the image, of random size, stretched and turned at random."""
     points = OUTLINES[CLASSES[label]](rng) * (1, rng.uniform(0.75, 1))
     along = direction(rng)
     points = points @ np.array([along, (-along[1], along[0])])
@@ -165,7 +165,7 @@ def make_object(rng: np.random.Generator, label: int, size: int) -> Thing:
 
 
 def fill(points: np.ndarray, size: int) -> tuple[tuple[slice, slice], np.ndarray]:
-    """Polygon (n, 2) in pixels of the picture -> its window and coverage (see Thing)."""
+    """Polygon (n, 2) in pixels of the image -> its window and coverage (see Thing)."""
     low = np.clip(np.floor(points.min(0)), 0, size - 1).astype(int)
     high = np.clip(np.ceil(points.max(0)), low + 1, size).astype(int)
     fine = Image.new("L", tuple(((high - low) * SUPERSAMPLE).tolist()))
@@ -256,7 +256,7 @@ def draw_background(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def enlarge(array: np.ndarray, side: int) -> Image.Image:
-    """(h, w, 3) values of 0..255 -> a smooth picture of side x side."""
+    """(h, w, 3) values of 0..255 -> a smooth image of side x side."""
     image = Image.fromarray(np.clip(array, 0, 255).astype(np.uint8))
     return image.resize((side, side), Image.Resampling.BICUBIC)
 

@@ -1,4 +1,4 @@
-"""What the tests share: the path to the modules, golden numbers, real pictures where there are any, small
+"""What the tests share: the path to the modules, golden numbers, real images where there are any, small
 helpers. `python -m pytest -q tests -k golden` ends with the golden table: how far ours is from the authors' program.
 """
 import os
@@ -27,9 +27,9 @@ def golden():
 
 @pytest.fixture(scope="session")
 def coco_mini() -> Path:
-    """The folder of real COCO pictures that the environment variable COCO_MINI names."""
+    """The folder of real COCO images that the environment variable COCO_MINI names."""
     if not os.environ.get("COCO_MINI"):
-        pytest.skip("COCO_MINI names no folder of real pictures")
+        pytest.skip("COCO_MINI names no folder of real images")
     return Path(os.environ["COCO_MINI"])
 
 
@@ -59,7 +59,7 @@ def head_maps(d: dict, name: str) -> list[torch.Tensor]:
 
 
 def given_controllers(parameters: torch.Tensor, size: tuple[int, int]) -> Controllers:
-    """Controllers that are `parameters` (B, L, P) at the locations of pictures of `size`: the layer hands on what it is
+    """Controllers that are `parameters` (B, L, P) at the locations of images of `size`: the layer hands on what it is
     given."""
     layer = torch.nn.Conv2d(parameters.shape[2], parameters.shape[2], 3, padding=1).requires_grad_(False)
     torch.nn.init.dirac_(layer.weight)

@@ -1,13 +1,13 @@
-"""Does learning from boxes find the masks? Train on one batch of four real pictures, compare with the hidden masks.
+"""Does learning from boxes find the masks? Train on one batch of four real images, compare with the hidden masks.
 
-    python tests/overfit.py datasets/coco --out runs/overfit [--pictures ID ID ID ID] [any option of train.py]
+    python tests/overfit.py datasets/coco --out runs/overfit [--images ID ID ID ID] [any option of train.py]
 
-Hands train.py the boxes of four pictures (`segmentation` removed), then prints each loss at the start and at the
+Hands train.py the boxes of four images (`segmentation` removed), then prints each loss at the start and at the
 end, and the mean IoU with the hidden masks of (a) the boxes, filled, and (b) the masks that the trained model gives
 to those boxes: for each box, at the location among its FCOS targets where the box's class scores best.
 
-The default pictures were chosen by eye: an airplane, a dog with a frisbee, a bear, a stop sign, which stand out from
-what is behind them. On four pictures colour is all there is to learn from; what an object is takes many.
+The default images were chosen by eye: an airplane, a dog with a frisbee, a bear, a stop sign, which stand out from
+what is behind them. On four images colour is all there is to learn from; what an object is takes many.
 """
 import argparse
 import json
@@ -31,11 +31,11 @@ from model import mask_logits
 from masks import paste_masks
 from runlengths import decode
 
-PICTURES = (81, 394, 502, 525891)
+IMAGES = (81, 394, 502, 525891)
 
 
 def part_of(content: dict, ids: list[int]) -> dict:
-    """The part of a COCO file that belongs to some pictures, without crowds."""
+    """The part of a COCO file that belongs to some images, without crowds."""
     return {"images": [image for image in content["images"] if image["id"] in ids],
             "categories": content["categories"],
             "annotations": [a for i in ids for a in content["annotations"] if a["image_id"] == i and not a["iscrowd"]]}
@@ -43,10 +43,10 @@ def part_of(content: dict, ids: list[int]) -> dict:
 
 @torch.no_grad()
 def masks_of_boxes(model, annotations: CocoBoxes, min_size: int, max_size: int) -> list[np.ndarray]:
-    """For every box, in the order of `annotations`: its mask (H, W) bool at the picture's size, cut to the box."""
-    masks, pictures = [], TestImages(annotations, min_size, max_size)
+    """For every box, in the order of `annotations`: its mask (H, W) bool at the image's size, cut to the box."""
+    masks, images = [], TestImages(annotations, min_size, max_size)
     for i in range(len(annotations)):
-        batch = TestImages.collate([pictures[i]])
+        batch = TestImages.collate([images[i]])
         predictions = model(batch.images, batch.sizes)
         owner = fcos_targets(predictions.locations, batch.boxes, batch.labels, model.num_classes).boxes[0]
         score = predictions.class_logits[0].sigmoid() * predictions.centerness[0].sigmoid()[:, None]
@@ -67,9 +67,9 @@ def mean_iou(masks: list[np.ndarray], truth: list[np.ndarray]) -> tuple[float, l
     return float(np.mean(ious)), ious
 
 
-def main(folder: str, out: str, pictures: list[int], options: list[str]) -> None:
+def main(folder: str, out: str, chosen: list[int], options: list[str]) -> None:
     annotation_file, images = Path(folder) / "annotations/instances_train2017.json", Path(folder) / "train2017"
-    hidden = part_of(json.loads(annotation_file.read_text()), pictures)
+    hidden = part_of(json.loads(annotation_file.read_text()), chosen)
     boxes_only = {**hidden, "annotations": [{k: v for k, v in a.items() if k != "segmentation"}
                                             for a in hidden["annotations"]]}
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def main(folder: str, out: str, pictures: list[int], options: list[str]) -> None
 
     start = time.time()
     train.main(["--train-json", str(boxes_json), "--train-images", str(images), "--out", f"{out}/run",
-                "--batch-size", str(len(pictures)), "--log-every", "10", "--fresh", *options])
+                "--batch-size", str(len(chosen)), "--log-every", "10", "--fresh", *options])
     seconds = time.time() - start
 
     model, info = load_model(f"{out}/run/final.pt")
@@ -98,7 +98,7 @@ def main(folder: str, out: str, pictures: list[int], options: list[str]) -> None
         print(f"{name:18} {log[0][name]:8.4f} -> {log[-1][name]:8.4f}")
     names = {c["id"]: c["name"] for c in hidden["categories"]}
     for a, filled_iou, iou in zip(order, mean_iou(filled, truth)[1], mean_iou(masks, truth)[1]):
-        print(f"picture {a['image_id']:6} {names[a['category_id']]:14} filled box {filled_iou:.3f}   mask {iou:.3f}")
+        print(f"image {a['image_id']:6} {names[a['category_id']]:14} filled box {filled_iou:.3f}   mask {iou:.3f}")
     print(f"mean IoU of {len(truth)} boxes: filled {mean_iou(filled, truth)[0]:.3f}, "
           f"masks {mean_iou(masks, truth)[0]:.3f}, after {info['iteration']} iterations in {seconds:.0f} s")
 
@@ -107,6 +107,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", help="a set in COCO layout, with masks")
     parser.add_argument("--out", default="runs/overfit", help="run folder")
-    parser.add_argument("--pictures", type=int, nargs="+", default=PICTURES, metavar="ID", help="image ids")
+    parser.add_argument("--images", type=int, nargs="+", default=IMAGES, metavar="ID", help="image ids")
     ours, theirs = parser.parse_known_args()
-    main(ours.folder, ours.out, list(ours.pictures), theirs)
+    main(ours.folder, ours.out, list(ours.images), theirs)

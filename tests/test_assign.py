@@ -17,7 +17,7 @@ def locations_of(height: int, width: int):
 
 
 def targets_of(boxes: list, labels: list, height: int = 128, width: int = 128):
-    """Locations of one picture and its (labels, ltrb, boxes); three classes."""
+    """Locations of one image and its (labels, ltrb, boxes); three classes."""
     locations = locations_of(height, width)
     boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     targets = fcos_targets(locations, [boxes], [torch.tensor(labels, dtype=torch.int64)], 3)
@@ -85,7 +85,7 @@ def random_boxes(count: int, height: int, width: int, seed: int) -> torch.Tensor
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_flipped_picture_has_flipped_targets(seed):
+def test_flipped_image_has_flipped_targets(seed):
     height, width = 256, 384
     locations = locations_of(height, width)
     boxes, labels = random_boxes(12, height, width, seed).round(), torch.arange(12)
@@ -99,7 +99,7 @@ def test_flipped_picture_has_flipped_targets(seed):
     assert torch.equal(a.ltrb[:, mirror][..., [2, 1, 0, 3]], b.ltrb)
 
 
-def test_boxes_are_counted_over_the_batch_and_empty_pictures_add_none():
+def test_boxes_are_counted_over_the_batch_and_empty_images_add_none():
     box, nothing = torch.tensor([[20.0, 20, 52, 52]]), torch.zeros(0, 4)
     one, none = torch.tensor([2]), torch.zeros(0, dtype=torch.int64)
     targets = fcos_targets(locations_of(64, 64), [nothing, box, nothing, box], [none, one, none, one], 3)
@@ -126,7 +126,7 @@ def test_golden_13_selection(golden):
         boxes = torch.where(d["im_inds"] == image, d["gt_inds"], -1)
         chosen += selected(d["logits"], d["ctr"], boxes).tolist()
     check("13 chosen locations", sorted(chosen), d["selected_rows"].sort().values, 0)
-    check("13 limit of a picture", inspect.signature(select_instances).parameters["limit"].default,
+    check("13 limit of an image", inspect.signature(select_instances).parameters["limit"].default,
           d["budget_per_image"], 0)
 
 

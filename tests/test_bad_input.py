@@ -1,4 +1,4 @@
-"""What is wrong with a data set ends in one line that names the file and the picture or box."""
+"""What is wrong with a data set ends in one line that names the file and the image or box."""
 import json
 import os
 import subprocess
@@ -26,26 +26,26 @@ def says(error, *parts: str) -> None:
 
 def reading(folder, *parts: str, change=None, **content) -> None:
     """CocoBoxes refuses the set of `content`, changed by `change(content)`, naming the file and the parts."""
-    json_path, pictures = write_set(folder, **content)
+    json_path, images = write_set(folder, **content)
     if change:
         content = json.loads(Path(json_path).read_text())
         change(content)
         Path(json_path).write_text(json.dumps(content))
     with pytest.raises(DataError) as error:
-        CocoBoxes(json_path, pictures)
+        CocoBoxes(json_path, images)
     says(error, json_path, *parts)
 
 
 def test_missing_file_and_folder_say_how_to_get_data(tmp_path):
-    json_path, pictures = write_set(tmp_path)
+    json_path, images = write_set(tmp_path)
     with pytest.raises(DataError) as error:
-        CocoBoxes(tmp_path / "none.json", pictures)
+        CocoBoxes(tmp_path / "none.json", images)
     says(error, str(tmp_path / "none.json"), "missing", *HELP)
     with pytest.raises(DataError) as error:
         CocoBoxes(json_path, tmp_path / "nowhere")
     says(error, str(tmp_path / "nowhere"), "missing", *HELP)
     with pytest.raises(DataError) as error:
-        CocoBoxes(tmp_path, pictures)                 # a folder in place of the file
+        CocoBoxes(tmp_path, images)                 # a folder in place of the file
     says(error, str(tmp_path), "cannot be read")
 
 
@@ -68,13 +68,13 @@ def test_missing_list(tmp_path, key):
 
 
 def test_training_without_annotations_is_one_line(tmp_path, capsys):
-    """Pictures alone, as COCO's test-dev, can be evaluated but not learnt from."""
-    json_path, pictures = write_set(tmp_path)
+    """Images alone, as COCO's test-dev, can be evaluated but not learnt from."""
+    json_path, images = write_set(tmp_path)
     content = json.loads(Path(json_path).read_text())
     del content["annotations"]
     Path(json_path).write_text(json.dumps(content))
     with pytest.raises(SystemExit) as end:
-        train.main(["--train-json", str(json_path), "--train-images", str(pictures), "--out", str(tmp_path / "run"),
+        train.main(["--train-json", str(json_path), "--train-images", str(images), "--out", str(tmp_path / "run"),
                     "--device", "cpu", "--backbone", "r18-slim", "--backbone-weights", "none"])
     error = capsys.readouterr().err
     assert end.value.code == 1 and "no usable box to train on" in error and error.count("\n") == 1
@@ -143,13 +143,13 @@ def test_entries_are_objects_and_five_are_named(tmp_path):
     reading(tmp_path, "9 of 9", "(id 100, id 101, id 102, id 103, id 104, ...)", annotations=rows)
 
 
-def test_missing_pictures(tmp_path):
-    json_path, pictures = write_set(tmp_path)
-    os.remove(os.path.join(pictures, "1.png"))
-    os.remove(os.path.join(pictures, "2.png"))
+def test_missing_images(tmp_path):
+    json_path, images = write_set(tmp_path)
+    os.remove(os.path.join(images, "1.png"))
+    os.remove(os.path.join(images, "2.png"))
     with pytest.raises(DataError) as error:
-        CocoBoxes(json_path, pictures)
-    says(error, "2 of 3 pictures", json_path, pictures, "'1.png'", "id 11")
+        CocoBoxes(json_path, images)
+    says(error, "2 of 3 images", json_path, images, "'1.png'", "id 11")
 
 
 @pytest.mark.parametrize("segmentation", [
@@ -160,9 +160,9 @@ def test_missing_pictures(tmp_path):
 def test_masks_need_a_usable_segmentation(tmp_path, segmentation):
     rows = [annotation(1, 10, [1, 1, 9, 9], segmentation=[[1, 1, 9, 1, 9, 9]]),
             annotation(2, 10, [1, 1, 9, 9], segmentation=segmentation)]
-    json_path, pictures = write_set(tmp_path, annotations=rows)
+    json_path, images = write_set(tmp_path, annotations=rows)
     with pytest.raises(DataError) as error:
-        CocoBoxes(json_path, pictures, masks=True)
+        CocoBoxes(json_path, images, masks=True)
     says(error, json_path, "annotation id 2", "segmentation")
 
 
@@ -184,10 +184,10 @@ def loading(annotations, train: bool, workers: int):
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("train", [True, False])
 def test_another_size_than_stated_stops_training_and_evaluation(tmp_path, train, workers):
-    json_path, pictures = write_set(tmp_path, sizes=[(20, 30)] * 3)
-    path = os.path.join(pictures, "1.png")
+    json_path, images = write_set(tmp_path, sizes=[(20, 30)] * 3)
+    path = os.path.join(images, "1.png")
     Image.new("RGB", (20, 30)).save(path)                # the sides swapped, and no EXIF that says so
-    annotations = CocoBoxes(json_path, pictures)
+    annotations = CocoBoxes(json_path, images)
     with pytest.raises(DataError) as error:
         check_sizes(annotations)
     says(error, json_path, "1 of 3", path, "20 x 30", "30 x 20")
@@ -198,13 +198,13 @@ def test_another_size_than_stated_stops_training_and_evaluation(tmp_path, train,
 
 
 @pytest.mark.parametrize("suffix, size", [("jpg", 700), ("png", 900), ("png", 20), ("jpg", 0)])
-def test_an_undecodable_picture_is_skipped_in_training_and_stops_evaluation(tmp_path, capsys, suffix, size):
-    json_path, pictures = write_set(tmp_path, sizes=[(20, 30)] * 3)
-    path = os.path.join(pictures, "1.png")
-    Image.open(os.path.join(pictures, "2.png")).save(path, format={"jpg": "JPEG", "png": "PNG"}[suffix])
+def test_an_undecodable_image_is_skipped_in_training_and_stops_evaluation(tmp_path, capsys, suffix, size):
+    json_path, images = write_set(tmp_path, sizes=[(20, 30)] * 3)
+    path = os.path.join(images, "1.png")
+    Image.open(os.path.join(images, "2.png")).save(path, format={"jpg": "JPEG", "png": "PNG"}[suffix])
     assert os.path.getsize(path) > size
     os.truncate(path, size)
-    annotations = CocoBoxes(json_path, pictures)
+    annotations = CocoBoxes(json_path, images)
     check_sizes(annotations)
     warned = capsys.readouterr().err
     header_is_there = size >= 700
@@ -219,22 +219,22 @@ def test_an_undecodable_picture_is_skipped_in_training_and_stops_evaluation(tmp_
         assert str(error.value).startswith(path)
 
 
-def test_training_ends_when_no_picture_can_be_decoded(tmp_path):
-    json_path, pictures = write_set(tmp_path)
-    for name in os.listdir(pictures):
-        os.truncate(os.path.join(pictures, name), 100)
+def test_training_ends_when_no_image_can_be_decoded(tmp_path):
+    json_path, images = write_set(tmp_path)
+    for name in os.listdir(images):
+        os.truncate(os.path.join(images, name), 100)
     with pytest.raises(DataError) as error:
-        loading(CocoBoxes(json_path, pictures), True, 0)
-    says(error, "3 pictures in a row", ".png")
+        loading(CocoBoxes(json_path, images), True, 0)
+    says(error, "3 images in a row", ".png")
 
 
 def test_check_sizes_looks_from_the_first_to_the_last(tmp_path):
-    json_path, pictures = write_set(tmp_path, sizes=[(20, 30)] * 9)
-    annotations = CocoBoxes(json_path, pictures)
-    Image.new("RGB", (9, 9)).save(os.path.join(pictures, "1.png"))
+    json_path, images = write_set(tmp_path, sizes=[(20, 30)] * 9)
+    annotations = CocoBoxes(json_path, images)
+    Image.new("RGB", (9, 9)).save(os.path.join(images, "1.png"))
     check_sizes(annotations, at_most=3)                             # 0, 4 and 8
     for i in (0, 4, 8):
-        Image.new("RGB", (9, 9)).save(os.path.join(pictures, f"{i}.png"))
+        Image.new("RGB", (9, 9)).save(os.path.join(images, f"{i}.png"))
     with pytest.raises(DataError, match="3 of 3"):
         check_sizes(annotations, at_most=3)
 

@@ -20,7 +20,7 @@ from benchmark import knowing
 from formats.coco import CocoBoxes, DataError
 from tools.measuring import Clock, made_up_data, many_annotations, medians, process_memory, tensor_peak
 from model import detect
-from test_label import random_picture
+from test_label import random_image
 
 
 def test_parts_within_parts():
@@ -67,15 +67,15 @@ def test_medians_take_turns_and_leave_the_first_round_out(monkeypatch):
 
 def test_knowing_finds_the_boxes():
     """What the network would have learnt: with it the detector finds every box that FCOS's targets give a location."""
-    picture, boxes = random_picture(96, 128), torch.tensor([[16.0, 24, 72, 64], [80, 30, 110, 70]])
-    found = detect(knowing(picture, [boxes], [torch.tensor([1, 2])]))
+    image, boxes = random_image(96, 128), torch.tensor([[16.0, 24, 72, 64], [80, 30, 110, 70]])
+    found = detect(knowing(image, [boxes], [torch.tensor([1, 2])]))
     assert found.labels.tolist() == [1, 2] or found.labels.tolist() == [2, 1]
     assert torch.allclose(found.boxes[found.labels.argsort()], boxes, atol=1e-3)
 
 
 def test_drawing_draws_an_ellipse_into_each_box(monkeypatch):
-    picture, box = random_picture(96, 128), torch.tensor([[16.0, 24, 80, 64]])
-    known = knowing(picture, [box], [torch.tensor([1])])
+    image, box = random_image(96, 128), torch.tensor([[16.0, 24, 80, 64]])
+    known = knowing(image, [box], [torch.tensor([1])])
     monkeypatch.setattr(benchmark.model, "mask_logits", lambda *_: torch.randn(2, 24, 32))
     clock = Clock(torch.device("cpu"))
     masks = benchmark.drawing(clock, "part")(known, [detect(known).rows.repeat(2)[:2]]) > 0
@@ -106,8 +106,8 @@ def test_the_dense_loss_on_pairs_is_the_same_one(tmp_path):
     figures = benchmark.measure_mask_memory(args, tmp_path, (96, 128), 8)
     assert figures["values"]["ours"] == pytest.approx(figures["values"]["dense"], rel=1e-5)
     assert figures["share"] == figures["MiB"]["ours"] / figures["MiB"]["dense"] < 1 / 3
-    similar = benchmark.dense_similarity(picture := torch.rand(1, 3, 64, 64) * 255)
-    for place, offset, colors in zip((4, 6, 7, 5), losses.OFFSETS, losses.similar_colors(picture)):
+    similar = benchmark.dense_similarity(image := torch.rand(1, 3, 64, 64) * 255)
+    for place, offset, colors in zip((4, 6, 7, 5), losses.OFFSETS, losses.similar_colors(image)):
         assert torch.equal(losses.pair(similar[:, place], offset)[0].bool(), colors)      # (0, 2), (2, 0), (2, 2), ...
 
 
@@ -133,14 +133,14 @@ def test_training_figures_hang_together(figures):
 def test_the_other_figures(figures):
     f = figures
     assert f["inference"]["detections"] > 3 and f["evaluation"]["detections"] > 12
-    pasted = f["inference"]["seconds of pasting into a picture of"]
+    pasted = f["inference"]["seconds of pasting into an image of"]
     assert list(pasted) == ["32 x 48", "64 x 96", "128 x 192", "256 x 384"]
     # parts that overlap are more than the whole
     assert sum(f["evaluation"]["parts"].values()) > 0.95 * f["evaluation"]["seconds"]
     assert len(f["data"]) == 6
     for title, values in f["data"].items():
         assert set(values) == {"bare", "none", "weak", "strong", "strong-blur"}, title
-    assert f["annotations"]["pictures"] == 700 and f["annotations"]["boxes"] == 4900
+    assert f["annotations"]["images"] == 700 and f["annotations"]["boxes"] == 4900
     for workers, own in ((0, 0), (2, 2), (4, 2)):
         assert len(f["annotations"][f"MiB with {workers} workers"]) == 2 + own
 
@@ -156,8 +156,8 @@ def options(**changed) -> argparse.Namespace:
 
 def test_a_point_of_a_curve_is_a_run_of_its_own():
     one, two = (growth.step(options(), processes=n) for n in (1, 2))
-    assert two["pictures a second"] == pytest.approx(2 / two["seconds"])
-    assert one["pictures a second"] == pytest.approx(1 / one["seconds"]) and one["peak MiB"] > 10
+    assert two["images a second"] == pytest.approx(2 / two["seconds"])
+    assert one["images a second"] == pytest.approx(1 / one["seconds"]) and one["peak MiB"] > 10
     with pytest.raises(DataError, match="invalid choice: 'r7'"):
         growth.step(options(backbone="r7"))
 
@@ -170,7 +170,7 @@ def test_growth(monkeypatch, tmp_path, capsys):
         threads = "OMP_NUM_THREADS" in how["env"] and how["env"]["OMP_NUM_THREADS"] == "1"
         seen.append((int(value["instances"]), int(value["size"]), int(value["batch-size"]), processes))
         assert not processes or threads
-        step = {"seconds": int(value["size"]) ** 2 / 1000, "pictures a second": 1.0,
+        step = {"seconds": int(value["size"]) ** 2 / 1000, "images a second": 1.0,
                 "peak MiB": 5.0 * int(value["instances"])}
         Path(value["json"]).write_text(json.dumps({"step": step}))
         return subprocess.CompletedProcess(command, 0)

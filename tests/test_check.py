@@ -13,18 +13,18 @@ from PIL import Image
 import train
 from formats.coco import CocoBoxes, DataError, content_problems
 from data import TrainBatches, main
-from test_data import annotation, picture, write_set
+from test_data import annotation, image_of, write_set
 
-SIZES = [(20, 30)] * 4                                   # (height, width) of pictures 10, 11, ...
+SIZES = [(20, 30)] * 4                                   # (height, width) of images 10, 11, ...
 
 
 def boxes(count: int, image_id: int = 10, category_id: int = 3, first: int = 100) -> list[dict]:
-    """Boxes that nothing can be said against, 600 of them in a picture without two alike."""
+    """Boxes that nothing can be said against, 600 of them in an image without two alike."""
     return [annotation(first + i, image_id, [i % 20, i // 20 % 10, 4, 3 + i // 200], category_id) for i in range(count)]
 
 
 def sound(folder, annotations=(), sizes=SIZES, **own):
-    """A set of one class without any finding: ten boxes in each picture, beside those given."""
+    """A set of one class without any finding: ten boxes in each image, beside those given."""
     rows = [row for i in range(len(sizes)) for row in boxes(10, 10 + i, first=100 + 10 * i)]
     folder.mkdir(exist_ok=True)
     return write_set(folder, sizes=sizes, annotations=[*rows, *annotations], categories=(3,), **own)
@@ -61,9 +61,9 @@ def only(findings: list[str], *parts: str) -> None:
 # -------------------------------------------------------------------------------------- a file on its own
 
 def test_nothing_is_said_against_a_sound_file_and_nothing_is_written(tmp_path, check):
-    json_path, pictures = sound(tmp_path)
+    json_path, images = sound(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert check(json_path, "--images", pictures) == (0, [], [f"{json_path}: 4 pictures, 40 boxes, 1 classes"])
+    assert check(json_path, "--images", images) == (0, [], [f"{json_path}: 4 images, 40 boxes, 1 classes"])
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
@@ -80,96 +80,96 @@ def test_nothing_is_said_against_a_sound_file_and_nothing_is_written(tmp_path, c
     ([annotation(1, 10, [3, 3, 11, 11]), annotation(2, 10, [3.0, 3, 11, 11])], "warning", ["1 of 42", "copies"]),
 ])
 def test_boxes(tmp_path, check, rows, level, parts):
-    json_path, pictures = sound(tmp_path, rows)
-    status, findings, _ = check(json_path, "--images", pictures)
+    json_path, images = sound(tmp_path, rows)
+    status, findings, _ = check(json_path, "--images", images)
     only(findings, f"{level}: {json_path}", *parts)
     assert status == 0
 
 
 @pytest.mark.parametrize("rows", [
-    [annotation(1, 10, [3, 3, 11, 11]), annotation(2, 11, [3, 3, 11, 11])],                    # in another picture
+    [annotation(1, 10, [3, 3, 11, 11]), annotation(2, 11, [3, 3, 11, 11])],                    # in another image
     [annotation(1, 10, [3, 3, 11, 11]), annotation(2, 10, [3, 3, 11, 12])],                    # another box
     [annotation(1, 10, [25, 15, 5.05, 5.05]), annotation(2, 10, [-0.05, 0, 9, 9])],            # rounded coordinates
 ])
 def test_boxes_that_nothing_is_said_against(tmp_path, check, rows):
-    json_path, pictures = sound(tmp_path, rows)
-    assert check(json_path, "--images", pictures)[:2] == (0, [])
+    json_path, images = sound(tmp_path, rows)
+    assert check(json_path, "--images", images)[:2] == (0, [])
 
 
 def test_the_same_box_in_another_class_is_no_copy(tmp_path, check):
     rows = boxes(10, 10, 3) + boxes(10, 10, 17, first=200)
-    json_path, pictures = write_set(tmp_path, SIZES[:1], rows, (3, 17))
-    assert check(json_path, "--images", pictures)[:2] == (0, [])
+    json_path, images = write_set(tmp_path, SIZES[:1], rows, (3, 17))
+    assert check(json_path, "--images", images)[:2] == (0, [])
 
 
-def test_classes_of_few_boxes_and_pictures_of_none(tmp_path, check):
+def test_classes_of_few_boxes_and_images_of_none(tmp_path, check):
     names = {3: "car", 17: "one", 90: "no\x1b[2Jne"}
     rows = boxes(10) + boxes(9, 11, 17, first=300) + [annotation(7, 12, [1, 1, 9, 9], 17, iscrowd=1)]
-    json_path, pictures = write_set(tmp_path, SIZES, rows)
+    json_path, images = write_set(tmp_path, SIZES, rows)
     change(json_path, lambda content: content.update(categories=[{"id": i, "name": names[i]} for i in names]))
-    status, (crowd, few, empty), _ = check(json_path, "--images", pictures)
+    status, (crowd, few, empty), _ = check(json_path, "--images", images)
     assert crowd.startswith("note") and status == 0
     assert few.startswith("warning")
     assert few.endswith(r"2 of 3 classes have fewer than 10 boxes: 'one' (9), 'no\x1b[2Jne' (0)")
-    assert empty.startswith("note") and "2 of 4 pictures have no boxes (id 12, id 13)" in empty
+    assert empty.startswith("note") and "2 of 4 images have no boxes (id 12, id 13)" in empty
 
 
 @pytest.mark.parametrize("rows", [[], [annotation(1, 10, [1, 1, 0, 9])], [annotation(1, 10, [1, 1, 9, 9], iscrowd=1)]])
 def test_no_usable_box_is_an_error(tmp_path, check, rows):
-    json_path, pictures = write_set(tmp_path, SIZES, rows)
-    status, findings, summaries = check(json_path, "--images", pictures)
+    json_path, images = write_set(tmp_path, SIZES, rows)
+    status, findings, summaries = check(json_path, "--images", images)
     assert status == 1 and f"error: {json_path} has no usable box to train on" in findings
-    assert len(findings) == 1 + len(rows) and summaries == [f"{json_path}: 4 pictures, 0 boxes, 3 classes"]
+    assert len(findings) == 1 + len(rows) and summaries == [f"{json_path}: 4 images, 0 boxes, 3 classes"]
 
 
-# ---------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------------- images
 
-def test_missing_pictures_and_folders(tmp_path, check):
-    json_path, pictures = sound(tmp_path)
+def test_missing_images_and_folders(tmp_path, check):
+    json_path, images = sound(tmp_path)
     for name in ("1.png", "3.png"):
-        os.remove(os.path.join(pictures, name))
-    status, findings, _ = check(json_path, "--images", pictures)
-    only(findings, "error: 2 of 4 pictures", json_path, pictures, "'1.png' (id 11, id 13)")
+        os.remove(os.path.join(images, name))
+    status, findings, _ = check(json_path, "--images", images)
+    only(findings, "error: 2 of 4 images", json_path, images, "'1.png' (id 11, id 13)")
     assert status == 1
-    only(check(json_path, "--images", tmp_path / "none")[1], "error: picture folder", str(tmp_path / "none"))
+    only(check(json_path, "--images", tmp_path / "none")[1], "error: image folder", str(tmp_path / "none"))
 
 
 def test_sizes_from_the_headers(tmp_path, check):
-    """All of them, not the first; a picture turned by EXIF counts as it looks."""
-    json_path, pictures = sound(tmp_path, sizes=[(20, 30)] * 8)
+    """All of them, not the first; an image turned by EXIF counts as it looks."""
+    json_path, images = sound(tmp_path, sizes=[(20, 30)] * 8)
     for i in range(6):
-        Image.new("RGB", (20, 30)).save(os.path.join(pictures, f"{i}.png"))
+        Image.new("RGB", (20, 30)).save(os.path.join(images, f"{i}.png"))
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGB", (20, 30)).save(os.path.join(pictures, "6.png"), exif=exif)
-    status, findings, _ = check(json_path, "--images", pictures)
-    only(findings, f"error: {json_path}: 6 of 8 pictures have another size", "'0.png' is 20 x 30, not 30 x 20",
+    Image.new("RGB", (20, 30)).save(os.path.join(images, "6.png"), exif=exif)
+    status, findings, _ = check(json_path, "--images", images)
+    only(findings, f"error: {json_path}: 6 of 8 images have another size", "'0.png' is 20 x 30, not 30 x 20",
          "(id 10, id 11, id 12, id 13, id 14, ...)")
     assert status == 1
 
 
 def test_unreadable_headers_warn_until_none_can_be_read(tmp_path, check):
-    json_path, pictures = sound(tmp_path)
+    json_path, images = sound(tmp_path)
     for i in range(3):
-        os.truncate(os.path.join(pictures, f"{i}.png"), 20)
-    status, findings, _ = check(json_path, "--images", pictures)
-    only(findings, f"warning: {json_path}: 3 of 4 pictures cannot be decoded (skipped in training)", "'0.png'",
+        os.truncate(os.path.join(images, f"{i}.png"), 20)
+    status, findings, _ = check(json_path, "--images", images)
+    only(findings, f"warning: {json_path}: 3 of 4 images cannot be decoded (skipped in training)", "'0.png'",
          "(id 10, id 11, id 12)")
     assert status == 0
-    Path(pictures, "3.png").write_bytes(b"")
-    status, findings, _ = check(json_path, "--images", pictures)
-    only(findings, "error: ", "4 of 4 pictures cannot be decoded")
+    Path(images, "3.png").write_bytes(b"")
+    status, findings, _ = check(json_path, "--images", images)
+    only(findings, "error: ", "4 of 4 images cannot be decoded")
     assert status == 1
 
 
 def test_as_many_unreadable_headers_as_end_a_run_are_an_error(tmp_path, check):
     """The limit is train.check_skipped's: with 11 of 15 it raises, with 10 it does not."""
-    json_path, pictures = sound(tmp_path, sizes=[(20, 30)] * 15)
+    json_path, images = sound(tmp_path, sizes=[(20, 30)] * 15)
     for i in range(11):
-        assert check(json_path, "--images", pictures)[0] == 0
-        os.truncate(os.path.join(pictures, f"{i}.png"), 20)
-    status, findings, _ = check(json_path, "--images", pictures)
-    only(findings, "error: ", "11 of 15 pictures", "too many to train")
+        assert check(json_path, "--images", images)[0] == 0
+        os.truncate(os.path.join(images, f"{i}.png"), 20)
+    status, findings, _ = check(json_path, "--images", images)
+    only(findings, "error: ", "11 of 15 images", "too many to train")
 
     class Skipping:
         skipped = [f"{i}" for i in range(10)]
@@ -180,10 +180,10 @@ def test_as_many_unreadable_headers_as_end_a_run_are_an_error(tmp_path, check):
 
 
 def test_two_entries_of_one_file(tmp_path, check):
-    json_path, pictures = sound(tmp_path)
+    json_path, images = sound(tmp_path)
     change(json_path, lambda content: content["images"][2].update(file_name="0.png"))
-    status, findings, _ = check(json_path, "--images", pictures)
-    only(findings, f"warning: {json_path}: 1 of 4 pictures have the file of another one", "'0.png' (id 12)")
+    status, findings, _ = check(json_path, "--images", images)
+    only(findings, f"warning: {json_path}: 1 of 4 images have the file of another one", "'0.png' (id 12)")
     assert status == 0
 
 
@@ -192,14 +192,14 @@ def test_two_entries_of_one_file(tmp_path, check):
     ("annotations/instances_train2017.json", "train2017"), ("annotations/instances_val2017.json", "leftImg8bit/val"),
     ("annotations/instances_mine.json", "annotations"), ("annotations/mine.json", "annotations/images"),
     ("mine.json", "."), ("mine.json", "images"), ("some/mine.json", "some/images")])
-def test_pictures_are_found_where_they_usually_are(tmp_path, check, monkeypatch, json_path, folder):
+def test_images_are_found_where_they_usually_are(tmp_path, check, monkeypatch, json_path, folder):
     """By absolute paths, relative ones, and from within the file's own folder."""
     json_path = tmp_path / "set" / json_path
     json_path.parent.mkdir(parents=True)
-    source, pictures = sound(tmp_path / "source")
+    source, images = sound(tmp_path / "source")
     os.rename(source, json_path)
     (tmp_path / "set" / folder).mkdir(parents=True, exist_ok=True)
-    for path in Path(pictures).iterdir():
+    for path in Path(images).iterdir():
         path.rename(tmp_path / "set" / folder / path.name)
     for here, path in ((tmp_path, json_path), (tmp_path, json_path.relative_to(tmp_path)),
                        (json_path.parent, json_path.name)):
@@ -207,7 +207,7 @@ def test_pictures_are_found_where_they_usually_are(tmp_path, check, monkeypatch,
         assert check(path)[:2] == (0, [])
 
 
-def test_pictures_that_are_found_nowhere(tmp_path, check):
+def test_images_that_are_found_nowhere(tmp_path, check):
     json_path, _ = sound(tmp_path)
     status, findings, _ = check(json_path)
     only(findings, f"error: {json_path}", "'0.png'", "--images", str(tmp_path))
@@ -240,7 +240,7 @@ def test_missing_file(tmp_path, check):
 def test_all_rules_at_once(tmp_path, check):
     """A set that breaks every rule: each has its line, whatever else is wrong with the same entry, and the sound rest
     is looked at all the same."""
-    json_path, pictures = sound(tmp_path, [annotation(7, 10, [25, 5, 9, 9])])
+    json_path, images = sound(tmp_path, [annotation(7, 10, [25, 5, 9, 9])])
 
     def spoil(content):
         content["categories"] += [{"id": 4}, {"id": 3, "name": "again"}, {"id": 5, "name": "\ud800"}, 7]
@@ -256,9 +256,9 @@ def test_all_rules_at_once(tmp_path, check):
             annotation(6, None, [float("nan")] * 4), annotation(10**400, 10, [1, 1, 9, 9]), None]
 
     change(json_path, spoil)
-    status, findings, summaries = check(json_path, "--images", pictures)
+    status, findings, summaries = check(json_path, "--images", images)
     expected = [
-        "2 of 10 images have a 'file_name' that is not a path inside the folder of pictures: absolute, with '..' or no "
+        "2 of 10 images have a 'file_name' that is not a path inside the folder of images: absolute, with '..' or no "
         "text (id 20, id 24)",
         "1 of 10 images have a 'id' that is not an integer (id 9223372036854775808)",
         "1 of 10 images have a 'width' that is not a positive integer (id 9223372036854775808)",
@@ -275,19 +275,19 @@ def test_all_rules_at_once(tmp_path, check):
         "4 of 50 annotations have a 'bbox' that is not a list of 4 finite numbers (id 1, id 1, id '\\x1b[2J', id 6)",
         "1 of 50 annotations have the id of another one (id 1)",
         "1 of 50 annotations have an unknown image_id (id 3)", "1 of 50 annotations have an unknown category_id (id 5)",
-        "'none\\x1b[2J.png' (id 23)", "boxes reach out of their picture: clipped (id 7)"]
+        "'none\\x1b[2J.png' (id 23)", "boxes reach out of their image: clipped (id 7)"]
     for part in expected:
         assert sum(part in finding for finding in findings) == 1, part
     assert status == 1 and all(ord(character) >= 32 for finding in findings for character in finding)
-    assert summaries == [f"{json_path}: 6 pictures, 41 boxes, 2 classes"]
+    assert summaries == [f"{json_path}: 6 images, 41 boxes, 2 classes"]
     with pytest.raises(DataError) as error:                        # reading raises the first of the very same lines
-        CocoBoxes(json_path, pictures)
+        CocoBoxes(json_path, images)
     assert f"error: {error.value}" == findings[0]
 
 
 def test_reading_raises_what_is_listed_first(tmp_path):
     """One mechanism: whatever read_coco refuses is the first of content_problems, and it refuses nothing else."""
-    json_path, pictures = sound(tmp_path)
+    json_path, images = sound(tmp_path)
     content = json.loads(Path(json_path).read_text())
     assert list(content_problems(json_path, content)) == []
     for kind in ("images", "annotations", "categories"):
@@ -299,10 +299,10 @@ def test_reading_raises_what_is_listed_first(tmp_path):
                 Path(json_path).write_text(json.dumps(spoilt))
                 if problems:
                     with pytest.raises(DataError) as error:
-                        CocoBoxes(json_path, pictures)
+                        CocoBoxes(json_path, images)
                     assert str(error.value) == problems[0]
-                elif key != "file_name":                           # "xxxxx" is a fine name, of no picture that is there
-                    CocoBoxes(json_path, pictures)
+                elif key != "file_name":                           # "xxxxx" is a fine name, of no image that is there
+                    CocoBoxes(json_path, images)
 
 
 # ----------------------------------------------------------------------------------------------- folders
@@ -313,9 +313,9 @@ def folder(tmp_path):
     root = tmp_path / "set"
     (root / "annotations").mkdir(parents=True)
     for split in ("train", "val"):
-        json_path, pictures = sound(tmp_path / split)
+        json_path, images = sound(tmp_path / split)
         os.rename(json_path, root / "annotations" / f"instances_{split}2017.json")
-        os.rename(pictures, root / f"{split}2017")
+        os.rename(images, root / f"{split}2017")
     return root
 
 
@@ -324,12 +324,12 @@ def files(root: Path) -> list[str]:
 
 
 def test_both_files_of_a_folder(folder, check):
-    summaries = [f"{path}: 4 pictures, 40 boxes, 1 classes" for path in files(folder)]
+    summaries = [f"{path}: 4 images, 40 boxes, 1 classes" for path in files(folder)]
     assert check(folder) == (0, [], summaries)
     assert check(folder, folder) == (0, [], summaries * 2)
     os.remove(folder / "val2017" / "2.png")
     status, findings, _ = check(folder)
-    only(findings, "error: 1 of 4 pictures", files(folder)[1])
+    only(findings, "error: 1 of 4 images", files(folder)[1])
     assert status == 1
 
 
@@ -355,12 +355,12 @@ def test_the_two_files_need_the_same_categories(folder, check):
 
 
 def test_what_only_an_evaluation_minds(folder, check):
-    """An undecodable picture ends it; without boxes there is no AP, which ends nothing."""
+    """An undecodable image ends it; without boxes there is no AP, which ends nothing."""
     os.truncate(folder / "val2017" / "1.png", 20)
     status, findings, _ = check(folder)
     only(findings, "error: ", files(folder)[1], "an evaluation ends there", "(id 11)")
     assert status == 1
-    picture(1, 20, 30).save(folder / "val2017" / "1.png")
+    image_of(1, 20, 30).save(folder / "val2017" / "1.png")
     change(files(folder)[1], lambda content: content.update(annotations=[]))
     status, findings, _ = check(folder)
     only(findings, f"warning: {files(folder)[1]} has no box")
@@ -384,13 +384,13 @@ def test_the_status_of_the_program(folder):
     script = Path(__file__).resolve().parent.parent / "data.py"
     run = subprocess.run([sys.executable, script, "check", folder], capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr == "" and run.stdout.count("\n") == 3
-    assert run.stdout.startswith("error: 1 of 4 pictures")
+    assert run.stdout.startswith("error: 1 of 4 images")
 
 
 # --------------------------------------------------------------- coco.py: segmentations that are empty lists
 
 def with_masks(folder, *segmentations):
-    """A picture with a box for each of the segmentations, read with masks."""
+    """An image with a box for each of the segmentations, read with masks."""
     rows = [annotation(i, 10, [1, 1, 8, 8], segmentation=segmentation) for i, segmentation in enumerate(segmentations)]
     return CocoBoxes(*write_set(folder, [(20, 30)], rows, (3,)), masks=True)
 
@@ -427,15 +427,15 @@ def test_condinst_learns_from_a_box_with_an_empty_mask(tmp_path):
 # ------------------------------------------------------------------------------------------------ large
 
 def test_many_boxes_take_seconds(tmp_path, check):
-    """100,000 annotations, 10,000 of them on one picture and those all alike."""
+    """100,000 annotations, 10,000 of them on one photo and those all alike."""
     rows = [annotation(i, 10 + max(0, i // 100 - 99), [i % 7, 2, 9, 9] if i >= 10_000 else [1, 2, 9, 9])
             for i in range(100_000)]
-    json_path, pictures = write_set(tmp_path, [(20, 30)], rows, (3,))
+    json_path, photos = write_set(tmp_path, [(20, 30)], rows, (3,))
     change(json_path, lambda content: content.update(images=[
         {"id": 10 + i, "file_name": "0.png", "width": 30, "height": 20} for i in range(1000)]))
     start = time.perf_counter()
-    status, findings, summaries = check(json_path, "--images", pictures)
+    status, findings, summaries = check(json_path, "--images", photos)
     assert time.perf_counter() - start < 20
     copies = next(finding for finding in findings if "copies" in finding)
-    assert status == 0 and summaries == [f"{json_path}: 1000 pictures, 100000 boxes, 1 classes"]
+    assert status == 0 and summaries == [f"{json_path}: 1000 photos, 100000 boxes, 1 classes"]
     assert f"{9_999 + 900 * 93} of 100000 boxes are exact copies" in copies and "(id 1, id 2," in copies

@@ -39,14 +39,14 @@ def street(*things) -> np.ndarray:
 
 
 def put(root: Path, split: str, name: str, ids: np.ndarray) -> tuple[Path, Path]:
-    """Write the picture CITY_SEQUENCE_FRAME and its instance map, -> their paths."""
+    """Write the image CITY_SEQUENCE_FRAME and its instance map, -> their paths."""
     city = name.split("_")[0]
-    picture = root / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png"
+    image = root / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png"
     instances = root / "gtFine" / split / city / f"{name}_gtFine_instanceIds.png"
-    for path, pixels in ((picture, np.zeros((*ids.shape, 3), np.uint8)), (instances, ids)):
+    for path, pixels in ((image, np.zeros((*ids.shape, 3), np.uint8)), (instances, ids)):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
-    return picture, instances
+    return image, instances
 
 
 @pytest.fixture
@@ -91,12 +91,12 @@ PERFECT = [detection(1, 24, A, 0.9), detection(1, 24, B, 0.8), detection(2, 26, 
 
 
 def test_the_files_by_hand(city, capsys):
-    """Pictures by sorted path, annotations by id; the person hides a part of the car, whose box stays whole:
+    """Images by sorted path, annotations by id; the person hides a part of the car, whose box stays whole:
     25 x 20 - 10 x 10 (columns 20 to 29 are the car's) = 400 pixels."""
     data_main(["cityscapes", str(city)])
     out = capsys.readouterr().out
-    assert "instances_train2017.json: 3 pictures, 3 objects, 2 groups" in out
-    assert "instances_val2017.json: 3 pictures, 4 objects, 1 groups" in out
+    assert "instances_train2017.json: 3 images, 3 objects, 2 groups" in out
+    assert "instances_val2017.json: 3 images, 4 objects, 1 groups" in out
     content = json.loads((city / "annotations" / "instances_train2017.json").read_text())
     assert [(c["id"], c["name"]) for c in content["categories"]] == [
         (24, "person"), (25, "rider"), (26, "car"), (27, "truck"), (28, "bus"), (31, "train"), (32, "motorcycle"),
@@ -126,7 +126,7 @@ def test_boxes_are_those_of_the_pixels():
 
 
 def test_the_project_reads_them(city, val):
-    """Without the groups; --data of train.py and evaluate.py finds the pictures where Cityscapes keeps them."""
+    """Without the groups; --data of train.py and evaluate.py finds the images where Cityscapes keeps them."""
     assert len(val) == 3 and [c["id"] for c in val.classes] == [24, 25, 26, 27, 28, 31, 32, 33]
     assert [val.image_boxes(i)[1].tolist() for i in range(3)] == [[0, 0], [2, 4], []]
     assert val.image_boxes(0)[0].tolist() == [[5, 10, 30, 30], [45, 10, 70, 30]]
@@ -170,34 +170,34 @@ def test_missing_folders_say_where_to_get_them(city):
     (city / "leftImg8bit" / "train").mkdir()
     (city / "gtFine" / "train").rename(city / "gtFine" / "more")
     (city / "gtFine" / "train").mkdir()
-    refused(city, str(city / "leftImg8bit" / "train"), "no picture")
+    refused(city, str(city / "leftImg8bit" / "train"), "no image")
 
 
-def test_a_picture_without_instances_and_instances_without_a_picture(city):
-    picture, instances = put(city, "val", "bonn_000000_000001", street())
+def test_a_image_without_instances_and_instances_without_a_image(city):
+    image, instances = put(city, "val", "bonn_000000_000001", street())
     instances.unlink()
-    refused(city, "1 of 4 pictures", str(city / "gtFine" / "val"), "bonn/bonn_000000_000001_leftImg8bit.png")
+    refused(city, "1 of 4 images", str(city / "gtFine" / "val"), "bonn/bonn_000000_000001_leftImg8bit.png")
     put(city, "val", "bonn_000000_000001", street())
-    picture.unlink()
+    image.unlink()
     refused(city, "1 of 4 instance maps", str(city / "leftImg8bit" / "val"),
             "bonn/bonn_000000_000001_gtFine_instanceIds.png")
 
 
-def test_unreadable_and_wrong_pictures_are_named(city):
-    picture, instances = put(city, "val", "bonn_000000_000001", street())
+def test_unreadable_and_wrong_images_are_named(city):
+    image, instances = put(city, "val", "bonn_000000_000001", street())
     whole = instances.read_bytes()
-    for broken in (b"", b"no picture", whole[:60]):
+    for broken in (b"", b"no image", whole[:60]):
         instances.write_bytes(broken)
         refused(city, str(instances), "cannot be read")
     Image.new("RGB", (WIDTH, HEIGHT)).save(instances)
     refused(city, str(instances), "mode RGB")
     Image.fromarray(street().T.copy()).save(instances)
-    refused(city, str(instances), "64 x 128", str(picture), "128 x 64")
+    refused(city, str(instances), "64 x 128", str(image), "128 x 64")
     Image.fromarray(street((34000, A))).save(instances)
     refused(city, str(instances), "34000")
     instances.write_bytes(whole)
-    picture.write_bytes(b"")
-    refused(city, str(picture), "cannot be read")
+    image.write_bytes(b"")
+    refused(city, str(image), "cannot be read")
 
 
 def test_a_folder_that_cannot_be_written(city):
@@ -216,7 +216,7 @@ def test_the_command_line_ends_with_one_line(tmp_path):
 
 
 def test_export_by_hand(val, tmp_path):
-    """A text file for every picture, also for one without detections; each line names a mask of the picture's size."""
+    """A text file for every image, also for one without detections; each line names a mask of the image's size."""
     folder = tmp_path / "new" / "results"
     cityscapes.prepare(val, str(folder))
     cityscapes.export([*PERFECT, detection(1, 25, C, 0.123456789)], val, str(folder))

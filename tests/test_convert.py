@@ -13,7 +13,7 @@ from formats.convert import numbered, turned_back, write_voc, write_yolo, yaml_n
 from data import TrainBatches, check_sizes, load_image, main
 
 
-def put_picture(path: Path, height: int = 20, width: int = 30, **options) -> None:
+def put_image(path: Path, height: int = 20, width: int = 30, **options) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (width, height)).save(path, **options)
 
@@ -35,20 +35,20 @@ def xml(*things: str, filename="", size=(30, 20)) -> str:
 
 @pytest.fixture
 def voc(tmp_path):
-    """Pictures a, b (nothing in it) and c, with a box each in a and c; nothing says what is to train on."""
+    """Images a, b (nothing in it) and c, with a box each in a and c; nothing says what is to train on."""
     root = tmp_path / "voc"
     for stem, things in (("a", [thing()]), ("b", []), ("c", [thing("bus")])):
-        put_picture(root / "JPEGImages" / f"{stem}.jpg")
+        put_image(root / "JPEGImages" / f"{stem}.jpg")
         put(root / "Annotations" / f"{stem}.xml", xml(*things, filename=f"{stem}.jpg"))
     return root
 
 
 @pytest.fixture
 def yolo(tmp_path):
-    """Pictures a and c, to train on, with a box each, and b, to evaluate on, without a label file."""
+    """Images a and c, to train on, with a box each, and b, to evaluate on, without a label file."""
     root = tmp_path / "yolo"
     for name in ("train/a", "val/b", "train/c"):
-        put_picture(root / "images" / f"{name}.png")
+        put_image(root / "images" / f"{name}.png")
     put(root / "labels" / "train" / "a.txt", "1 0.5 0.5 0.2 0.4\n")
     put(root / "labels" / "train" / "c.txt", "0 0.5 0.5 1 1\n")
     put(root / "data.yaml", "names: [car, bus]\n")
@@ -90,7 +90,7 @@ def test_voc_by_hand(voc, capsys):
     put(voc / "Annotations" / "a.xml", content)
     main(["voc", str(voc)])
     captured = capsys.readouterr()
-    assert captured.out == f"{voc}/annotations/instances_train2017.json: 3 pictures, 3 boxes, 3 classes\n"
+    assert captured.out == f"{voc}/annotations/instances_train2017.json: 3 images, 3 boxes, 3 classes\n"
     assert captured.err == ""
     assert [(row["id"], row["name"]) for row in read(voc)["categories"]] == [(1, "aeroplane"), (2, "bus"), (3, "dog")]
     assert read(voc)["images"] == [{"id": i, "file_name": f"JPEGImages/{name}.jpg", "width": 30, "height": 20}
@@ -112,27 +112,27 @@ def test_voc_parts(voc, capsys):
     assert boxes(voc, "val") == [("JPEGImages/a.jpg", "car", [2, 4, 10, 5])]
     assert read(voc)["categories"] == read(voc, "val")["categories"]
     captured = capsys.readouterr()
-    assert "1 of 3 pictures are in no part and are left out ('b')" in captured.err and captured.err.count("\n") == 1
-    assert "instances_val2017.json: 1 pictures, 1 boxes, 2 classes\n" in captured.out
+    assert "1 of 3 images are in no part and are left out ('b')" in captured.err and captured.err.count("\n") == 1
+    assert "instances_val2017.json: 1 images, 1 boxes, 2 classes\n" in captured.out
     put(voc / "ImageSets" / "Main" / "val.txt", "a\nb\nc")
     write_voc(str(voc))
-    assert "1 of 3 pictures are to train on and to evaluate on ('c')" in capsys.readouterr().err
+    assert "1 of 3 images are to train on and to evaluate on ('c')" in capsys.readouterr().err
 
 
-def test_voc_pictures_of_any_name(voc, capsys):
+def test_voc_images_of_any_name(voc, capsys):
     """The XML's own file name counts, whatever folder it names, or else the XML's name; no other folder is entered."""
-    for name, filename, picture in (("1", "C:\\photos\\Ärger 1.PNG", "Ärger 1.PNG"), ("2", "x/../../2.bmp", "2.bmp"),
+    for name, filename, image in (("1", "C:\\photos\\Ärger 1.PNG", "Ärger 1.PNG"), ("2", "x/../../2.bmp", "2.bmp"),
                                     ("3", "2007_000003", "3.webp"), ("4", "../../secret.jpg", "4.gif")):
         put(voc / "Annotations" / f"{name}.xml", xml(filename=filename))
-        put_picture(voc / "JPEGImages" / picture)
-    put_picture(voc.parent / "secret.jpg")
-    put_picture(voc / "JPEGImages" / "lonely.jpg")
+        put_image(voc / "JPEGImages" / image)
+    put_image(voc.parent / "secret.jpg")
+    put_image(voc / "JPEGImages" / "lonely.jpg")
     put(voc / "JPEGImages" / "._a.jpg", b"")
     put(voc / "JPEGImages" / "a.txt", b"")
     write_voc(str(voc))
     names = [row["file_name"].removeprefix("JPEGImages/") for row in read(voc)["images"]]
     assert names == ["Ärger 1.PNG", "2.bmp", "3.webp", "4.gif", "a.jpg", "b.jpg", "c.jpg"]
-    assert "1 pictures have no XML and are left out ('JPEGImages/lonely.jpg')" in capsys.readouterr().err
+    assert "1 images have no XML and are left out ('JPEGImages/lonely.jpg')" in capsys.readouterr().err
     assert len(CocoBoxes(*datasets(str(voc))[0])) == 7
 
 
@@ -172,25 +172,25 @@ def test_voc_wrong_annotations(voc, content, part):
     assert len(str(error.value)) < 600
 
 
-def test_voc_missing_and_ambiguous_pictures(voc):
+def test_voc_missing_and_ambiguous_images(voc):
     os.rename(voc / "JPEGImages" / "c.jpg", voc / "JPEGImages" / "d.jpg")
     refused(write_voc, voc, "1 of 3", "c.xml", "'c.jpg'", "missing")
     put(voc / "Annotations" / "c.xml", xml(filename="a.jpg"))
     refused(write_voc, voc, "a.xml and c.xml are both of JPEGImages/a.jpg")
     for suffix in ("png", "bmp"):
-        put_picture(voc / "JPEGImages" / f"c.{suffix}")
+        put_image(voc / "JPEGImages" / f"c.{suffix}")
     put(voc / "Annotations" / "c.xml", xml(filename="none"))
-    refused(write_voc, voc, "c.xml", "2 pictures 'c'")
+    refused(write_voc, voc, "c.xml", "2 images 'c'")
 
 
 def test_voc_lists_that_name_no_xml(voc):
     put(voc / "ImageSets" / "Main" / "train.txt", "a\n\n../b\nc 1\n")
     refused(write_voc, voc, "train.txt", "2 lines", "line 3, '../b'")
     put(voc / "ImageSets" / "Main" / "train.txt", "\n")
-    refused(write_voc, voc, "no pictures to train on")
+    refused(write_voc, voc, "no images to train on")
     os.rename(voc / "ImageSets" / "Main" / "train.txt", voc / "ImageSets" / "Main" / "val.txt")
     put(voc / "ImageSets" / "Main" / "val.txt", "a")
-    refused(write_voc, voc, "no pictures to train on")
+    refused(write_voc, voc, "no images to train on")
 
 
 # --------------------------------------------------------------------------------------------------- YOLO
@@ -200,8 +200,8 @@ def test_yolo_by_hand(yolo, capsys):
     put(yolo / "labels" / "train" / "a.txt", "\ufeff1 0.5 0.5 0.2 0.4\r\n\n  0\t0.1 0.2  0.3 0.9 0.2 0.1 0.25 0.3\n")
     main(["yolo", str(yolo)])
     captured = capsys.readouterr()
-    assert captured.out == (f"{yolo}/annotations/instances_train2017.json: 2 pictures, 3 boxes, 2 classes\n"
-                            f"{yolo}/annotations/instances_val2017.json: 1 pictures, 0 boxes, 2 classes\n")
+    assert captured.out == (f"{yolo}/annotations/instances_train2017.json: 2 images, 3 boxes, 2 classes\n"
+                            f"{yolo}/annotations/instances_val2017.json: 1 images, 0 boxes, 2 classes\n")
     assert captured.err == ""
     assert read(yolo)["categories"] == [{"id": 0, "name": "car"}, {"id": 1, "name": "bus"}]
     assert read(yolo)["categories"] == read(yolo, "val")["categories"]
@@ -215,9 +215,9 @@ def test_yolo_by_hand(yolo, capsys):
 
 
 def test_yolo_without_parts(tmp_path, capsys):
-    """All pictures are to train on, in whatever folders; names of classes may stand among the labels."""
+    """All images are to train on, in whatever folders; names of classes may stand among the labels."""
     for name in ("a", "day 1/b", "Straße/ö"):
-        put_picture(tmp_path / "images" / f"{name}.JPG", format="JPEG")
+        put_image(tmp_path / "images" / f"{name}.JPG", format="JPEG")
         put(tmp_path / "labels" / f"{name}.txt", "0 0.5 0.5 0.2 0.4\n")
     put(tmp_path / "labels" / "classes.txt", "car\n two words \n\n")
     write_yolo(str(tmp_path))
@@ -234,15 +234,15 @@ def test_yolo_folders_of_the_parts(yolo, train_folder, val_folder, capsys):
         for old, new in (("train", train_folder), ("val", val_folder)):
             if (yolo / kind / old).exists():
                 (yolo / kind / old).rename(yolo / kind / new)
-    put_picture(yolo / "images" / "test" / "t.png")
+    put_image(yolo / "images" / "test" / "t.png")
     put(yolo / "labels" / "test" / "t.txt", "rubbish")
     put(yolo / "labels" / "train" / "alone.txt", "0 0.5 0.5 1 1")
     write_yolo(str(yolo))
     assert [row[0] for row in boxes(yolo)] == [f"images/{train_folder}/{name}.png" for name in "ac"]
     assert [row["file_name"] for row in read(yolo, "val")["images"]] == [f"images/{val_folder}/b.png"]
     error = capsys.readouterr().err
-    assert "1 of 4 pictures are in no part and are left out ('images/test/t.png')" in error
-    assert f"1 label files have no picture and are left out ({yolo / 'labels' / 'train' / 'alone.txt'})" in error
+    assert "1 of 4 images are in no part and are left out ('images/test/t.png')" in error
+    assert f"1 label files have no image and are left out ({yolo / 'labels' / 'train' / 'alone.txt'})" in error
 
 
 def test_yolo_parts_that_hold_images_and_labels(yolo, capsys):
@@ -256,30 +256,30 @@ def test_yolo_parts_that_hold_images_and_labels(yolo, capsys):
                 (yolo / new / kind).mkdir()
     for kind in ("images", "labels"):
         (yolo / kind / "val").exists() or (yolo / kind).rmdir()
-    put_picture(yolo / "test" / "images" / "t.png")
+    put_image(yolo / "test" / "images" / "t.png")
     put(yolo / "test" / "labels" / "t.txt", "rubbish")
     put(yolo / "train" / "labels" / "alone.txt", "0 0.5 0.5 1 1")
     write_yolo(str(yolo))
     assert [row[:2] for row in boxes(yolo)] == [("train/images/a.png", "bus"), ("train/images/c.png", "car")]
     assert [row["file_name"] for row in read(yolo, "val")["images"]] == ["valid/images/b.png"]
     error = capsys.readouterr().err
-    assert "1 of 4 pictures are in no part and are left out ('test/images/t.png')" in error and "alone.txt" in error
+    assert "1 of 4 images are in no part and are left out ('test/images/t.png')" in error and "alone.txt" in error
     train_files, val_files = datasets(str(yolo))
     assert len(CocoBoxes(*train_files)) == 2 and len(CocoBoxes(*val_files)) == 1
     (yolo / "valid" / "labels").rmdir()
     refused(write_yolo, yolo, f"{yolo / 'valid' / 'labels'} is missing")
 
 
-def test_yolo_val_without_train_and_val_without_pictures(yolo, capsys):
+def test_yolo_val_without_train_and_val_without_images(yolo, capsys):
     os.remove(yolo / "images" / "val" / "b.png")
     write_yolo(str(yolo))
-    assert "no pictures to evaluate on" in capsys.readouterr().err
+    assert "no images to evaluate on" in capsys.readouterr().err
     assert not (yolo / "annotations" / "instances_val2017.json").exists()
     (yolo / "images" / "train").rename(yolo / "images" / "valid")
-    refused(write_yolo, yolo, "no pictures to train on")
+    refused(write_yolo, yolo, "no images to train on")
 
 
-def test_yolo_a_linked_folder_of_pictures(yolo, tmp_path):
+def test_yolo_a_linked_folder_of_images(yolo, tmp_path):
     (yolo / "images" / "train").rename(tmp_path / "elsewhere")
     (yolo / "images" / "train").symlink_to(tmp_path / "elsewhere")
     write_yolo(str(yolo))
@@ -300,9 +300,9 @@ def test_yolo_a_linked_folder_of_pictures(yolo, tmp_path):
 def test_yolo_wrong_labels(yolo, line, part):
     write_yolo(str(yolo))
     put(yolo / "labels" / "train" / "a.txt", f"1 0.5 0.5 0.2 0.4\n\n{line}\n")
-    refused(write_yolo, yolo, "1 of 3 pictures", str(yolo / "labels" / "train" / "a.txt") + ", line 3: ", part)
+    refused(write_yolo, yolo, "1 of 3 images", str(yolo / "labels" / "train" / "a.txt") + ", line 3: ", part)
     put(yolo / "labels" / "train" / "c.txt", line)
-    refused(write_yolo, yolo, "2 of 3 pictures", "a.txt, line 3")
+    refused(write_yolo, yolo, "2 of 3 images", "a.txt, line 3")
     with pytest.raises(DataError) as error:
         write_yolo(str(yolo))
     assert len(str(error.value)) < 500 and "\x1b" not in str(error.value)
@@ -312,17 +312,17 @@ def test_yolo_unreadable_files(yolo):
     put(yolo / "labels" / "train" / "a.txt", b"0 0.5 0.5 0.2 0.4 \xff\n")
     refused(write_yolo, yolo, "a.txt is not UTF-8")
     put(yolo / "labels" / "train" / "a.txt", "")
-    put(yolo / "images" / "val" / "b.png", b"no picture")
-    refused(write_yolo, yolo, "1 of 3 pictures", "b.png cannot be read")
+    put(yolo / "images" / "val" / "b.png", b"no image")
+    refused(write_yolo, yolo, "1 of 3 images", "b.png cannot be read")
 
 
-def test_yolo_two_pictures_of_one_label_file(yolo):
-    put_picture(yolo / "images" / "train" / "a.jpg")
+def test_yolo_two_images_of_one_label_file(yolo):
+    put_image(yolo / "images" / "train" / "a.jpg")
     refused(write_yolo, yolo, "'images/train/a.jpg'", "'images/train/a.png'", "share")
 
 
-def test_yolo_pictures_turned_by_exif(tmp_path):
-    """Labels are of the picture as a viewer shows it. Of a marked picture in each of the eight orientations, of two
+def test_yolo_images_turned_by_exif(tmp_path):
+    """Labels are of the image as a viewer shows it. Of a marked image in each of the eight orientations, of two
     shapes, the box must lie on the mark in what training sees of it."""
     (tmp_path / "classes.txt").write_text("mark\n")
     for width in (40, 24):                                                       # the second is square
@@ -423,7 +423,7 @@ def test_where_the_names_are_looked_for(yolo, capsys):
 # ----------------------------------------------------------------------------------------------- both layouts
 
 def test_training_takes_the_folder(voc, yolo, capsys):
-    """--data DIR finds the pictures; without a val file there is no evaluation, and one line says so."""
+    """--data DIR finds the images; without a val file there is no evaluation, and one line says so."""
     write_yolo(str(yolo))
     annotations, validation = train.open_data(train.parse_arguments(["--data", str(yolo)]), 0)
     assert [c["id"] for c in annotations.classes] == [0, 1] and validation.classes == annotations.classes
@@ -458,7 +458,7 @@ def test_only_a_folder_of_ones_own_goes_without_evaluation(voc, tmp_path, monkey
         train.open_data(train.parse_arguments(["--data", "datasets/shapes"]), 0)
 
 
-def test_folders_of_pictures(voc, yolo):
+def test_folders_of_images(voc, yolo):
     """DIR itself, for both parts, unless COCO's own folder is there."""
     for root, folder in ((voc, "JPEGImages"), (yolo, "images")):
         assert [images for _, images in datasets(str(root))] == [str(root)] * 2
@@ -489,7 +489,7 @@ def test_annotation_files_of_another_origin_stay(yolo, split, content):
 
 
 def test_folders_in_the_way(voc, yolo):
-    """With them train.py would look for the pictures elsewhere."""
+    """With them train.py would look for the images elsewhere."""
     for root, write in ((voc, write_voc), (yolo, write_yolo)):
         for folder in ("train2017", "leftImg8bit"):
             (root / folder).mkdir()
@@ -503,7 +503,7 @@ def test_missing_and_empty_folders(tmp_path):
         for folder in folders:
             refused(write, root, str(root / folder), "missing", *folders)
             (root / folder).mkdir(parents=True)
-        refused(write, root, str(root), "no pictures to train on")
+        refused(write, root, str(root), "no images to train on")
 
 
 def test_without_any_box_nothing_is_written(voc, yolo):
@@ -511,8 +511,8 @@ def test_without_any_box_nothing_is_written(voc, yolo):
         put(voc / "Annotations" / f"{name}.xml", xml(filename=f"{name}.jpg"))
         put(yolo / "labels" / "train" / f"{name}.txt", "\n")
     put(yolo / "labels" / "val" / "b.txt", "0 0.5 0.5 1 1")
-    refused(write_voc, voc, "no picture to train on has a box")
-    refused(write_yolo, yolo, "no picture to train on has a box")
+    refused(write_voc, voc, "no image to train on has a box")
+    refused(write_yolo, yolo, "no image to train on has a box")
 
 
 def test_a_folder_that_cannot_be_written(voc):
@@ -534,7 +534,7 @@ def test_a_failed_write_leaves_the_old_pair(yolo, monkeypatch):
     refused(write_yolo, yolo, "instances_val2017.json", "No space left on device")
 
 
-def test_many_boxes_on_one_picture(yolo, voc):
+def test_many_boxes_on_one_image(yolo, voc):
     put(yolo / "labels" / "train" / "a.txt", "1 0.5 0.5 0.2 0.4\n" * 10_000)
     write_yolo(str(yolo))
     assert len(boxes(yolo)) == 10_001 and boxes(yolo)[9_999] == ("images/train/a.png", "bus", [12, 6, 6, 8])

@@ -1,4 +1,4 @@
-"""data.py: reading annotations and pictures, views, the order of training, padded batches."""
+"""data.py: reading annotations and images, views, the order of training, padded batches."""
 import gc
 import json
 import os
@@ -12,27 +12,27 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from formats.coco import CocoBoxes, DataError, datasets
-from data import (AUGMENTATIONS, Batch, Blur, TestImages, TrainBatches, check_sizes, load_image, resized, view_boxes,
+from data import (AUGMENTATIONS, Batch, Blur, TestImages, TrainBatches, check_sizes, load_image, resized_size, view_boxes,
                   view_mask)
 
 
-def picture(i: int, height: int, width: int) -> Image.Image:
+def image_of(i: int, height: int, width: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(i).integers(1, 256, (height, width, 3), dtype=np.uint8))
 
 
 def write_set(folder, sizes=((20, 30), (30, 20), (20, 30)), annotations=None, categories=(3, 17, 90), **own):
-    """A COCO set of PNGs of the given (height, width), ids 10, 11, ...; -> (json path, picture folder)."""
-    (folder / "pictures").mkdir(exist_ok=True)
+    """A COCO set of PNGs of the given (height, width), ids 10, 11, ...; -> (json path, image folder)."""
+    (folder / "images").mkdir(exist_ok=True)
     images = []
     for i, (height, width) in enumerate(sizes):
-        picture(i, height, width).save(folder / "pictures" / f"{i}.png")
+        image_of(i, height, width).save(folder / "images" / f"{i}.png")
         images.append({"id": 10 + i, "file_name": f"{i}.png", "height": height, "width": width})
     if annotations is None:
         annotations = [annotation(1 + i, 10 + i, [2, 3, 10, 8], categories[0]) for i in range(len(sizes))]
     content = {"images": images, "annotations": annotations,
                "categories": [{"id": c, "name": f"class {c}"} for c in categories], **own}
     (folder / "set.json").write_text(json.dumps(content))
-    return str(folder / "set.json"), str(folder / "pictures")
+    return str(folder / "set.json"), str(folder / "images")
 
 
 def annotation(number, image_id, bbox, category_id=3, **more):
@@ -64,14 +64,14 @@ def test_category_ids_become_labels_and_back(tmp_path):
     assert coco.image_boxes(0)[1].tolist() == [2, 0] and coco.image_boxes(1)[1].tolist() == [1]
 
 
-def test_boxes_go_to_their_picture_in_any_order(tmp_path):
+def test_boxes_go_to_their_image_in_any_order(tmp_path):
     rows = [annotation(1, 12, [1, 1, 4, 4]), annotation(2, 10, [2, 2, 4, 4]), annotation(3, 12, [3, 3, 4, 4])]
     coco = CocoBoxes(*write_set(tmp_path, annotations=rows))
     assert len(coco) == 3 and coco.image_ids.tolist() == [10, 11, 12] and coco.sizes.tolist()[1] == [30, 20]
     assert coco.image_boxes(0)[0].tolist() == [[2, 2, 6, 6]]
     assert coco.image_boxes(1)[0].shape == (0, 4)
     assert coco.image_boxes(2)[0].tolist() == [[1, 1, 5, 5], [3, 3, 7, 7]]
-    assert coco.path(2) == str(tmp_path / "pictures" / "2.png")
+    assert coco.path(2) == str(tmp_path / "images" / "2.png")
 
 
 def test_segmentation_is_never_read_without_masks(tmp_path):
@@ -96,7 +96,7 @@ def test_crowd_and_degenerate_boxes_are_left_out_with_one_warning(tmp_path, caps
     assert "annotation id 3, 4, 5, 6)" in error and "set.json" in error
 
 
-def test_nothing_is_kept_as_an_object_a_picture_or_a_box(tmp_path):
+def test_nothing_is_kept_as_an_object_a_image_or_a_box(tmp_path):
     coco = CocoBoxes(*write_set(tmp_path, sizes=[(20, 30)] * 40), masks=False)
     for name, value in vars(coco).items():
         assert isinstance(value, (np.ndarray, str, type(None))) or name == "classes", name
@@ -126,16 +126,16 @@ def test_datasets_names_folders_and_files():
     (train_json, train_images), (val_json, val_images) = datasets("shapes")
     assert train_json == os.path.join("datasets", "shapes", "annotations", "instances_train2017.json")
     assert val_images == os.path.join("datasets", "shapes", "val2017")
-    files = datasets("/somewhere", train_json="a.json", val_images="pictures")
+    files = datasets("/somewhere", train_json="a.json", val_images="images")
     assert files == (("a.json", "/somewhere/train2017"),
-                     ("/somewhere/annotations/instances_val2017.json", "pictures"))
+                     ("/somewhere/annotations/instances_val2017.json", "images"))
 
 
-# ---------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------------- images
 
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "LA", "1"])
 def test_other_modes_become_rgb(tmp_path, mode):
-    source = picture(0, 20, 30).convert(mode)
+    source = image_of(0, 20, 30).convert(mode)
     path = str(tmp_path / ("x.tif" if mode == "CMYK" else "x.png"))
     source.save(path)
     image = load_image(path, (20, 30))
@@ -152,7 +152,7 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
 def test_the_stated_size_decides_whether_exif_is_obeyed(tmp_path):
     path, exif = str(tmp_path / "x.png"), Image.Exif()
     exif[0x0112] = 6                                              # to be turned a quarter to the right
-    source = picture(0, 20, 30)
+    source = image_of(0, 20, 30)
     source.save(path, exif=exif)
     assert np.array_equal(np.array(load_image(path, (20, 30))), np.array(source))
     turned = np.array(load_image(path, (30, 20)))
@@ -167,8 +167,8 @@ def test_the_stated_size_decides_whether_exif_is_obeyed(tmp_path):
     ((2, 3), (3, 9), (3, 5)),                    # 4.5 goes up
     ((1, 5000), (800, 1333), (1, 1333)),         # never without a pixel
 ])
-def test_resized(size, limits, expected):
-    assert resized(*size, *limits) == expected
+def test_resized_size(size, limits, expected):
+    assert resized_size(*size, *limits) == expected
 
 
 def test_boxes_are_scaled_and_mirrored():
@@ -207,13 +207,13 @@ def epoch_of(train, epoch=0):
 
 
 def test_an_epoch_is_a_permutation_that_drops_the_rest(tmp_path):
-    coco = CocoBoxes(*write_set(tmp_path, sizes=[(4, 5), (5, 4), (4, 4)] * 6 + [(5, 4)]))      # 19 pictures
+    coco = CocoBoxes(*write_set(tmp_path, sizes=[(4, 5), (5, 4), (4, 4)] * 6 + [(5, 4)]))      # 19 images
     train = batches(coco)
     first, second = epoch_of(train), epoch_of(train, 1)
     assert len(first) == 19 // 4
     for epoch in (first, second):
-        pictures = sum(epoch, [])
-        assert len(pictures) == len(set(pictures)) == 16 and set(pictures) <= set(range(19))
+        images = sum(epoch, [])
+        assert len(images) == len(set(images)) == 16 and set(images) <= set(range(19))
     assert first != second and epoch_of(batches(coco, seed=1)) != first
     assert sorted(map(sorted, first)) != sorted(map(sorted, second))       # other batches, too
 
@@ -235,19 +235,19 @@ def test_landscape_and_portrait_do_not_mix_but_in_the_leftovers(tmp_path):
         assert sum(mixed) == 1                               # 2 landscape and 3 portrait ones are left over
         places.add(mixed.index(True))
     assert len(places) > 2                                   # the batches are shuffled, too
-    assert dropped == {True, False}                          # and chance drops a picture, not its shape
+    assert dropped == {True, False}                          # and chance drops an image, not its shape
 
 
 def test_chance_differs_from_place_to_place_and_step_to_step(tmp_path):
     train = batches(CocoBoxes(*write_set(tmp_path)))
-    draws = [[train.draw(k, place, 0) for place in range(4)] for k in range(20)]
-    assert len({draw.colour_seed for step in draws for draw in step}) == 80
-    flips, sizes = zip(*((draw.flip, draw.min_size) for draw in sum(draws, [])))
+    choices = [[train.choose(k, place, 0) for place in range(4)] for k in range(20)]
+    assert len({one.colour_seed for step in choices for one in step}) == 80
+    flips, sizes = zip(*((one.flip, one.min_size) for one in sum(choices, [])))
     assert set(sizes) == {16, 24, 40} and 20 < sum(flips) < 60
-    assert train.draw(3, 1, 0) == draws[3][1] != batches(train.annotations, seed=1).draw(3, 1, 0)
+    assert train.choose(3, 1, 0) == choices[3][1] != batches(train.annotations, seed=1).choose(3, 1, 0)
 
 
-def test_fewer_pictures_than_a_batch(tmp_path):
+def test_fewer_images_than_a_batch(tmp_path):
     train = batches(CocoBoxes(*write_set(tmp_path)), batch_size=8)
     for k in range(3):
         counts = np.bincount(train.order(k), minlength=3)
@@ -296,7 +296,7 @@ def test_padding_is_zero_and_the_true_sizes_are_kept(tmp_path):
                          (batch.teacher_images, batch.teacher_sizes)):
         for image, (height, width) in zip(views, sizes):
             assert not image[:, height:].any() and not image[:, :, width:].any()
-            assert image[:, :height, :width].sum(0).bool().any(0).all()   # no column of the picture is empty
+            assert image[:, :height, :width].sum(0).bool().any(0).all()   # no column of the image is empty
 
 
 def test_flip_and_boxes_agree_and_the_teacher_is_flipped_alike(tmp_path):
@@ -320,7 +320,7 @@ def test_flip_and_boxes_agree_and_the_teacher_is_flipped_alike(tmp_path):
 
 
 def test_batches_are_channels_last_and_stay_so_on_their_way(tmp_path):
-    """Of two pictures or more, which alone tell the layouts apart; through shared memory and pinning, where there is a
+    """Of two images or more, which alone tell the layouts apart; through shared memory and pinning, where there is a
     device to pin for."""
     train = batches(CocoBoxes(*write_set(tmp_path)), batch_size=2, augment="strong", teacher_size=(24, 64))
     for workers in (0, 1):
@@ -380,11 +380,11 @@ def test_augmentations_are_those_of_table_9():
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
 def test_blur_is_torchvisions(size, sigma):
     """But for the rounding of a sum that is a half but for its last bit."""
-    image = picture(0, *size)
+    image = image_of(0, *size)
     ours = np.array(Blur(3, (sigma, sigma))(image)).astype(int)
     theirs = np.array(v2.GaussianBlur(3, (sigma, sigma))(image)).astype(int)
     assert abs(ours - theirs).max() <= 1 and (ours != theirs).mean() < 1e-3
-    assert Blur(3, (sigma, sigma))(picture(1, 1, 5)).size == (5, 1)      # of which torchvision's makes an error
+    assert Blur(3, (sigma, sigma))(image_of(1, 1, 5)).size == (5, 1)      # of which torchvision's makes an error
 
 
 def test_masks_follow_the_view(tmp_path):
@@ -412,7 +412,7 @@ def test_masks_follow_the_view(tmp_path):
                 assert torch.equal(mask, expected) and mask.any()
 
 
-def test_an_undecodable_picture_is_replaced_by_the_next_and_fits_the_canvas(tmp_path):
+def test_an_undecodable_image_is_replaced_by_the_next_and_fits_the_canvas(tmp_path):
     json_path, folder = write_set(tmp_path, sizes=[(20, 20), (20, 60), (20, 20)])
     cut = os.path.join(folder, "0.png")
     open(cut, "r+b").truncate(600)
@@ -422,7 +422,7 @@ def test_an_undecodable_picture_is_replaced_by_the_next_and_fits_the_canvas(tmp_
     batch = train[k]
     assert batch.image_ids == [11] and batch.original_sizes == [(20, 60)]
     assert len(batch.skipped) == 1 and cut in batch.skipped[0] and "\n" not in batch.skipped[0]
-    # The canvas was made for picture 0; all 60 columns of its substitute must fit in, and the boxes too.
+    # The canvas was made for image 0; all 60 columns of its substitute must fit in, and the boxes too.
     assert batch.images.shape == (1, 3, 32, 32) and batch.sizes == [(10, 32)]
     assert batch.teacher_images.shape == (1, 3, 64, 64) and batch.teacher_sizes == [(21, 64)]
     assert (batch.boxes[0][:, 2:] <= torch.tensor([32, 10])).all()
@@ -430,7 +430,7 @@ def test_an_undecodable_picture_is_replaced_by_the_next_and_fits_the_canvas(tmp_
     assert train[other].skipped == []
 
 
-def test_pictures_without_boxes_are_trained_on(tmp_path):
+def test_images_without_boxes_are_trained_on(tmp_path):
     coco = CocoBoxes(*write_set(tmp_path, annotations=[annotation(1, 11, [1, 1, 9, 9])]))
     batch = batches(coco, batch_size=3)[0]
     assert sorted(len(boxes) for boxes in batch.boxes) == [0, 0, 1]
@@ -446,7 +446,7 @@ def test_batch_to_keeps_sizes_as_tuples(tmp_path):
     assert moved.sizes == batch.sizes and isinstance(moved.sizes[0], tuple) and moved.augmented is None
 
 
-def test_evaluation_goes_through_all_pictures_with_scaled_boxes(tmp_path):
+def test_evaluation_goes_through_all_images_with_scaled_boxes(tmp_path):
     coco = CocoBoxes(*write_set(tmp_path, annotations=[annotation(1, 11, [2, 3, 10, 8])]))
     loader = DataLoader(TestImages(coco, 40, 64), batch_size=2, collate_fn=TestImages.collate)
     first, last = list(loader)
@@ -456,7 +456,7 @@ def test_evaluation_goes_through_all_pictures_with_scaled_boxes(tmp_path):
     assert first.boxes[1].tolist() == [[4, 6, 24, 22]] and first.masks is None and first.teacher_sizes == []
 
 
-def test_real_pictures(coco_mini):
+def test_real_images(coco_mini):
     coco = CocoBoxes(*datasets(str(coco_mini))[0], masks=True)
     check_sizes(coco)
     batch = batches(coco, min_sizes=[160], max_size=256, teacher_size=(160, 256))[0]

@@ -40,7 +40,7 @@ def rle(mask: np.ndarray) -> dict:
 
 
 def draw_dataset(folder: Path) -> tuple[Path, Path]:
-    """Five pictures, two objects each but for the last, which has none; annotation ids begin at 0."""
+    """Five images, two objects each but for the last, which has none; annotation ids begin at 0."""
     (folder / "val2017").mkdir(parents=True)
     (folder / "annotations").mkdir()
     images, annotations = [], []
@@ -63,7 +63,7 @@ def draw_dataset(folder: Path) -> tuple[Path, Path]:
 
 
 class Looker(torch.nn.Module):
-    """A network whose predictions are the pictures themselves."""
+    """A network whose predictions are the images themselves."""
 
     def forward(self, images, sizes):
         return images
@@ -120,7 +120,7 @@ def as_results(json_path, score=0.9) -> list[dict]:
 # ------------------------------------------------------------------------------------------------ figures
 
 
-def test_perfect_predictions_give_100_from_pictures_to_figures(dataset, perfect):
+def test_perfect_predictions_give_100_from_images_to_figures(dataset, perfect):
     metrics = evaluate.coco_metrics(dataset[0], run_perfect(*dataset))
     for kind in ("bbox", "segm"):
         assert metrics[kind]["AP"] == pytest.approx(100) and metrics[kind]["APs"] == pytest.approx(100)
@@ -131,7 +131,7 @@ def test_perfect_predictions_give_100_from_pictures_to_figures(dataset, perfect)
 
 
 @pytest.mark.skipif("COCO_MINI" not in os.environ, reason="COCO_MINI names no folder")
-def test_perfect_predictions_on_real_pictures_with_crowds():
+def test_perfect_predictions_on_real_images_with_crowds():
     path = Path(os.environ["COCO_MINI"]) / "annotations" / "instances_val2017.json"
     assert any(a["iscrowd"] for a in json.loads(path.read_text())["annotations"])
     results = as_results(path)
@@ -277,8 +277,8 @@ def test_results_hold_category_ids_xywh_boxes_and_text_masks(dataset, perfect):
     assert [r["image_id"] for r in results] == [100, 100, 101, 101, 102, 102, 103, 103]
 
 
-def test_a_picture_is_worked_on_while_the_next_one_is_looked_at(dataset, perfect, monkeypatch):
-    """And no farther: at most two pictures are in memory, however long the work takes."""
+def test_a_image_is_worked_on_while_the_next_one_is_looked_at(dataset, perfect, monkeypatch):
+    """And no farther: at most two images are in memory, however long the work takes."""
     looked, begun, alive, counts = [threading.Event() for _ in SIZES], iter(range(9)), [], []
 
     class Counting(Looker):
@@ -348,7 +348,7 @@ def one_process(rank, port, json_path, image_dir, out):
 
 
 def test_two_processes_give_the_results_of_one(dataset, perfect, tmp_path):
-    """Five pictures over two processes, with batches of 1, of 2 (whose padding differs) and of all."""
+    """Five images over two processes, with batches of 1, of 2 (whose padding differs) and of all."""
     alone = [run_perfect(*dataset, batch_size=size) for size in (1, 2, 8)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -394,20 +394,20 @@ def fails(arguments, capsys) -> str:
 
 
 def test_command_line_writes_results_metrics_and_sheet(checkpoint, dataset, perfect, tmp_path, capsys):
-    results, metrics, picture = (tmp_path / "new" / name for name in ("results.json", "ap.json", "sheet.png"))
-    more = "--results", results, "--metrics", metrics, "--sheet", picture
+    results, metrics, image = (tmp_path / "new" / name for name in ("results.json", "ap.json", "sheet.png"))
+    more = "--results", results, "--metrics", metrics, "--sheet", image
     evaluate.main(command(checkpoint, dataset, *more))
     assert json.loads(results.read_text()) == run_perfect(*dataset)
     assert json.loads(metrics.read_text()) == evaluate.coco_metrics(dataset[0], run_perfect(*dataset))
     out = capsys.readouterr().out
-    what = "boxteacher r18-slim, teacher's weights, scores rescored by masks: 5 pictures at 64/128 pixels"
-    assert out.startswith(f"{what}\nbox ") and "\nmask " in out and "\nclass AP" in out and f"sheet: {picture}" in out
-    assert Image.open(picture).format == "PNG"
+    what = "boxteacher r18-slim, teacher's weights, scores rescored by masks: 5 images at 64/128 pixels"
+    assert out.startswith(f"{what}\nbox ") and "\nmask " in out and "\nclass AP" in out and f"sheet: {image}" in out
+    assert Image.open(image).format == "PNG"
     assert not [path for path in tmp_path.rglob("*") if "tmp" in path.name.rsplit(".", 1)[-1]]
 
 
-def test_pictures_without_annotations_give_results_to_upload(checkpoint, dataset, perfect, tmp_path, capsys):
-    """As COCO's test-dev, whose file lists pictures and categories alone."""
+def test_images_without_annotations_give_results_to_upload(checkpoint, dataset, perfect, tmp_path, capsys):
+    """As COCO's test-dev, whose file lists images and categories alone."""
     rewrite(dataset[0], lambda content: content.pop("annotations"))
     files = {name: tmp_path / name for name in ("results.json", "sheet.png")}
     evaluate.main(command(checkpoint, dataset, "--results", files["results.json"], "--sheet", files["sheet.png"]))
@@ -501,13 +501,13 @@ def test_missing_data_is_named(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_cannot_be_decoded_is_named(checkpoint, dataset, perfect, capsys, workers):
+def test_a_image_that_cannot_be_decoded_is_named(checkpoint, dataset, perfect, capsys, workers):
     """In a worker process too, whose error arrives with a traceback in its message."""
-    picture = dataset[1] / "3.png"
-    picture.write_bytes(picture.read_bytes()[:60])
+    image = dataset[1] / "3.png"
+    image.write_bytes(image.read_bytes()[:60])
     results = dataset[1] / "results.json"
     line = fails([*command(checkpoint, dataset, "--results", results), "--workers", str(workers)], capsys)
-    assert str(picture) in line and "Traceback" not in line
+    assert str(image) in line and "Traceback" not in line
     assert sorted(path.name for path in dataset[1].iterdir()) == [f"{i}.png" for i in range(5)]
 
 
@@ -532,7 +532,7 @@ def test_amp_by_device(monkeypatch):
         assert evaluate.pick_amp("auto", cuda) is dtype
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------ images
 
 
 def rows_of(dataset, count=12, results=None):
@@ -541,15 +541,15 @@ def rows_of(dataset, count=12, results=None):
     return draw.sheet_rows(CocoBoxes(*dataset), truth, results, count)
 
 
-def test_rows_hold_pictures_with_objects_and_their_results(dataset):
+def test_rows_hold_images_with_objects_and_their_results(dataset):
     rows = rows_of(dataset)
     assert [tuple(row[0].shape[1:]) for row in rows] == SIZES[:4]  # the fifth has no object
-    for picture, boxes, labels, found, masks in rows:
-        assert picture.dtype == torch.uint8
+    for image, boxes, labels, found, masks in rows:
+        assert image.dtype == torch.uint8
         assert torch.equal(found.boxes, boxes) and torch.equal(found.labels, labels)
-        assert torch.equal(found.masks, masks) and masks.shape == (2, *picture.shape[1:])
+        assert torch.equal(found.masks, masks) and masks.shape == (2, *image.shape[1:])
         for label, mask in zip(labels, masks):
-            assert (picture[label][mask] > 0).all()
+            assert (image[label][mask] > 0).all()
     assert [tuple(row[0].shape[1:]) for row in rows_of(dataset, count=2)] == [SIZES[0], SIZES[3]]
 
 
@@ -571,7 +571,7 @@ def test_sheet_leaves_out_predictions_below_its_threshold(dataset, tmp_path):
         return np.array(draw.panels(rows[0], None, threshold)[1])
 
     plain = middle(0.1, 0.3)
-    assert set(np.unique((plain > 40).sum(2))) <= {0, 1}  # as in the picture: one channel an object
+    assert set(np.unique((plain > 40).sum(2))) <= {0, 1}  # as in the image: one channel an object
     assert (plain != middle(0.5, 0.3)).any() and (plain != middle(0.1, 0.05)).any()
 
 
@@ -583,20 +583,20 @@ def test_sheet_without_masks_and_without_detections(dataset, tmp_path):
 
 
 def test_instances_are_drawn_where_they_are():
-    picture = torch.full((3, 60, 80), 100, dtype=torch.uint8)
+    image = torch.full((3, 60, 80), 100, dtype=torch.uint8)
     masks = torch.zeros(2, 60, 80, dtype=torch.bool)
     masks[0, 20:50, 10:50], masks[1, 30:58, 40:70] = True, True  # they overlap
     boxes = torch.tensor([[10, 20, 50, 50], [40, 30, 70, 58.0]])
     labels, scores = torch.tensor([0, 1]), torch.tensor([0.9, 0.8])
-    drawn = draw.draw_instances(picture, boxes, labels, scores, masks, ["a", "b"])
-    assert drawn.shape == picture.shape and drawn.dtype == torch.uint8 and (picture == 100).all()
+    drawn = draw.draw_instances(image, boxes, labels, scores, masks, ["a", "b"])
+    assert drawn.shape == image.shape and drawn.dtype == torch.uint8 and (image == 100).all()
     changed = (drawn != 100).any(0)
     assert changed[20:50, 10:50].all() and changed[30:58, 40:70].all()
     assert not changed[52:, :38].any() and not changed[:, 75:].any()
     assert drawn[:, 49, 30].tolist() == list(draw.COLOURS[0])  # its outline
     assert drawn[:, 40, 45].sum() > 250  # the part that both share is not black
-    nothing = draw.draw_instances(picture, boxes[:0], torch.zeros(0, dtype=torch.int64))
-    assert torch.equal(nothing, picture)
+    nothing = draw.draw_instances(image, boxes[:0], torch.zeros(0, dtype=torch.int64))
+    assert torch.equal(nothing, image)
 
 
 def test_predictions_take_the_colour_of_their_object():

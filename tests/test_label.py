@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from assign import box_masks, picture_targets
+from assign import box_masks, image_targets
 from formats.coco import CocoBoxes
 from conftest import given_controllers
 from tools.label import (ASSIGNED, PROMPTED, Labels, agreement, assigned_rows, box_pixels, cut_masks, label_dataset,
-                   label_picture, model_classes, owners, polygons, prompt, report_agreement, with_masks)
+                   label_image, model_classes, owners, polygons, prompt, report_agreement, with_masks)
 from model import STRIDES, Predictions, build_model, make_locations, mask_logits
 from test_teacher import made_up
 from test_train import drawn  # noqa: F401
@@ -25,7 +25,7 @@ def decoded(rles: list) -> torch.Tensor:
     return torch.from_numpy(np.stack([coco_mask.decode(rle) for rle in rles])).bool()
 
 
-def random_picture(height: int, width: int, classes: int = 3, seed: int = 0) -> Predictions:
+def random_image(height: int, width: int, classes: int = 3, seed: int = 0) -> Predictions:
     """Predictions of an untrained network that sees nothing anywhere, but would draw masks if it were asked."""
     g = torch.Generator().manual_seed(seed)
     locations = make_locations([(-(-height // s), -(-width // s)) for s in STRIDES], torch.device("cpu"))
@@ -40,11 +40,11 @@ def random_picture(height: int, width: int, classes: int = 3, seed: int = 0) -> 
 
 
 def test_masks_go_to_their_boxes_and_are_cut_there():
-    """Three boxes: one found twice, one found, one missed. The picture's own size is twice that of the input."""
+    """Three boxes: one found twice, one found, one missed. The image's own size is twice that of the input."""
     size, boxes = (96, 128), [[16.0, 24, 72, 64], [80, 30, 110, 70], [4, 70, 40, 90]]
     vague = torch.full((12, 16), 0.4)
     predictions = made_up([[(boxes[0], 0.5, vague), (boxes[0], 0.5, EVERYWHERE), (boxes[1], 0.3, EVERYWHERE)]], size)
-    labels = label_picture(predictions, torch.tensor(boxes), size, (192, 256))
+    labels = label_image(predictions, torch.tensor(boxes), size, (192, 256))
     x0, y0, x1, y1 = (2 * torch.tensor(boxes)).int().T.tolist()
     for i in range(2):  # the whole box, and not a pixel more
         expected = torch.zeros(192, 256, dtype=torch.bool)
@@ -54,9 +54,9 @@ def test_masks_go_to_their_boxes_and_are_cut_there():
     q = torch.tensor(6.0).sigmoid().item()
     assert labels.scores.tolist() == pytest.approx([math.sqrt(math.sqrt(0.5) * q), math.sqrt(math.sqrt(0.3) * q), 0],
                                                    abs=1e-4)
-    labels = label_picture(predictions, torch.tensor(boxes), size, size, score_threshold=0.8)
+    labels = label_image(predictions, torch.tensor(boxes), size, size, score_threshold=0.8)
     assert labels.rles[0] and labels.rles[1] is None and labels.scores[1] == 0
-    labels = label_picture(predictions, torch.zeros(0, 4), size, size)
+    labels = label_image(predictions, torch.zeros(0, 4), size, size)
     assert labels.rles == [] and labels.scores.shape == (0,)
 
 
@@ -68,7 +68,7 @@ def test_a_box_touches_the_pixels_that_it_covers_in_part():
 
 
 def test_a_box_that_was_made_smaller_and_larger_again_is_the_same():
-    """Whole pixels of a picture of 4000, seen at 1333: rounding makes 1001.0001 of 1001, which is no pixel more."""
+    """Whole pixels of an image of 4000, seen at 1333: rounding makes 1001.0001 of 1001, which is no pixel more."""
     x1 = torch.arange(1, 4001, 7, dtype=torch.float32)
     boxes = torch.stack([torch.zeros_like(x1), torch.zeros_like(x1), x1 * (1333 / 4000), torch.ones_like(x1)], 1)
     assert box_pixels(boxes, (1, 1333), (1, 4000))[:, 2].tolist() == x1.tolist()
@@ -88,7 +88,7 @@ def test_a_box_takes_detections_of_its_own_class_and_one_location_answers_once()
     predictions.class_logits[0, row, 2] = 0.2
     assert rows(box.repeat(2, 1), None) == [row, row]
     assert rows(box.repeat(2, 1), torch.tensor([1, 2])) == [-1, row]  # 2 is the surer one
-    labels = label_picture(predictions, box.repeat(2, 1), size, size, classes=torch.tensor([1, 2]))
+    labels = label_image(predictions, box.repeat(2, 1), size, size, classes=torch.tensor([1, 2]))
     assert labels.sources == [PROMPTED, ASSIGNED]
 
 
@@ -98,69 +98,69 @@ def test_a_box_takes_detections_of_its_own_class_and_one_location_answers_once()
 def test_the_best_of_the_boxs_own_locations_answers():
     """Scores by hand: own class, centerness and the mask within the box; nothing else may win."""
     size, boxes = (96, 128), torch.tensor([[16.0, 24, 72, 64], [80, 30, 110, 70]])
-    picture, classes = random_picture(*size), torch.tensor([1, -1])
-    owner = picture_targets(picture.locations, boxes, classes, 3)[2]
-    rows, scores = prompt(picture, boxes, classes, size, torch.full((2,), -1), torch.zeros(2))
+    image, classes = random_image(*size), torch.tensor([1, -1])
+    owner = image_targets(image.locations, boxes, classes, 3)[2]
+    rows, scores = prompt(image, boxes, classes, size, torch.full((2,), -1), torch.zeros(2))
     for g, of in enumerate((lambda p: p[:, 1], lambda p: p.amax(1))):
         own = (owner == g).nonzero()[:, 0]
         assert len(own) > 4
-        p = mask_logits(picture, [own]).sigmoid()
+        p = mask_logits(image, [own]).sigmoid()
         inside = (p > 0.5) & box_masks(boxes[g:g + 1], *p.shape[1:])
-        c = (of(picture.class_logits[0, own].sigmoid()) * 0.5).sqrt()
+        c = (of(image.class_logits[0, own].sigmoid()) * 0.5).sqrt()
         expected = (c * (p * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)).sqrt()
         assert rows[g] == own[expected.argmax()] and scores[g] == pytest.approx(expected.max().item(), rel=1e-5)
 
 
 def test_owners_in_parts_are_fcos_targets():
     """Enough boxes that the locations are looked at in parts; of equal boxes the first is the owner."""
-    picture, boxes = random_picture(96, 128), torch.rand(50, 4, generator=torch.Generator().manual_seed(1))
+    image, boxes = random_image(96, 128), torch.rand(50, 4, generator=torch.Generator().manual_seed(1))
     boxes = torch.cat([boxes[:, :2] * 60, boxes[:, :2] * 60 + 10 + boxes[:, 2:] * 30], 1)
-    whole = picture_targets(picture.locations, boxes, torch.zeros(50, dtype=torch.int64), 1)[2]
-    assert torch.equal(owners(picture.locations, boxes), whole) and len(whole.unique()) > 10
-    many = owners(picture.locations, boxes.repeat(2 ** 9, 1))
+    whole = image_targets(image.locations, boxes, torch.zeros(50, dtype=torch.int64), 1)[2]
+    assert torch.equal(owners(image.locations, boxes), whole) and len(whole.unique()) > 10
+    many = owners(image.locations, boxes.repeat(2 ** 9, 1))
     assert 2 ** 20 // (50 * 2 ** 9) < len(whole) // 4 and torch.equal(torch.where(many < 0, many, many % 50), whole)
 
 
 def test_two_boxes_never_share_a_location():
     """Equal boxes, boxes within boxes, boxes between the locations: each has an answer of its own, of its level."""
     boxes = torch.tensor([[16.0, 24, 72, 64]] * 12 + [[30.0, 30, 33, 33]] * 3 + [[0.0, 0, 2, 1], [127, 95, 128, 96]])
-    picture, size = random_picture(96, 128), (96, 128)
-    rows, scores = prompt(picture, boxes, torch.zeros(len(boxes), dtype=torch.int64), size,
+    image, size = random_image(96, 128), (96, 128)
+    rows, scores = prompt(image, boxes, torch.zeros(len(boxes), dtype=torch.int64), size,
                           torch.full((len(boxes),), -1), torch.zeros(len(boxes)))
     assert len(rows.unique()) == len(boxes) and (rows >= 0).all() and (scores > 0).all()
-    assert (picture.locations.level[rows] == 0).all()
-    distance = (picture.locations.xy[rows] - (boxes[:, :2] + boxes[:, 2:]) / 2).abs().amax(1)
+    assert (image.locations.level[rows] == 0).all()
+    distance = (image.locations.xy[rows] - (boxes[:, :2] + boxes[:, 2:]) / 2).abs().amax(1)
     assert (distance < 40).all() and (distance[12:] < 20).all()
 
 
 def test_assigned_masks_stay_and_prompted_boxes_ask_elsewhere():
     """Three equal boxes and one beside: one is found at the best of their locations, the others must do without it."""
     size, boxes = (96, 128), torch.tensor([[16.0, 24, 72, 64]] * 3 + [[80, 30, 110, 70]])
-    picture, classes = random_picture(*size), torch.zeros(4, dtype=torch.int64)
-    best = int(prompt(picture, boxes[:1], classes[:1], size, torch.tensor([-1]), torch.zeros(1))[0])
-    x, y = picture.locations.xy[best]
-    picture.ltrb[0, best] = torch.stack([x - 16, y - 24, 72 - x, 64 - y]) / picture.locations.stride[best]
-    picture.class_logits[0, best, 0] = 3
-    before, before_scores = assigned_rows(picture, boxes, size, 0.05, classes)
+    image, classes = random_image(*size), torch.zeros(4, dtype=torch.int64)
+    best = int(prompt(image, boxes[:1], classes[:1], size, torch.tensor([-1]), torch.zeros(1))[0])
+    x, y = image.locations.xy[best]
+    image.ltrb[0, best] = torch.stack([x - 16, y - 24, 72 - x, 64 - y]) / image.locations.stride[best]
+    image.class_logits[0, best, 0] = 3
+    before, before_scores = assigned_rows(image, boxes, size, 0.05, classes)
     assert (before == best).sum() == 1 and (before >= 0).sum() == 1
-    rows, scores = prompt(picture, boxes, classes, size, before, before_scores)
+    rows, scores = prompt(image, boxes, classes, size, before, before_scores)
     found = before >= 0
     assert torch.equal(rows[found], before[found]) and torch.equal(scores[found], before_scores[found])
     assert len(rows.unique()) == 4 and (rows >= 0).all()
-    labels = label_picture(picture, boxes, size, size, classes=classes)
+    labels = label_image(image, boxes, size, size, classes=classes)
     assert labels.sources.count(ASSIGNED) == 1 and labels.sources.count(PROMPTED) == 3
-    other = int((owners(picture.locations, boxes[2:]) == 0).nonzero()[0])  # found at one of its own, not the best
+    other = int((owners(image.locations, boxes[2:]) == 0).nonzero()[0])  # found at one of its own, not the best
     assert other != best
-    rows, scores = prompt(picture, boxes[2:], classes[:2], size, torch.tensor([other, -1]), torch.tensor([0.1, 0]))
+    rows, scores = prompt(image, boxes[2:], classes[:2], size, torch.tensor([other, -1]), torch.tensor([0.1, 0]))
     assert rows[0] == other and scores[0] == pytest.approx(0.1) and rows[1] not in (-1, other)
 
 
 def test_nearly_as_many_boxes_as_locations_share_none():
     boxes = torch.rand(80, 4, generator=torch.Generator().manual_seed(0)) * 40
     boxes[:, 2:] = boxes[:, :2] + 8 + boxes[:, 2:] / 4
-    picture = random_picture(64, 64)
-    assert len(picture.locations.xy) == 86 and (owners(picture.locations, boxes) >= 0).sum() > 40
-    rows, _ = prompt(picture, boxes, torch.zeros(80, dtype=torch.int64), (64, 64), torch.full((80,), -1),
+    image = random_image(64, 64)
+    assert len(image.locations.xy) == 86 and (owners(image.locations, boxes) >= 0).sum() > 40
+    rows, _ = prompt(image, boxes, torch.zeros(80, dtype=torch.int64), (64, 64), torch.full((80,), -1),
                      torch.zeros(80))
     assert len(rows.unique()) == 80
 
@@ -170,23 +170,23 @@ def test_a_found_mask_that_lies_beside_its_box_is_asked_for_again():
     size, box = (96, 128), torch.tensor([[16.0, 24, 56, 64]])
     right = torch.full((12, 16), -6.0)
     right[:, 8:] = 6
-    picture = made_up([[([16, 24, 90, 64], 0.9, right)]], size)
-    row = int(picture.class_logits[0, :, 0].argmax())
-    assert assigned_rows(picture, box, size, 0.05, torch.tensor([0]))[0].tolist() == [row]
-    controllers = picture.controllers.at([torch.full_like(picture.locations.level, row)])[None]
+    image = made_up([[([16, 24, 90, 64], 0.9, right)]], size)
+    row = int(image.class_logits[0, :, 0].argmax())
+    assert assigned_rows(image, box, size, 0.05, torch.tensor([0]))[0].tolist() == [row]
+    controllers = image.controllers.at([torch.full_like(image.locations.level, row)])[None]
     controllers[0, :, -1] += 20                     # the others see something everywhere
     controllers[0, row, -1] -= 20
-    picture = picture._replace(controllers=given_controllers(controllers, (96, 128)))
-    labels = label_picture(picture, box, size, size, classes=torch.tensor([0]))
+    image = image._replace(controllers=given_controllers(controllers, (96, 128)))
+    labels = label_image(image, box, size, size, classes=torch.tensor([0]))
     assert labels.sources == [PROMPTED] and decoded(labels.rles).sum() == 40 * 40
 
 
 def test_more_boxes_than_locations_still_all_have_a_mask():
     boxes = torch.rand(300, 4, generator=torch.Generator().manual_seed(0)) * 30
     boxes[:, 2:] += boxes[:, :2] + 1
-    picture = random_picture(64, 64)
-    assert len(picture.locations.xy) < 300
-    labels = label_picture(picture, boxes, (64, 64), (64, 64), classes=torch.zeros(300, dtype=torch.int64))
+    image = random_image(64, 64)
+    assert len(image.locations.xy) < 300
+    labels = label_image(image, boxes, (64, 64), (64, 64), classes=torch.zeros(300, dtype=torch.int64))
     assert labels.sources == [PROMPTED] * 300
     masks, pixels = decoded(labels.rles), box_pixels(boxes, (64, 64), (64, 64))
     assert masks.any(2).any(1).all() and not (masks & ~box_masks(pixels - torch.tensor([0, 0, 1, 1]), 64, 64, 1)).any()
@@ -194,17 +194,17 @@ def test_more_boxes_than_locations_still_all_have_a_mask():
 
 def test_where_the_head_sees_nothing_the_box_is_the_mask_and_the_score_says_so():
     size, box = (96, 128), torch.tensor([[16.0, 24, 72, 64]])
-    picture = made_up([[(box[0].tolist(), 0.01, -EVERYWHERE)]], size)
-    labels = label_picture(picture, box, size, size, classes=torch.tensor([0]))
+    image = made_up([[(box[0].tolist(), 0.01, -EVERYWHERE)]], size)
+    labels = label_image(image, box, size, size, classes=torch.tensor([0]))
     assert decoded(labels.rles).sum() == 56 * 40 and labels.scores.tolist() == [0] and labels.sources == [PROMPTED]
 
 
 def test_chunks_of_masks_change_nothing(monkeypatch):
-    picture, boxes = random_picture(96, 128), torch.tensor([[16.0, 24, 72, 64], [80, 30, 110, 70], [4, 70, 40, 90]])
+    image, boxes = random_image(96, 128), torch.tensor([[16.0, 24, 72, 64], [80, 30, 110, 70], [4, 70, 40, 90]])
     rows = torch.tensor([5, -1, 40])
-    whole = cut_masks(picture, rows, boxes, (96, 128), (50, 70))
+    whole = cut_masks(image, rows, boxes, (96, 128), (50, 70))
     monkeypatch.setattr("tools.label.CHUNK", 1)
-    assert cut_masks(picture, rows, boxes, (96, 128), (50, 70)) == whole
+    assert cut_masks(image, rows, boxes, (96, 128), (50, 70)) == whole
     assert whole[1] is None and whole[0]["size"] == [50, 70] and whole[0] != whole[2]
 
 
@@ -212,7 +212,7 @@ def test_chunks_of_masks_change_nothing(monkeypatch):
 
 
 def test_a_data_set_in_batches(drawn):  # noqa: F811
-    """Every box of every picture, in the file's order; a picture of another shape is padded and changes nothing."""
+    """Every box of every image, in the file's order; an image of another shape is padded and changes nothing."""
     torch.manual_seed(0)
     model = build_model("r18-slim", 8, channels=32, frozen=False)
     annotations = CocoBoxes(drawn / "annotations/instances_train2017.json", drawn / "train2017")
@@ -229,7 +229,7 @@ def test_a_data_set_in_batches(drawn):  # noqa: F811
     assert (y >= np.floor(y0)).all() and (y + h <= np.ceil(y1)).all()
 
 
-def test_an_undecodable_picture_is_named_and_its_boxes_have_no_mask(drawn, tmp_path, capsys):  # noqa: F811
+def test_an_undecodable_image_is_named_and_its_boxes_have_no_mask(drawn, tmp_path, capsys):  # noqa: F811
     shutil.copytree(drawn, tmp_path / "set")
     broken = sorted((tmp_path / "set/train2017").iterdir())[3]
     broken.write_bytes(broken.read_bytes()[:200])

@@ -16,7 +16,7 @@ from tools import log
 from tools import draw
 from formats.checkpoint import load
 from formats.coco import CocoBoxes
-from tools.log import Log, draw_sheet, sheet_pictures
+from tools.log import Log, draw_sheet, sheet_images
 from model import Instances
 from runlengths import encode
 from schedule import Plan
@@ -128,14 +128,14 @@ def test_without_its_package_tensorboard_is_one_line_and_nothing_is_written(draw
     assert command(*options) == 0 and not (tmp_path / "out/tensorboard").exists()
 
 
-# --------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------- images
 
 
-def sheet_size(pictures: int, columns: int) -> tuple[int, int]:
-    """(width, height) of a sheet of square pictures."""
-    per_line = 2 if pictures > 4 else 1
+def sheet_size(images: int, columns: int) -> tuple[int, int]:
+    """(width, height) of a sheet of square images."""
+    per_line = 2 if images > 4 else 1
     return (columns * per_line * CELL + (per_line - 1) * 4 * GAP + GAP,
-            HEADER + -(-pictures // per_line) * CELL)
+            HEADER + -(-images // per_line) * CELL)
 
 
 def drawn_by(run, annotations: CocoBoxes, path: Path) -> np.ndarray:
@@ -145,7 +145,7 @@ def drawn_by(run, annotations: CocoBoxes, path: Path) -> np.ndarray:
 
 
 def panel(image: np.ndarray, column: int) -> np.ndarray:
-    """(PANEL, PANEL, 3), of the first picture."""
+    """(PANEL, PANEL, 3), of the first image."""
     x = GAP + column * CELL
     return image[HEADER:HEADER + PANEL, x:x + PANEL]
 
@@ -157,8 +157,8 @@ def test_a_sheet_shows_what_the_model_has_learnt(drawn, warm, tmp_path, method):
     later, _ = new_run(drawn, tmp_path, "--method", method, "--init", str(warm))
     before, after = (drawn_by(run, annotations, tmp_path / "x.png") for run in (start, later))
     assert before.shape == after.shape == (*sheet_size(8, 2)[::-1], 3)
-    assert (drawn_by(later, annotations, tmp_path / "x.png") == after).all()      # the same pictures each time
-    for column in (0, 2):                                                         # beside each other: two pictures
+    assert (drawn_by(later, annotations, tmp_path / "x.png") == after).all()      # the same images each time
+    for column in (0, 2):                                                         # beside each other: two images
         x = GAP + (column // 2) * (2 * CELL + 4 * GAP)
         left, right = (slice(x + k * CELL, x + k * CELL + PANEL) for k in (0, 1))
         assert (before[:, left] == after[:, left]).all()
@@ -210,17 +210,17 @@ def test_true_masks_have_a_panel_where_there_are_any(drawn, warm, tmp_path):  # 
 
 
 def test_a_sheet_has_as_many_panels_as_there_are_things_to_see(tmp_path):
-    picture, boxes = torch.full((3, 64, 64), 100, dtype=torch.uint8), torch.tensor([[8.0, 8, 40, 40]])
+    image, boxes = torch.full((3, 64, 64), 100, dtype=torch.uint8), torch.tensor([[8.0, 8, 40, 40]])
     masks = torch.zeros(1, 64, 64, dtype=torch.bool)
     masks[0, 8:40, 8:40] = True
     rles = [encode(np.ones((32, 32), bool), 8, 8, (64, 64))]
     found, label = Instances(boxes, torch.tensor([0.9]), torch.tensor([0]), rles, (64, 64)), torch.tensor([0])
     path, titled = str(tmp_path / "x.png"), str(tmp_path / "y.png")
     for truths, columns in (([None, None], 2), ([None, masks], 3), ([masks, masks], 3)):
-        draw.sheet([(picture, boxes, label, found, truth) for truth in truths], path)
+        draw.sheet([(image, boxes, label, found, truth) for truth in truths], path)
         assert Image.open(path).size == sheet_size(2, columns)
     for to, options in ((path, {}), (titled, {"title": "something else"})):
-        draw.sheet([(picture, boxes, label, found, None)], to, **options)
+        draw.sheet([(image, boxes, label, found, None)], to, **options)
     differs = (np.asarray(Image.open(path)) != np.asarray(Image.open(titled))).any((0, 2)).nonzero()[0]
     assert GAP + CELL <= differs.min() <= differs.max() < GAP + CELL + PANEL      # of the middle panel's title
 
@@ -246,16 +246,16 @@ def test_drawing_changes_nothing_of_a_run(drawn, warm, tmp_path):  # noqa: F811
     assert state() == before and run.teacher.training and same(weights, run.teacher.state_dict())
 
 
-def test_pictures_are_evenly_spaced_over_those_with_boxes():
+def test_images_are_evenly_spaced_over_those_with_boxes():
     def chosen(boxes: list[int]) -> list[int]:
-        return sheet_pictures(SimpleNamespace(offsets=np.cumsum([0, *boxes])))
+        return sheet_images(SimpleNamespace(offsets=np.cumsum([0, *boxes])))
 
     assert chosen([1] * 15) == [0, 2, 4, 6, 8, 10, 12, 14]
     assert chosen([0, 2, 0, 1, 0, 0, 3]) == [1, 3, 6]
     assert chosen([0, 1, 1] * 50)[:2] == [1, 22] and chosen([0, 1, 1] * 50)[-1] == 149
 
 
-def test_a_picture_that_cannot_be_read_is_left_out(drawn, tmp_path, capsys):  # noqa: F811
+def test_a_image_that_cannot_be_read_is_left_out(drawn, tmp_path, capsys):  # noqa: F811
     def change(content):
         content["images"] = content["images"][:3]
         content["annotations"] = [a for a in content["annotations"] if a["image_id"] <= 3]

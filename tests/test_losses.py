@@ -80,7 +80,7 @@ def test_golden_02_centerness(golden):
     check("02 centerness targets", ours, d["pos_ctr_targets"], 1e-5)
     image, location = (torch.cat(x) for x in zip(*(at.nonzero(as_tuple=True) for at in positive)))
     level_image_box = torch.stack([locations.level[location], image, targets.boxes[image, location]], 1)
-    check("02 positives: level, picture, box", level_image_box, d["pos_level_im_gt"], 0)
+    check("02 positives: level, image, box", level_image_box, d["pos_level_im_gt"], 0)
     check("02 positives: location", locations.xy[location], d["pos_locations"], 0)
 
 
@@ -221,7 +221,7 @@ def test_pair_losses_do_not_know_left_from_right(turn):
 def test_golden_07_lab(golden):
     d = golden("07_color_similarity")
     check("07 Lab of a ramp", rgb_to_lab(d["ramp_rgb"]), d["ramp_lab"], 1e-5)
-    check("07 Lab of the pictures", rgb_to_lab(d["pooled_rgb_truncated"].float()), d["lab"], 1e-5)
+    check("07 Lab of the images", rgb_to_lab(d["pooled_rgb_truncated"].float()), d["lab"], 1e-5)
 
 
 def test_golden_07_colour_of_a_cell(golden, monkeypatch):
@@ -233,7 +233,7 @@ def test_golden_07_colour_of_a_cell(golden, monkeypatch):
 
 
 def padded_rgb(d: dict, prefix: str = "") -> tuple[torch.Tensor, list, list]:
-    """The two pictures of golden 07 or 08 as a batch (2, 3, 128, 160) in RGB, their sizes, those of
+    """The two images of golden 07 or 08 as a batch (2, 3, 128, 160) in RGB, their sizes, those of
     their files."""
     images = [d[f"{prefix}image_bgr_{i}"].flip(0) for i in range(2)]
     sizes = [tuple(x.shape[1:]) for x in images]
@@ -304,7 +304,7 @@ def test_golden_08_affinity(golden):
 
 
 def pseudo_masks(d: dict, prefix: str) -> torch.Tensor:
-    """Pseudo masks (8, 32, 40) of both pictures at stride 4, cut to their boxes."""
+    """Pseudo masks (8, 32, 40) of both images at stride 4, cut to their boxes."""
     masks = []
     for i in range(2):
         full = d[f"{prefix}pseudo_masks_full_{i}"].float()
@@ -479,7 +479,7 @@ def test_what_fills_up_counts_nothing(pixel_loss):
 
 
 def all_losses(model, boxes: list, pixel_loss: str = "dice", autocast: bool = False) -> dict:
-    """Every loss of a batch of two pictures 64 x 96 with the given boxes, pseudo masks made up."""
+    """Every loss of a batch of two images 64 x 96 with the given boxes, pseudo masks made up."""
     generator, sizes = torch.Generator().manual_seed(0), [(64, 96)] * 2
     images = torch.randint(0, 256, (2, 3, 64, 96), generator=generator, dtype=torch.uint8)
     boxes = [torch.tensor(b, dtype=torch.float32).reshape(-1, 4) for b in boxes]

@@ -21,7 +21,7 @@ from runlengths import decode, encode
 
 
 def test_controllers_are_a_convolution_where_they_are_asked():
-    """Values and gradients of the layer over whole maps, borders and a level of one cell among them; of one picture."""
+    """Values and gradients of the layer over whole maps, borders and a level of one cell among them; of one image."""
     torch.manual_seed(0)
     layer = nn.Conv2d(4, 6, 3, padding=1)
     maps = [torch.randn(2, 4, h, w, requires_grad=True) for h, w in ((3, 5), (2, 1), (1, 1))]
@@ -62,7 +62,7 @@ def test_aligned_bilinear_keeps_a_ramp(factor):
 
 def test_golden_04_mask_head(golden):
     d = golden("04_mask_head")
-    order = d["im_inds"].argsort(stable=True)  # ours wants the instances picture by picture
+    order = d["im_inds"].argsort(stable=True)  # ours wants the instances image by image
     features, params = d["mask_feats"].requires_grad_(), d["params"][order].requires_grad_()
     sizes = torch.tensor(SIZES_OF_INTEREST)[d["levels"][order]].float()
     logits = dynamic_mask_head(features, params, d["locations"][order].float(), sizes,
@@ -79,11 +79,11 @@ def naive_mask_head(features, params, xy, size, counts):
     """One instance at a time: relative coordinates written out, three 1x1 convolutions."""
     channels, (h, w) = features.shape[1], features.shape[-2:]
     y, x = torch.meshgrid(torch.arange(h) * 8 + 4, torch.arange(w) * 8 + 4, indexing="ij")
-    pictures = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    images = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     logits = []
-    for picture, p, (x0, y0), s in zip(pictures, params, xy, size):
+    for image, p, (x0, y0), s in zip(images, params, xy, size):
         w1, w2, w3, b1, b2, b3 = p.split([8 * (channels + 2), 64, 8, 8, 8, 1])
-        cells = torch.cat([torch.stack([(x0 - x) / s, (y0 - y) / s]), features[picture]])[None]
+        cells = torch.cat([torch.stack([(x0 - x) / s, (y0 - y) / s]), features[image]])[None]
         cells = F.relu(F.conv2d(cells, w1.view(8, -1, 1, 1), b1))
         cells = F.relu(F.conv2d(cells, w2.view(8, 8, 1, 1), b2))
         logits.append(aligned_bilinear(F.conv2d(cells, w3.view(1, 8, 1, 1), b3), 2)[0, 0])
@@ -123,11 +123,11 @@ def test_mask_head_without_instances_is_empty_and_connected():
 @pytest.mark.parametrize("setting", ["", "nothreshctr_"])
 def test_golden_03_detect(golden, setting, image):
     """Ours compares class probability * centerness with 0.05, as BoxTeacher's setting does. The other one,
-    nothreshctr, compares the class probability: the 100 best of these pictures are the same, so ours equals both,
+    nothreshctr, compares the class probability: the 100 best of these images are the same, so ours equals both,
     and the candidates of the next test tell them apart."""
     d = golden("03_fcos_inference")
     predictions = predictions_of(*(head_maps(d, name) for name in ("logits", "ltrb_pred", "ctr_pred")))
-    found, locations = detect(predictions.of_picture(image)), predictions.locations
+    found, locations = detect(predictions.of_image(image)), predictions.locations
     assert (found.scores.diff() <= 0).all()
     names = ("boxes", "scores", "classes", "locations", "levels")
     expected = {name: d[f"{setting}{name}_{image}"] for name in names}
@@ -145,16 +145,16 @@ def test_golden_03_counts(golden, image):
     """How many are above the threshold on each level, and how many NMS leaves of the 1000 best of each."""
     d = golden("03_fcos_inference")
     predictions = predictions_of(*(head_maps(d, name) for name in ("logits", "ltrb_pred", "ctr_pred")))
-    picture, level = predictions.of_picture(image), predictions.locations.level
-    candidates = detect(picture, per_level=10 ** 6, nms_threshold=1.0, limit=10 ** 6)
+    photo, level = predictions.of_image(image), predictions.locations.level
+    candidates = detect(photo, per_level=10 ** 6, nms_threshold=1.0, limit=10 ** 6)
     check("03 candidates of each level", level[candidates.rows].bincount(minlength=5),
           d["candidates_per_level_image"][:, image], 0)
-    assert (picture.class_logits.sigmoid() > 0.05).sum() > len(candidates.rows)  # those of nothreshctr
-    check("03 number after NMS", len(detect(picture, limit=10 ** 6).scores), d[f"num_after_nms_{image}"], 0)
+    assert (photo.class_logits.sigmoid() > 0.05).sum() > len(candidates.rows)  # those of nothreshctr
+    check("03 number after NMS", len(detect(photo, limit=10 ** 6).scores), d[f"num_after_nms_{image}"], 0)
 
 
 def test_nms_keeps_classes_apart_at_negative_coordinates():
-    """Two classes whose boxes lie beyond the picture; torchvision's shift by class would lay one upon
+    """Two classes whose boxes lie beyond the image; torchvision's shift by class would lay one upon
     the other."""
     centre, far = torch.full((1, 4, 1, 1), 0.0), torch.full((1, 4, 1, 1), 0.0)
     logits = torch.full((1, 2, 1, 2), -30.0)
@@ -164,7 +164,7 @@ def test_nms_keeps_classes_apart_at_negative_coordinates():
     nothing = [torch.full((1, c, 1, 1), -30.0) for c in (2, 4, 1)]
     p3 = logits, torch.cat([centre, far], 3), torch.full((1, 1, 1, 2), 30.0)
     predictions = predictions_of(*([first, *[other] * 4] for first, other in zip(p3, nothing)))
-    found = detect(predictions.of_picture(0))
+    found = detect(predictions.of_image(0))
     assert found.labels.tolist() == [0, 1]
     assert found.boxes.tolist() == [[-40, -40, 10, 10], [-51, -51, -1, -1]]
 
@@ -174,7 +174,7 @@ def paste_through_predict(monkeypatch, d: dict, rescore: bool):
     numbers."""
     k, size = len(d["boxes_in"]), tuple(d["input_hw"].tolist())
     found = Detections(d["boxes_in"], d["scores_in"], torch.arange(k), torch.arange(k))
-    monkeypatch.setattr(model_module, "detect", lambda picture, threshold: found)
+    monkeypatch.setattr(model_module, "detect", lambda image, threshold: found)
     monkeypatch.setattr(model_module, "mask_logits",
                         lambda predictions, rows: torch.logit(d["global_masks"][rows[0], 0]))
     output_size = tuple(d["output_hw"].tolist())
@@ -251,7 +251,7 @@ def test_a_mask_of_one_half_is_empty():
 
 
 def three_steps(logits, size, output_size, threshold=0.5):
-    """paste_masks as it is defined, over the whole picture."""
+    """paste_masks as it is defined, over the whole image."""
     p = aligned_bilinear(logits[:, None].sigmoid(), 4)[..., :size[0], :size[1]]
     p = F.interpolate(p, size=output_size, mode="bilinear", align_corners=False)[:, 0]
     inside = p > threshold
@@ -273,7 +273,7 @@ def test_windows_hold_all_of_a_mask(output_size):
 
 
 def test_masks_cost_what_they_cover():
-    """What is computed of one mask of 3 x 3 cells and one that is empty, in a picture of 40 x 40 pixels a cell."""
+    """What is computed of one mask of 3 x 3 cells and one that is empty, in an image of 40 x 40 pixels a cell."""
     class Computed(TorchDispatchMode):
         numbers = 0
 
@@ -337,7 +337,7 @@ def small():
     return network.eval()
 
 
-def pictures(*seeds, size=(64, 96)) -> torch.Tensor:
+def images_of(*seeds, size=(64, 96)) -> torch.Tensor:
     return torch.stack([torch.randint(0, 256, (3, *size), dtype=torch.uint8,
                                       generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
@@ -353,17 +353,17 @@ def test_confident_instances_keep_their_own_masks():
 
 
 def test_nothing_found_is_typed_and_empty(small):
-    answer = predict(small, pictures(0, 1), [(64, 96)] * 2, [(50, 75), (64, 96)], score_threshold=1.0)
+    answer = predict(small, images_of(0, 1), [(64, 96)] * 2, [(50, 75), (64, 96)], score_threshold=1.0)
     tensors = [(*one[:3], one.masks) for one in answer]
     assert [tuple(x.shape) for x in tensors[0]] == [(0, 4), (0,), (0,), (0, 50, 75)]
     assert [x.dtype for x in tensors[1]] == [torch.float32, torch.float32, torch.int64, torch.bool]
 
 
-def test_a_picture_does_not_see_its_neighbour(small):
-    """Picture 0 beside 1, beside 2, and second after 1; its own true size is smaller than the batch's."""
+def test_a_image_does_not_see_its_neighbour(small):
+    """Image 0 beside 1, beside 2, and second after 1; its own true size is smaller than the batch's."""
     a, other = (60, 90), (64, 96)
     original = [(120, 180)] * 2
-    answers = [predict(small, pictures(*seeds), sizes, original)[i] for seeds, sizes, i in
+    answers = [predict(small, images_of(*seeds), sizes, original)[i] for seeds, sizes, i in
                (((0, 1), [a, other], 0), ((0, 2), [a, other], 0), ((1, 0), [other, a], 1))]
     assert len(answers[0].boxes) > 20 and answers[0].masks.any()
     for answer in answers[1:]:
@@ -374,15 +374,15 @@ def test_a_picture_does_not_see_its_neighbour(small):
 
 
 def test_masks_of_predict_belong_to_their_boxes(small):
-    """predict's masks are those of the mask head at the locations that detect names, picture by picture."""
-    images, sizes = pictures(0, 1), [(64, 96)] * 2
+    """predict's masks are those of the mask head at the locations that detect names, photo by photo."""
+    images, sizes = images_of(0, 1), [(64, 96)] * 2
     with torch.no_grad():
         predictions = small(images, sizes)
     answers = predict(small, images, sizes, sizes, rescore=False)
-    rows = [detect(predictions.of_picture(i)).rows for i in range(2)]
+    rows = [detect(predictions.of_image(i)).rows for i in range(2)]
     together = mask_logits(predictions, rows).split([len(r) for r in rows])
     for answer, logits, i in zip(answers, together, range(2)):
-        found = detect(predictions.of_picture(i))
+        found = detect(predictions.of_image(i))
         clipped = found.boxes.clone()
         clipped[:, 0::2], clipped[:, 1::2] = clipped[:, 0::2].clamp(0, 96), clipped[:, 1::2].clamp(0, 64)
         keep = (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
@@ -392,7 +392,7 @@ def test_masks_of_predict_belong_to_their_boxes(small):
 
 
 def test_padding_is_the_mean_colour_whatever_it_holds(small):
-    clean = pictures(0)
+    clean = images_of(0)
     clean[..., 60:, :], clean[..., 90:] = 0, 0
     dirty = clean.clone()
     dirty[..., 60:, :], dirty[..., 90:] = 255, 7
@@ -410,7 +410,7 @@ def test_padding_is_the_mean_colour_whatever_it_holds(small):
 
 def test_shapes_of_the_network(small):
     with torch.no_grad():
-        predictions = small(pictures(0, 1), [(64, 96)] * 2)
+        predictions = small(images_of(0, 1), [(64, 96)] * 2)
     cells = sum(-(-64 // s) * -(-96 // s) for s in STRIDES)
     shapes = [tuple(x.shape) for x in (*predictions[:3], predictions.mask_features)]
     assert shapes == [(2, cells, 3), (2, cells, 4), (2, cells), (2, 16, 8, 12)]
@@ -421,10 +421,10 @@ def test_shapes_of_the_network(small):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_one_small_picture_alone(training):
+def test_one_small_image_alone(training):
     """P7 is one cell, and a narrow head must not be left with one value to normalise."""
     network = build_model("r18-slim", 3, channels=32, frozen=False).train(training)
-    predictions = network(pictures(0, size=(128, 128)), [(128, 128)])
+    predictions = network(images_of(0, size=(128, 128)), [(128, 128)])
     assert predictions.locations.level.bincount().tolist() == [256, 64, 16, 4, 1]
     assert predictions.class_logits.isfinite().all() and predictions.mask_features.isfinite().all()
 
@@ -474,7 +474,7 @@ def test_maps_and_weights_have_the_channels_last():
         for module in part:
             module.register_forward_pre_hook(lambda _, inputs: layouts.append(
                 inputs[0].is_contiguous(memory_format=torch.channels_last)))
-    network(pictures(0, 1), [(64, 96), (60, 90)])
+    network(images_of(0, 1), [(64, 96), (60, 90)])
     assert len(layouts) > 40 and all(layouts)
 
 
@@ -497,11 +497,11 @@ def test_from_scratch_everything_learns():
 
 # ------------------------------------------------------------------------------ BatchNorm over two processes
 
-SPLIT = (3, 1)  # pictures of the two processes: not equal, so a mean of means would be wrong
+SPLIT = (3, 1)  # images of the two processes: not equal, so a mean of means would be wrong
 
 
 def batch_norm_inputs() -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures (4, 6, 6, 7) and weights of a loss. Channel 0 is constant, 1 varies little around a
+    """Images (4, 6, 6, 7) and weights of a loss. Channel 0 is constant, 1 varies little around a
     large mean."""
     x, weight = torch.randn(2, 4, 6, 6, 7, generator=torch.Generator().manual_seed(0))
     x = x * torch.tensor([0, 0.1, 1, 2, 3, 0.5]).view(6, 1, 1) + torch.arange(4.0).view(4, 1, 1, 1)

@@ -51,14 +51,14 @@ def to_gpu(network: nn.Module) -> None:
 
 
 def a_batch(masks: bool) -> Batch:
-    def pictures():
+    def photos():
         return torch.empty(2, 3, 64, 96, dtype=torch.uint8, device=GPU)
 
     sizes = [(64, 96), (60, 90)]
-    return Batch(images=pictures(), sizes=sizes, original_sizes=sizes, image_ids=[1, 2],
+    return Batch(images=photos(), sizes=sizes, original_sizes=sizes, image_ids=[1, 2],
                  boxes=[torch.empty(n, 4, device=GPU) for n in (3, 0)],
-                 labels=[torch.empty(n, dtype=torch.int64, device=GPU) for n in (3, 0)], augmented=pictures(),
-                 teacher_images=pictures(), teacher_sizes=sizes, skipped=[],
+                 labels=[torch.empty(n, dtype=torch.int64, device=GPU) for n in (3, 0)], augmented=photos(),
+                 teacher_images=photos(), teacher_sizes=sizes, skipped=[],
                  masks=[torch.empty(n, 16, 24, dtype=torch.bool, device=GPU) for n in (3, 0)] if masks else None)
 
 

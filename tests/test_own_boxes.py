@@ -26,8 +26,8 @@ def blocks(language: str = "") -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (PROJECT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
 
 
-FOUR = next(block for block in blocks() if block.startswith("python data.py check my-pictures")).splitlines()
-CONVERT = next(block for block in blocks() if block.startswith("python data.py voc my-pictures")).splitlines()
+FOUR = next(block for block in blocks() if block.startswith("python data.py check my-images")).splitlines()
+CONVERT = next(block for block in blocks() if block.startswith("python data.py voc my-images")).splitlines()
 
 
 def as_voc(boxes: CocoBoxes, folder: Path) -> None:
@@ -69,10 +69,10 @@ def run(command: str) -> None:
 @pytest.mark.parametrize("make, convert", [(as_voc, CONVERT[0]), (as_yolo, CONVERT[1])], ids=["voc", "yolo"])
 def test_four_commands(make, convert, drawn, tmp_path, monkeypatch, capfd):  # noqa: F811
     boxes = CocoBoxes(drawn / "annotations/instances_train2017.json", drawn / "train2017")
-    make(boxes, tmp_path / "my-pictures")
+    make(boxes, tmp_path / "my-images")
     monkeypatch.chdir(tmp_path)
     run(convert)
-    content = json.loads((tmp_path / "my-pictures/annotations/instances_train2017.json").read_text())
+    content = json.loads((tmp_path / "my-images/annotations/instances_train2017.json").read_text())
     again = [row["bbox"] for row in content["annotations"]]
     x0, y0, x1, y1 = boxes.boxes.T.astype(float)
     assert np.array(again) == pytest.approx(np.stack([x0, y0, x1 - x0, y1 - y0], 1), abs=1e-3)
@@ -85,7 +85,7 @@ def test_four_commands(make, convert, drawn, tmp_path, monkeypatch, capfd):  # n
     run(label)
     labelled = json.loads((tmp_path / "my-masks/masks.json").read_text())
     assert len(labelled["annotations"]) == len(boxes.boxes) and all(r["segmentation"] for r in labelled["annotations"])
-    assert len(list((tmp_path / "my-masks/pictures").rglob("*.jpg"))) == len(boxes)
+    assert len(list((tmp_path / "my-masks/images").rglob("*.jpg"))) == len(boxes)
     capfd.readouterr()
     subprocess.run(review, shell=True, check=True, env=os.environ | {"BROWSER": "echo opened %s"})
     opened = re.search(r"opened file://(\S+)", capfd.readouterr().out)[1]

@@ -1,4 +1,4 @@
-"""predict.py and `from model import load`: from the command line to files, pictures and the review page."""
+"""predict.py and `from model import load`: from the command line to files, images and the review page."""
 import html.parser
 import json
 import re
@@ -19,7 +19,7 @@ import predict
 import train
 from formats.coco import CocoBoxes, DataError
 from model import SCORE_THRESHOLD, Instances, load
-from predict import Drawings, drawn_names, find_pictures, unused
+from predict import Drawings, drawn_names, find_images, free_name
 from test_train import SMALL, drawn, losses_of, one_line_error, warm  # noqa: F401
 from tools.draw import COLOURS, colour_of, window
 
@@ -49,21 +49,21 @@ def failing(*arguments) -> int:
 # -------------------------------------------------------------------------------------------- finding objects
 
 
-def test_pictures_of_all_kinds_in_folders_below(drawn, sure, tmp_path, capsys):  # noqa: F811
-    """A picture for each picture, results as evaluate.py has them, a broken file named and left out."""
+def test_images_of_all_kinds_in_folders_below(drawn, sure, tmp_path, capsys):  # noqa: F811
+    """An image for each image, results as evaluate.py has them, a broken file named and left out."""
     folder, out = tmp_path / "in", tmp_path / "out"
     (folder / "deep").mkdir(parents=True)
     source = sorted((drawn / "val2017").iterdir())
     shutil.copy(source[0], folder / "a.jpg")
     Image.open(source[1]).save(folder / "deep" / "a.png")
     Image.open(source[2]).convert("L").save(folder / "deep" / "grüße.TIFF")
-    (folder / "b.png").write_bytes(b"no picture")
+    (folder / "b.png").write_bytes(b"no image")
     (folder / "notes.txt").write_text("nor is this")
     predict.main(["--ckpt", str(sure), str(folder), str(source[0]), "--out", str(out), "--workers", "0",
                   "--score-threshold", "0.05", "--batch-size", "2"])
     assert f"{folder / 'b.png'} cannot be decoded" in capsys.readouterr().err
-    pictures = {str(file.relative_to(out)) for file in out.rglob("*.jpg")}
-    assert pictures == {"a.jpg", "deep/a.jpg", "deep/grüße.jpg", source[0].name}
+    images = {str(file.relative_to(out)) for file in out.rglob("*.jpg")}
+    assert images == {"a.jpg", "deep/a.jpg", "deep/grüße.jpg", source[0].name}
     assert max(Image.open(out / "a.jpg").size) == 480  # enlarged from 64 pixels, to be read
 
     results = json.loads((out / "predictions.json").read_text())
@@ -81,29 +81,29 @@ def test_pictures_of_all_kinds_in_folders_below(drawn, sure, tmp_path, capsys): 
         assert one["bbox"] == pytest.approx(other["bbox"], abs=1e-3)
     capsys.readouterr()
     assert failing("--ckpt", sure, folder / "b.png", "--out", tmp_path / "none", "--workers", 0) == 1
-    assert "none of the 1 pictures can be decoded" in capsys.readouterr().err
+    assert "none of the 1 images can be decoded" in capsys.readouterr().err
     assert not (tmp_path / "none" / "predictions.json").exists()
 
 
 def test_names_of_drawings_are_never_shared(tmp_path):
-    """Neither by pictures of two folders, nor by two formats; and what was written there is no input."""
+    """Neither by images of two folders, nor by two formats; and what was written there is no input."""
     for name in ("one/a.png", "two/a.png", "two/out/old.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name)
-    found = find_pictures([str(tmp_path / "one"), str(tmp_path / "two"), str(tmp_path / "one/../one/a.png")],
+    found = find_images([str(tmp_path / "one"), str(tmp_path / "two"), str(tmp_path / "one/../one/a.png")],
                           tmp_path / "two/out")
     assert found == [(str(tmp_path / "one/a.png"), "a.png"), (str(tmp_path / "two/a.png"), "a.png")]
-    assert len(find_pictures([str(tmp_path / "one")], tmp_path)) == 1  # the results go beside the folder
+    assert len(find_images([str(tmp_path / "one")], tmp_path)) == 1  # the results go beside the folder
     with pytest.raises(DataError, match="name another folder with --out"):
-        find_pictures([str(tmp_path / "one")], tmp_path / "one")
+        find_images([str(tmp_path / "one")], tmp_path / "one")
     assert drawn_names(["a.png", "a.png", "a.tif", "x/a.png", "a-2.gif"]) == [
         "a.jpg", "a-2.jpg", "a-3.jpg", "x/a.jpg", "a-2-2.jpg"]
     names = set()
-    assert [unused("a.b.c", names) for _ in range(3)] == ["a.b.c", "a.b-2.c", "a.b-3.c"]
+    assert [free_name("a.b.c", names) for _ in range(3)] == ["a.b.c", "a.b-2.c", "a.b-3.c"]
 
 
 def test_what_is_read_is_never_written_over(drawn, sure, boxes, tmp_path, capsys):  # noqa: F811
-    """A picture beside the results, a folder called pictures/ of one's own, and masks.json in its own place."""
+    """An image beside the results, a folder called pictures/ of one's own, and masks.json in its own place."""
     path, content = boxes
     shutil.copytree(drawn / "train2017", tmp_path / "pictures")
     shutil.copy(sorted((drawn / "val2017").iterdir())[0], tmp_path / "one.jpg")
@@ -120,12 +120,12 @@ def same_instances(a: Instances, b: Instances) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a[:3], b[:3])) and a[3:] == b[3:]
 
 
-def test_a_picture_turned_by_exif_is_seen_as_people_see_it(sure, tmp_path):  # noqa: F811
-    picture = Image.fromarray((np.random.default_rng(0).random((40, 80, 3)) * 255).astype(np.uint8))
-    exif = picture.getexif()
+def test_a_image_turned_by_exif_is_seen_as_people_see_it(sure, tmp_path):  # noqa: F811
+    photo = Image.fromarray((np.random.default_rng(0).random((40, 80, 3)) * 255).astype(np.uint8))
+    exif = photo.getexif()
     exif[0x0112] = 6
-    picture.save(tmp_path / "turned.png", exif=exif)
-    picture.rotate(-90, expand=True).save(tmp_path / "upright.png")
+    photo.save(tmp_path / "turned.png", exif=exif)
+    photo.rotate(-90, expand=True).save(tmp_path / "upright.png")
     predict.main(["--ckpt", str(sure), str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "0",
                   "--score-threshold", "0.01"])
     results = json.loads((tmp_path / "out/predictions.json").read_text())
@@ -140,7 +140,7 @@ def test_a_picture_turned_by_exif_is_seen_as_people_see_it(sure, tmp_path):  # n
 # -------------------------------------------------------------------------------------------------- drawing
 
 
-def test_drawing_large_and_small_pictures():
+def test_drawing_large_and_small_images():
     """Whatever the size, the object is filled where its mask is, and the text can be read."""
     classes = [{"id": 4, "name": "thing"}]
     for width, height, drawn_width in ((60, 30, 480), (4000, 2000, 1600), (800, 400, 800)):
@@ -148,12 +148,12 @@ def test_drawing_large_and_small_pictures():
         mask[height // 2:, width // 2:] = 1
         one = {"bbox": [width / 2, height / 2, width / 2, height / 2], "category_id": 4, "score": 0.5,
                "segmentation": coco_mask.encode(mask)}
-        picture = np.asarray(Drawings([], classes).drawn(Image.new("RGB", (width, height), (90, 90, 90)), [one]))
-        assert picture.shape == (drawn_width // 2, drawn_width, 3)
-        h, w = picture.shape[:2]
-        assert (picture[h * 3 // 4, w * 3 // 4] != 90).any() and (picture[h // 8, w // 4] == 90).all()
-        text = (picture[:h // 2] != 90).any(2)
-        assert 10 < text.any(1).sum() and (picture[:h // 2].max(2) == 255).any()
+        image = np.asarray(Drawings([], classes).drawn(Image.new("RGB", (width, height), (90, 90, 90)), [one]))
+        assert image.shape == (drawn_width // 2, drawn_width, 3)
+        h, w = image.shape[:2]
+        assert (image[h * 3 // 4, w * 3 // 4] != 90).any() and (image[h // 8, w // 4] == 90).all()
+        text = (image[:h // 2] != 90).any(2)
+        assert 10 < text.any(1).sum() and (image[:h // 2].max(2) == 255).any()
 
 
 def test_colours_stay_distinct_and_are_the_same_every_time():
@@ -194,7 +194,7 @@ EVIL = "<script>alert('x')</script> & \"q\" ß"
 
 @pytest.fixture
 def boxes(drawn, tmp_path):  # noqa: F811
-    """The drawn pictures' annotations without masks, one class with an evil name, with fields of a user's own."""
+    """The drawn images' annotations without masks, one class with an evil name, with fields of a user's own."""
     content = json.loads((drawn / "annotations/instances_train2017.json").read_text())
     content |= {"info": {"by": "me"}, "licenses": [{"id": 1, "name": "CC"}]}
     for row in content["annotations"]:
@@ -316,7 +316,7 @@ def test_a_checkpoint_of_other_classes_labels_all_the_same(drawn, sure, boxes, t
     assert all(row["segmentation"] for row in json.loads((tmp_path / "m/masks.json").read_text())["annotations"])
 
 
-def test_ten_thousand_boxes_on_one_picture(drawn, sure, tmp_path):  # noqa: F811
+def test_ten_thousand_boxes_on_one_image(drawn, sure, tmp_path):  # noqa: F811
     content = json.loads((drawn / "annotations/instances_val2017.json").read_text())
     rng = np.random.default_rng(0)
     corners = rng.random((10_000, 2)) * 55
@@ -333,10 +333,10 @@ def test_ten_thousand_boxes_on_one_picture(drawn, sure, tmp_path):  # noqa: F811
 
 
 HOSTILE = {
-    "traversal": (lambda c: c["images"][0].update(file_name="../../etc/passwd"), "inside the folder of pictures"),
+    "traversal": (lambda c: c["images"][0].update(file_name="../../etc/passwd"), "inside the folder of images"),
     "huge id": (lambda c: c["images"][0].update(id=10 ** 30), "not an integer"),
     "text for a number": (lambda c: c["annotations"][0].update(bbox=["1", 2, 3, 4]), "4 finite numbers"),
-    "missing picture": (lambda c: c["images"][0].update(file_name="gone.jpg"), "'gone.jpg'"),
+    "missing image": (lambda c: c["images"][0].update(file_name="gone.jpg"), "'gone.jpg'"),
     "wrong size": (lambda c: c["images"][0].update(width=65), "another size"),
     "unknown image": (lambda c: c["annotations"][0].update(image_id=777), "unknown image_id"),
     "no lists": (lambda c: c.clear(), "not a COCO annotation file"),
@@ -366,11 +366,11 @@ def test_zero_boxes_are_a_file_with_no_masks(drawn, sure, boxes, tmp_path, capsy
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--out", "x"], "pictures"), (["a.jpg", "--boxes", "b.json", "--images", "i", "--out", "x"], "either"),
+    (["--out", "x"], "images"), (["a.jpg", "--boxes", "b.json", "--images", "i", "--out", "x"], "either"),
     (["--boxes", "b.json", "--out", "x"], "--images go together"), (["a.jpg", "--workers", "-1", "--out", "x"], "-1"),
     (["a.jpg", "--min-score", "2", "--out", "x"], "between 0 and 1"),
     (["a.jpg", "--min-score", "0.5", "--out", "x"], "--min-score: it is for --boxes"),
-    (["--boxes", "b.json", "--images", "i", "--score-threshold", "0.5", "--out", "x"], "it is for pictures")])
+    (["--boxes", "b.json", "--images", "i", "--score-threshold", "0.5", "--out", "x"], "it is for images")])
 def test_wrong_options(arguments, message, sure, capsys):  # noqa: F811
     assert failing("--ckpt", sure, *arguments) == 2 and message in capsys.readouterr().err
 
@@ -379,7 +379,7 @@ def test_wrong_paths_are_one_line(drawn, sure, tmp_path, capsys):  # noqa: F811
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     for arguments, message in ((["gone", "--out", tmp_path / "o"], "gone does not exist"),
-                               ([tmp_path / "empty", "--out", tmp_path / "o"], "no pictures in"),
+                               ([tmp_path / "empty", "--out", tmp_path / "o"], "no images in"),
                                ([drawn / "val2017", "--out", tmp_path / "file"], "cannot write")):
         assert failing("--ckpt", sure, *arguments, "--workers", 0) == 1 and message in one_line_error(capsys)
     assert failing("--ckpt", tmp_path / "no.pt", drawn, "--out", tmp_path / "o") == 1
@@ -388,12 +388,12 @@ def test_wrong_paths_are_one_line(drawn, sure, tmp_path, capsys):  # noqa: F811
 # ----------------------------------------------------------------------------------------- in one's own program
 
 
-def test_a_model_takes_pictures_in_every_form(drawn, sure):  # noqa: F811
+def test_a_model_takes_images_in_every_form(drawn, sure):  # noqa: F811
     model = load(sure)
     path = sorted((drawn / "val2017").iterdir())[0]
-    picture = Image.open(path).convert("RGB")
+    photo = Image.open(path).convert("RGB")
     answers = [model.predict(image, score_threshold=0.05) for image in (
-        path, str(path), picture, np.asarray(picture), torch.from_numpy(np.array(picture)))]
+        path, str(path), photo, np.asarray(photo), torch.from_numpy(np.array(photo)))]
     first = answers[0]
     assert len(first.boxes) and first.masks.shape == (len(first.boxes), 64, 64)
     content = json.loads((drawn / "annotations/instances_val2017.json").read_text())

@@ -1,4 +1,4 @@
-"""quality.py: correlations and matches by hand, the dots of the picture, evaluate.py --score-quality."""
+"""quality.py: correlations and matches by hand, the dots of the image, evaluate.py --score-quality."""
 import json
 import math
 
@@ -14,7 +14,7 @@ from teacher import SCORES, pseudo_labels
 from test_evaluate import Looker, checkpoint, command, dataset, fails, rewrite  # noqa: F401
 from test_teacher import made_up, make_batch
 
-PADDED, SIZE = (96, 128), (90, 120)  # (height, width); the stride-4 grid of a picture is 22 x 30 cells
+PADDED, SIZE = (96, 128), (90, 120)  # (height, width); the stride-4 grid of an image is 22 x 30 cells
 
 
 # ---------------------------------------------------------------------------------------------- correlations
@@ -102,7 +102,7 @@ def cells(rows: slice, *columns: slice) -> torch.Tensor:
 
 
 def by_hand():
-    """Three pictures: two pseudo masks and two detections that give none; no box; an object without a cell.
+    """Three images: two pseudo masks and two detections that give none; no box; an object without a cell.
 
     Box 0 covers the cell rows and columns 4 to 15 and 4 to 19, box 1 the rows 4 to 12 and the same columns.
     Detection A, 32 pixels high, overlaps box 0 by 32/48 and box 1 by 32/36: it is box 1's. Its mask has 6 of the 16
@@ -146,7 +146,7 @@ def test_scores_are_those_of_pseudo_labels():
         assert (table[:, k] - pseudo_labels(predictions, batch, score).scores).abs().max() < 1e-5, score
 
 
-# ------------------------------------------------------------------------------------------------ the picture
+# ------------------------------------------------------------------------------------------------ the image
 
 
 def layer(path, panel: int) -> np.ndarray:
@@ -191,7 +191,7 @@ def test_dots_at_the_corners_are_whole_and_many_are_faint(tmp_path):
 # ------------------------------------------------------------------------------------------- the command line
 
 
-def test_command_line_from_checkpoint_to_picture(checkpoint, dataset, tmp_path, capsys):  # noqa: F811
+def test_command_line_from_checkpoint_to_image(checkpoint, dataset, tmp_path, capsys):  # noqa: F811
     """An untrained network, whose boxes reach about a stride from their locations: 16 pixels at P3."""
     def at_locations(content):
         for k, row in enumerate(content["annotations"]):
@@ -213,8 +213,8 @@ def test_command_line_from_checkpoint_to_picture(checkpoint, dataset, tmp_path, 
     assert {**json.loads(metrics.read_text()), "score_quality": answer} == written  # the rest is as without
 
 
-def test_masks_of_an_evaluation_are_those_of_its_pictures(dataset, monkeypatch):  # noqa: F811
-    """What `matches` is given: the objects of this data set are painted, so a picture shows its masks."""
+def test_masks_of_an_evaluation_are_those_of_its_images(dataset, monkeypatch):  # noqa: F811
+    """What `matches` is given: the objects of this data set are painted, so an image shows its masks."""
     seen = []
 
     def look(_, batch):
@@ -224,7 +224,7 @@ def test_masks_of_an_evaluation_are_those_of_its_pictures(dataset, monkeypatch):
             assert len(masks) == len(boxes) and (not len(masks) or masks.any(2).any(1).all())
         return []
 
-    evaluate.over_pictures(Looker(), CocoBoxes(*dataset, masks=True), "look", look, min_size=128,
+    evaluate.over_images(Looker(), CocoBoxes(*dataset, masks=True), "look", look, min_size=128,
                            max_size=256, batch_size=2, workers=0, progress=False)
     assert [size for size, _, _ in seen] == [(128, 192), (192, 128), (128, 128), (128, 256), (256, 128)]
     assert [n for _, n, _ in seen] == [2, 2, 2, 2, 0] and max(differ for _, _, differ in seen) <= 12

@@ -21,7 +21,7 @@ from conftest import relative_error
 from model import PIXEL_MEAN, build_model, predict
 from formats.released import read_backbone, read_checkpoint
 from released_files import BOTTOM_UP, LAYOUTS, SWIN_B, deformable, network, released
-from weights import picture
+from weights import picture as image_of
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +38,15 @@ def r50_path(r50, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Two of golden's pictures, 128 x 160 and 96 x 160, in COCO layout with COCO's classes."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    """Two of golden's photos, 128 x 160 and 96 x 160, in COCO layout with COCO's classes."""
+    folder = tmp_path_factory.mktemp("photos")
     images, annotations = [], []
     for split in ("train2017", "val2017"):
         (folder / split).mkdir()
     (folder / "annotations").mkdir()
     for number, (h, w) in enumerate([(128, 160), (96, 160)]):
-        image, boxes, labels = picture(h, w, 3, str(number))
+        image, boxes, labels = image_of(h, w, 3, str(number))
         for split in ("train2017", "val2017"):
             Image.fromarray(np.ascontiguousarray(image[::-1].transpose(1, 2, 0))).save(folder / split / f"{number}.png")
         images.append({"id": number, "file_name": f"{number}.png", "height": h, "width": w})
@@ -59,9 +59,9 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def evaluated(path, pictures, tmp_path, *more) -> list[dict]:
+def evaluated(path, images, tmp_path, *more) -> list[dict]:
     results = tmp_path / "results.json"
-    evaluate.main([str(x) for x in ("--ckpt", path, "--data", pictures, "--results", results, "--workers", 0,
+    evaluate.main([str(x) for x in ("--ckpt", path, "--data", images, "--results", results, "--workers", 0,
                                     "--min-size", 128, "--device", "cpu", *more)])
     return json.loads(results.read_text())
 
@@ -82,7 +82,7 @@ BACKBONE_OF = {"boxteacher_r50": "r50", "boxteacher_r101": "r101", "boxteacher_r
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_released_layout_is_inspected_and_evaluated(layout, pictures, tmp_path, capsys):
+def test_every_released_layout_is_inspected_and_evaluated(layout, images, tmp_path, capsys):
     """The file through both commands; what is special to it ends up in the network and in the scores."""
     content = released(layout)
     path = tmp_path / f"{layout}.pth"
@@ -100,10 +100,10 @@ def test_every_released_layout_is_inspected_and_evaluated(layout, pictures, tmp_
     assert facts["weights"].endswith("teacher, student" if method == "boxteacher" else ": student")
     assert ("mask_branch.logits" in facts["dropped"]) == ("semantic" in facts["dropped"]) == (method == "condinst")
 
-    results = evaluated(path, pictures, tmp_path)
+    results = evaluated(path, images, tmp_path)
     assert len(results) == 200 and len({r["segmentation"]["counts"] for r in results}) > 100
     assert {r["category_id"] for r in results} <= {c["id"] for c in COCO_CLASSES}
-    off = evaluated(path, pictures, tmp_path, "--rescore", "off")
+    off = evaluated(path, images, tmp_path, "--rescore", "off")
     assert (results == off) == (method != "boxteacher")  # the score form follows the file
 
     model, info = load_model(path)
@@ -128,7 +128,7 @@ def test_teacher_and_student_keep_apart(r50, r50_path):
 def test_pixels_folded_into_the_first_convolution_change_nothing(r50, r50_path):
     """RGB over std into ours = BGR less its mean into theirs."""
     model, _ = load_model(r50_path)
-    image = torch.from_numpy(picture(64, 96, 4)[0].astype(np.float32))[None]  # BGR
+    image = torch.from_numpy(image_of(64, 96, 4)[0].astype(np.float32))[None]  # BGR
     theirs = F.conv2d(image - torch.tensor(PIXEL_MEAN).flip(0).view(3, 1, 1),
                       r50["model"][f"teacher.{BOTTOM_UP}stem.conv1.weight"], stride=2, padding=3)
     ours = model.backbone.body["stem"][0](model.normalise(image.flip(1), [(64, 96)]))
@@ -204,7 +204,7 @@ class Code:
         return open, (self.path, "w")
 
 
-def test_bad_files_are_refused_in_one_line_and_run_nothing(r50, r50_path, pictures, tmp_path, capsys):
+def test_bad_files_are_refused_in_one_line_and_run_nothing(r50, r50_path, images, tmp_path, capsys):
     ran = tmp_path / "ran"
     whole = r50_path.read_bytes()
     (tmp_path / "truncated.pth").write_bytes(whole[:len(whole) * 2 // 3])
@@ -221,7 +221,7 @@ def test_bad_files_are_refused_in_one_line_and_run_nothing(r50, r50_path, pictur
                        ("code_beside.pth", "wants to run"), ("code.pkl", "wants to run"),
                        ("seven.pth", "trained for 7 classes"), ("no.pth", "no checkpoint at")):
         path = tmp_path / name
-        line = refused(evaluate.main, ["--ckpt", path, "--data", pictures, "--device", "cpu"], capsys)
+        line = refused(evaluate.main, ["--ckpt", path, "--data", images, "--device", "cpu"], capsys)
         assert str(path) in line and part in line
         if name != "seven.pth":
             assert part in refused(checkpoint.main, [path], capsys)
@@ -537,7 +537,7 @@ def same_detections(one, two) -> bool:
 
 def detections(path):
     model, _ = load_model(path)
-    images = torch.from_numpy(picture(96, 128, 3)[0][::-1].copy())[None]
+    images = torch.from_numpy(image_of(96, 128, 3)[0][::-1].copy())[None]
     return predict(model, images, [(96, 128)], [(96, 128)], score_threshold=0.001)
 
 
@@ -558,16 +558,16 @@ def test_converting_a_released_file_changes_no_bit(r50_path, tmp_path, capsys):
     assert (tmp_path / "new" / "folder" / "a.pt").exists()
 
 
-def train_options(pictures, out, *more) -> list[str]:
-    return [str(x) for x in ("--data", pictures, "--out", out, "--min-size", 64, "--max-size", 96, "--teacher-min-size",
+def train_options(images, out, *more) -> list[str]:
+    return [str(x) for x in ("--data", images, "--out", out, "--min-size", 64, "--max-size", 96, "--teacher-min-size",
                              64, "--teacher-max-size", 96, "--batch-size", 2, "--workers", 0, "--device", "cpu",
                              "--log-every", 1, *more)]
 
 
-def test_round_trip_of_a_trained_model(pictures, tmp_path, capsys):
+def test_round_trip_of_a_trained_model(images, tmp_path, capsys):
     """Trained, saved, inspected, converted, loaded: the same detections, bit for bit."""
     options = "--backbone", "r18-slim", "--backbone-weights", "none", "--channels", 32, "--iters", 3
-    train.main(train_options(pictures, tmp_path / "run", *options))
+    train.main(train_options(images, tmp_path / "run", *options))
     last, out = tmp_path / "run" / "last.pt", tmp_path / "converted.pt"
     checkpoint.main([str(last), "--convert", str(out)])
     printed = capsys.readouterr().out
@@ -579,11 +579,11 @@ def test_round_trip_of_a_trained_model(pictures, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("layout", ["boxteacher_r50", "condinst_r50"])
-def test_fine_tuning_keeps_the_conventions_of_a_released_file(layout, pictures, tmp_path, capsys):
+def test_fine_tuning_keeps_the_conventions_of_a_released_file(layout, images, tmp_path, capsys):
     """--init: stride place and mask channels come with the weights; the run goes on, and its result is evaluated."""
     path, out = tmp_path / "released.pth", tmp_path / "run"
     torch.save(released(layout), path)
-    options = train_options(pictures, out, "--init", path, "--lr", 1e-6)
+    options = train_options(images, out, "--init", path, "--lr", 1e-6)
     train.main([*options, "--iters", "1"])
     path.unlink()  # not needed to go on
     train.main([*options, "--iters", "2"])
@@ -599,12 +599,12 @@ def test_fine_tuning_keeps_the_conventions_of_a_released_file(layout, pictures, 
     frozen = [name for name in expected if name.startswith(("backbone.body.stem", "backbone.body.c2"))]
     assert frozen and all(torch.equal(state["teacher"][name], expected[name]) for name in frozen)
     assert relative_error(state["teacher"]["head.controller.weight"], expected["head.controller.weight"]) < 1e-3
-    assert len(evaluated(out / "final.pt", pictures, tmp_path)) > 50
+    assert len(evaluated(out / "final.pt", images, tmp_path)) > 50
 
 
-def test_training_from_the_msra_file_keeps_its_stride_place(r50, pictures, tmp_path, capsys):
+def test_training_from_the_msra_file_keeps_its_stride_place(r50, images, tmp_path, capsys):
     msra_file(tmp_path / "R-50.pkl", merged(without_prefix(r50)["model"]))
-    options = train_options(pictures, tmp_path / "run", "--backbone-weights", tmp_path / "R-50.pkl")
+    options = train_options(images, tmp_path / "run", "--backbone-weights", tmp_path / "R-50.pkl")
     train.main([*options, "--iters", "1"])
     train.main([*options, "--iters", "2"])
     assert "at iteration 1" in capsys.readouterr().out

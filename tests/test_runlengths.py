@@ -1,4 +1,4 @@
-"""runlengths.py: what it makes of a window is what pycocotools makes of the whole picture."""
+"""runlengths.py: what it makes of a window is what pycocotools makes of the whole image."""
 import numpy as np
 import pytest
 import torch
@@ -13,8 +13,8 @@ def of_the_whole(mask: np.ndarray) -> dict:
 
 
 @pytest.mark.parametrize("seed", range(200))
-def test_a_window_is_encoded_as_its_picture_would_be(seed):
-    """Windows of any height and width, also none and all of the picture's, with any share of their pixels set."""
+def test_a_window_is_encoded_as_its_image_would_be(seed):
+    """Windows of any height and width, also none and all of the image's, with any share of their pixels set."""
     rng = np.random.default_rng(seed)
     height, width = rng.integers(1, 12, 2).tolist()
     h, w = (int(rng.choice([0, n, rng.integers(n + 1)])) for n in (height, width))
@@ -26,7 +26,7 @@ def test_a_window_is_encoded_as_its_picture_would_be(seed):
     assert np.array_equal(decode([rle], (height, width))[0].numpy(), mask)
 
 
-def test_columns_that_touch_at_the_pictures_edges():
+def test_columns_that_touch_at_the_images_edges():
     """A run that goes on from the bottom of a column to the top of the next; a window that only reaches one edge."""
     mask = np.zeros((4, 6), bool)
     mask[:, 1:3] = mask[2:, 4] = mask[:2, 5] = True
@@ -35,7 +35,7 @@ def test_columns_that_touch_at_the_pictures_edges():
     assert encode(mask[1:, 1:].T, 1, 1, (4, 6)) == of_the_whole(mask)
 
 
-def test_one_pixel_the_whole_picture_and_a_large_one():
+def test_one_pixel_the_whole_image_and_a_large_one():
     assert encode(np.ones((1, 1), bool), 0, 0, (1, 1)) == of_the_whole(np.ones((1, 1)))
     assert encode(np.ones((70, 50), bool), 0, 0, (50, 70)) == of_the_whole(np.ones((50, 70)))
     pixel = encode(np.ones((1, 1), bool), 5999, 3999, (4000, 6000))

@@ -55,14 +55,14 @@ def test_both_stages_from_the_command_line(drawn, warm, tmp_path, capsys):
 
 
 def test_measure_and_sheet_from_the_command_line(drawn, warm, tmp_path, capsys):  # noqa: F811
-    out, sheet = tmp_path / "labels.json", tmp_path / "pictures" / "sheet.png"
+    out, sheet = tmp_path / "labels.json", tmp_path / "images" / "sheet.png"
     command = ["--ckpt", str(warm), "--out", str(out), *map(str, only_training(drawn)), "--workers", "0",
                "--device", "cpu"]
     selftraining.main([*command, "--measure", "--sheet", str(sheet)])
     shown = capsys.readouterr().out
     assert "boxes have a mask\nmean IoU with the masks that the file has\n" in shown and f"sheet: {sheet}" in shown
-    picture = np.asarray(Image.open(sheet))
-    assert picture.shape[0] > 4 * 320 and picture.std() > 20
+    image = np.asarray(Image.open(sheet))
+    assert image.shape[0] > 4 * 320 and image.std() > 20
 
     content = json.loads((drawn / "annotations/instances_train2017.json").read_text())
     for row in content["annotations"]:
@@ -71,8 +71,8 @@ def test_measure_and_sheet_from_the_command_line(drawn, warm, tmp_path, capsys):
     command[command.index("--train-json") + 1] = str(tmp_path / "boxes.json")
     selftraining.main([*command, "--sheet", str(sheet)])  # no old masks: no panels of them, the others as before
     alone = np.asarray(Image.open(sheet))
-    assert alone.shape[0] == picture.shape[0] and alone.shape[1] == picture.shape[1] - 326
-    assert (alone[40:] == picture[40:, :alone.shape[1]]).all()
+    assert alone.shape[0] == image.shape[0] and alone.shape[1] == image.shape[1] - 326
+    assert (alone[40:] == image[40:, :alone.shape[1]]).all()
     out.unlink()
     with pytest.raises(SystemExit):
         selftraining.main([*command, "--measure"])

@@ -1,4 +1,4 @@
-"""The drawn data set: the same pictures every time, annotations that agree with each other to the pixel."""
+"""The drawn data set: the same images every time, annotations that agree with each other to the pixel."""
 import json
 from collections import Counter
 
@@ -28,12 +28,12 @@ def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def pictures(root, split):
+def images(root, split):
     return {path.name: path.read_bytes() for path in (root / f"{split}2017").iterdir()}
 
 
-def by_picture(root, split):
-    """Each picture's file name and decoded masks (n, H, W) bool with their annotations."""
+def by_image(root, split):
+    """Each image's file name and decoded masks (n, H, W) bool with their annotations."""
     coco = COCO(str(root / "annotations" / f"instances_{split}2017.json"))
     for image in coco.loadImgs(coco.getImgIds()):
         annotations = coco.loadAnns(coco.getAnnIds(image["id"]))
@@ -53,13 +53,13 @@ def test_a_smaller_set_is_a_prefix(root, tmp_path):
         assert small["images"] == large["images"][:count]
         assert small["annotations"] == large["annotations"][:len(small["annotations"])]
         assert large["annotations"][len(small["annotations"])]["image_id"] == count + 1
-        assert pictures(tmp_path / "small", split).items() <= pictures(root, split).items()
+        assert images(tmp_path / "small", split).items() <= images(root, split).items()
 
 
 def test_splits_and_seeds_differ(root, tmp_path):
     write_shapes(tmp_path / "other", train=10, val=1, seed=1)
-    train, val = pictures(root, "train"), pictures(root, "val")
-    other = pictures(tmp_path / "other", "train")
+    train, val = images(root, "train"), images(root, "val")
+    other = images(tmp_path / "other", "train")
     assert len({*train.values(), *val.values(), *other.values()}) == 40 + 10 + 10
 
 
@@ -72,15 +72,15 @@ def test_coco_layout(root, split, count):
     assert [c["id"] for c in content["categories"]] == [1, 2, 3, 4, 5, 6]
     assert [image["id"] for image in content["images"]] == list(range(1, count + 1))
     assert [a["id"] for a in content["annotations"]] == list(range(1, len(content["annotations"]) + 1))
-    assert {image["file_name"] for image in content["images"]} == set(pictures(root, split))
+    assert {image["file_name"] for image in content["images"]} == set(images(root, split))
     for image in content["images"]:
-        with Image.open(root / f"{split}2017" / image["file_name"]) as picture:
-            assert (picture.format, picture.mode) == ("JPEG", "RGB")
-            assert picture.size == (image["width"], image["height"]) == (128, 128)
+        with Image.open(root / f"{split}2017" / image["file_name"]) as photo:
+            assert (photo.format, photo.mode) == ("JPEG", "RGB")
+            assert photo.size == (image["width"], image["height"]) == (128, 128)
 
 
 def test_annotations_agree_with_their_masks(root):
-    for image, annotations, masks in by_picture(root, "train"):
+    for image, annotations, masks in by_image(root, "train"):
         assert 1 <= len(annotations) <= 8
         assert masks.sum(0).max() == 1  # only the visible parts: no pixel has two owners
         for annotation, mask in zip(annotations, masks):
@@ -104,7 +104,7 @@ def test_annotation_by_hand():
     assert np.array_equal(rle.decode(first["segmentation"]), owner == 1)
 
 
-def test_the_owner_map_tells_what_the_picture_shows(monkeypatch):
+def test_the_owner_map_tells_what_the_image_shows(monkeypatch):
     """Each object in a colour of its own (dark or bright red, green, blue): its pixels are those it owns."""
     def colours(rng, beneath):
         colour = np.array([200 if next(order) >> bit & 1 else 10 for bit in (0, 1, 2)], np.float32)
@@ -112,8 +112,8 @@ def test_the_owner_map_tells_what_the_picture_shows(monkeypatch):
     for seed in range(20):
         order = (k for k in range(8) for _ in range(3))
         monkeypatch.setattr(shapes, "object_colours", colours)
-        picture, owner, labels = shapes.draw_picture(np.random.default_rng(seed), 128)
-        shown = (picture > 70) @ np.array([1, 2, 4])
+        image, owner, labels = shapes.draw_image(np.random.default_rng(seed), 128)
+        shown = (image > 70) @ np.array([1, 2, 4])
         for k in range(len(labels)):
             assert (shown[owner == k + 1] == k).mean() > 0.7
 
@@ -131,7 +131,7 @@ def test_boxes_alone_do_not_give_the_masks(root):
     assert 0.45 < np.mean(filled) < 0.60
 
 
-def test_masks_lie_where_the_picture_shows_them(monkeypatch):
+def test_masks_lie_where_the_image_shows_them(monkeypatch):
     """A white object on black without texture, noise or shading: bright exactly where the mask is."""
     monkeypatch.setattr(shapes, "object_colours", lambda rng, beneath: (np.float32(200), np.float32(200)))
     canvas = np.zeros((128, 128, 3), np.float32)
@@ -174,7 +174,7 @@ def test_objects_scale_with_the_size(root, tmp_path):
     sides = [max(a["bbox"][2:]) for a in read(tmp_path / "large", "train")["annotations"]]
     reference = [max(a["bbox"][2:]) for a in read(root, "train")["annotations"]]
     assert np.mean(sides) / np.mean(reference) == pytest.approx(2, rel=0.15)
-    for image, annotations, masks in by_picture(tmp_path / "large", "val"):
+    for image, annotations, masks in by_image(tmp_path / "large", "val"):
         assert masks.shape[1:] == (256, 256)
 
 
@@ -197,7 +197,7 @@ def test_an_existing_folder_is_refused_and_left_alone(tmp_path):
 def test_an_empty_folder_is_taken(tmp_path):
     (tmp_path / "empty").mkdir()
     write_shapes(tmp_path / "empty", train=2, val=1)
-    assert len(pictures(tmp_path / "empty", "train")) == 2
+    assert len(images(tmp_path / "empty", "train")) == 2
 
 
 def test_a_file_in_the_way_is_refused(tmp_path):

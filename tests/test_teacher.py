@@ -84,17 +84,17 @@ for c in range(16):
     MASK_CONTROLLER[c, :216] = torch.cat([w1.flatten(), w2.flatten(), w3])
 
 
-def made_up(pictures: list[list], size: tuple[int, int]) -> Predictions:
-    """Predictions of padded pictures from (box, class probability, mask logits at stride 8) of each instance.
+def made_up(images: list[list], size: tuple[int, int]) -> Predictions:
+    """Predictions of padded images from (box, class probability, mask logits at stride 8) of each instance.
 
-    Mask number c of a picture is feature c. Each instance sits at the location of P3 nearest to its box's
+    Mask number c of an image is feature c. Each instance sits at the location of P3 nearest to its box's
     centre, with centerness 1; the others say nothing.
     """
     locations = make_locations([(-(-size[0] // s), -(-size[1] // s)) for s in STRIDES], torch.device("cpu"))
-    batch, cells = len(pictures), len(locations.xy)
+    batch, cells = len(images), len(locations.xy)
     class_logits, ltrb = torch.full((batch, cells, 3), -30.0), torch.zeros(batch, cells, 4)
     controllers, features = torch.zeros(batch, cells, 233), torch.zeros(batch, 16, size[0] // 8, size[1] // 8)
-    for b, instances in enumerate(pictures):
+    for b, instances in enumerate(images):
         taken = locations.level != 0
         for c, (box, probability, mask) in enumerate(instances):
             box = torch.tensor(box, dtype=torch.float32)
@@ -109,7 +109,7 @@ def made_up(pictures: list[list], size: tuple[int, int]) -> Predictions:
 
 
 def make_batch(boxes: list[list], size, teacher_size, padded) -> Batch:
-    """What pseudo_labels reads of a batch: boxes, sizes and the padded size of the student's pictures."""
+    """What pseudo_labels reads of a batch: boxes, sizes and the padded size of the student's images."""
     boxes = [torch.tensor(b, dtype=torch.float32).reshape(-1, 4) for b in boxes]
     count = len(boxes)
     return Batch(images=torch.zeros(count, 3, *padded, dtype=torch.uint8), sizes=[size] * count,
@@ -155,9 +155,9 @@ def test_released_labels_take_turns_by_one_number_and_weigh_by_another():
     padded = (96, 128)
     boxes = [[[16.0, 24, 72, 64], [80, 30, 110, 70]]]
     sure, vague = torch.full((12, 16), 6.0), torch.full((12, 16), 0.4)      # q 0.998 and 0.599
-    picture = [(boxes[0][0], 0.25, sure), (boxes[0][0], 0.81, vague),       # c is the root of these
+    image = [(boxes[0][0], 0.25, sure), (boxes[0][0], 0.81, vague),       # c is the root of these
                (boxes[0][1], 0.81, vague), (boxes[0][1], 0.49, sure)]
-    labels = pseudo_labels(made_up([picture], padded), make_batch(boxes, padded, padded, padded), "released")
+    labels = pseudo_labels(made_up([image], padded), make_batch(boxes, padded, padded, padded), "released")
     expected = [math.sqrt(math.sqrt(0.9) * torch.sigmoid(torch.tensor(0.4)).item()),
                 math.sqrt(math.sqrt(0.7) * torch.sigmoid(torch.tensor(6.0)).item())]
     assert labels.scores.tolist() == pytest.approx(expected, abs=1e-4)
@@ -203,7 +203,7 @@ def test_golden_09_on_the_students_grid(golden, case):
 
 @pytest.mark.parametrize("case", ["test_", "teacher_"])
 def test_golden_09_scores(golden, case):
-    """The authors' program has no box in Eq. 1: it averages p > 0.5 over the whole picture. Its predictions take
+    """The authors' program has no box in Eq. 1: it averages p > 0.5 over the whole image. Its predictions take
     turns by sqrt(c * q) and masks weigh sqrt(sqrt(c) * q); Eq. 1 over a box that holds all gives both. Ours follows
     the paper: one score for both, sqrt(c * q) with q inside the predicted box."""
     d = {key.removeprefix(case): x for key, x in golden("09_postprocess").items() if key.startswith(case)}
@@ -235,7 +235,7 @@ def test_unassigned_boxes_get_nothing():
     assert labels.masks[0].any() and not labels.masks[1:].any()
 
 
-def test_predictions_beyond_the_picture_are_clipped_before_they_are_matched():
+def test_predictions_beyond_the_image_are_clipped_before_they_are_matched():
     """A box at the border cannot go beyond it; a prediction that does is as good within (golden 09
     clips likewise)."""
     size = padded = (96, 128)
@@ -246,8 +246,8 @@ def test_predictions_beyond_the_picture_are_clipped_before_they_are_matched():
 
 
 @pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("boxes", [[[], []], [[], [[10.0, 10, 60, 60]]]], ids=["none at all", "one picture"])
-def test_pictures_without_boxes(score, boxes):
+@pytest.mark.parametrize("boxes", [[[], []], [[], [[10.0, 10, 60, 60]]]], ids=["none at all", "one image"])
+def test_images_without_boxes(score, boxes):
     padded = (96, 128)
     instances = [([10.0, 10, 60, 60], 0.9, torch.full((12, 16), 5.0))]
     batch = make_batch(boxes, padded, padded, padded)
@@ -295,7 +295,7 @@ def test_scores_by_hand():
 
 
 def test_padding_does_not_reach_the_mean_entropy():
-    """Table 5 averages over the picture; how far its batch was padded is not the picture's."""
+    """Table 5 averages over the image; how far its batch was padded is not the image's."""
     box, size, mask = [16.0, 16, 80, 80], (96, 128), torch.full((12, 16), 2.0)
 
     def score(padded, mask) -> float:

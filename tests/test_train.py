@@ -1,6 +1,6 @@
 """train.py: the plan of a run, one step, whole runs of all methods, on one process and on two.
 
-Runs are as small as they can be: 64-pixel pictures, the narrowest network. Most start from `warm`, a model
+Runs are as small as they can be: 64-pixel images, the narrowest network. Most start from `warm`, a model
 that has seen a batch a few dozen times, since before that the teacher finds nothing and its losses are zero.
 What a run keeps in its folder, and how it goes on from there, is in test_checkpoint.py.
 """
@@ -40,7 +40,7 @@ LOSSES = {"boxteacher": ("cls", "box", "centerness", "projection", "pairwise", "
 
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory) -> Path:
-    """12 drawn pictures of 64 x 64 pixels to train on, 3 to evaluate on."""
+    """12 drawn images of 64 x 64 pixels to train on, 3 to evaluate on."""
     folder = tmp_path_factory.getbasetemp() / "drawn"  # found again where another module imports this fixture
     if not folder.exists():
         write_shapes(folder, train=12, val=3, size=64)
@@ -355,7 +355,7 @@ def test_teacher_starts_as_a_copy_and_is_not_optimised(drawn, warm, tmp_path):
 
 
 def test_compiled_steps_are_the_same_steps(drawn, warm, tmp_path, monkeypatch):
-    """torch.compile's tracing (translating would take minutes), for student and teacher, on padded pictures."""
+    """torch.compile's tracing (translating would take minutes), for student and teacher, on padded images."""
     compiled, traced, graphs = CondInst.compile_convolutions, [], []
 
     def as_it_is(graph, inputs):
@@ -555,27 +555,27 @@ def test_boxes_alone_suffice_unless_masks_are_to_be_learnt(drawn, warm, tmp_path
     assert "no usable segmentation" in one_line_error(capsys) and not (tmp_path / "c").exists()
 
 
-def test_an_undecodable_picture_is_named_and_skipped(drawn, tmp_path, capsys):
+def test_an_undecodable_image_is_named_and_skipped(drawn, tmp_path, capsys):
     data = copy_set(drawn, tmp_path / "set")
     broken = data / "train2017/000000000005.jpg"
     os.truncate(broken, broken.stat().st_size // 2)
     assert command(*only_training(data), "--out", tmp_path / "out", *SMALL, "--iters", 6) == 0
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 1 and str(broken) in warnings[0]
-    assert "another picture takes its place" in warnings[0]
+    assert "another image takes its place" in warnings[0]
     assert len(losses_of(tmp_path / "out")) == 6
 
 
-def test_too_many_undecodable_pictures_end_the_run(drawn, tmp_path, capsys):
+def test_too_many_undecodable_images_end_the_run(drawn, tmp_path, capsys):
     data = copy_set(drawn, tmp_path / "set")
     for broken in sorted((data / "train2017").iterdir())[1:]:
         os.truncate(broken, broken.stat().st_size // 2)
     assert command(*only_training(data), "--out", tmp_path / "out", *SMALL, "--iters", 8) == 1
-    assert "error: 11 pictures cannot be decoded" in capsys.readouterr().err.splitlines()[-1]
+    assert "error: 11 images cannot be decoded" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("method", LOSSES)
-def test_pictures_and_batches_without_boxes_train_on(drawn, tmp_path, method):
+def test_images_and_batches_without_boxes_train_on(drawn, tmp_path, method):
     def change(content):
         content["annotations"] = [a for a in content["annotations"] if a["image_id"] == 3]
 
@@ -603,7 +603,7 @@ def test_bfloat16_is_close_to_float32(drawn, warm, tmp_path):
             assert half[f"loss_{name}"] == pytest.approx(full[f"loss_{name}"], rel=0.1, abs=0.02), name
 
 
-def no_pictures(content):
+def no_images(content):
     content["images"], content["annotations"] = [], []
 
 
@@ -620,7 +620,7 @@ def other_classes(content):
 
 
 @pytest.mark.parametrize("change, part", [
-    (no_pictures, "instances_train2017.json has no images"), (no_boxes, "has no usable box to train on"),
+    (no_images, "instances_train2017.json has no images"), (no_boxes, "has no usable box to train on"),
     (wrong_size, "000000000004.jpg is 64 x 64 pixels"), (other_classes, "other categories")])
 def test_bad_data_is_one_line_and_leaves_no_run_folder(drawn, tmp_path, capsys, change, part):
     data = copy_set(drawn, tmp_path / "set", change)
@@ -732,7 +732,7 @@ def test_two_processes_are_one_process_with_the_same_batch(drawn, warm, tmp_path
         content["images"] = content["images"][:2]
         content["annotations"] = [a for a in content["annotations"] if a["image_id"] == 1]
 
-    half = copy_set(drawn, tmp_path / "half", change)  # of two pictures one is empty: a process has no box
+    half = copy_set(drawn, tmp_path / "half", change)  # of two images one is empty: a process has no box
     runs = {"scratch": [*only_training(drawn), *SMALL, "--iters", 5],
             "warm": [*only_training(drawn), *SMALL, "--iters", 5, "--init", warm,
                      "--accumulate", 2, "--batch-size", 8]}

@@ -91,8 +91,8 @@ def test_golden_11_and_15_from_pixels_to_detections(golden, r50_file, part, file
     # of up to 112,500; where a probability is almost 0.5, rounding decides
     pixels = found.masks.flatten(1).sum(1) - d["det_mask_pixels"][place]
     check(f"{part} detections: difference in pixels of a mask", pixels.abs().max(), torch.tensor(0.0), 10)
-    detections = detect(predictions.of_picture(0))
-    assert len(detections.rows) == len(place)  # no box lies outside of the picture: all are in the file
+    detections = detect(predictions.of_image(0))
+    assert len(detections.rows) == len(place)  # no box lies outside of the image: all are in the file
     locations, level = predictions.locations.xy[detections.rows], predictions.locations.level[detections.rows]
     check(f"{part} detections: locations", locations, d["det_locations"][place], 0)
     check(f"{part} detections: levels", level, d["det_levels"][place], 0)
@@ -105,7 +105,7 @@ def test_golden_11_and_15_from_pixels_to_detections(golden, r50_file, part, file
 
 
 def batch_of_golden_12(d: dict) -> Batch:
-    """The student's two pictures, and the teacher's made as the authors' program makes them: out of the student's."""
+    """The student's two images, and the teacher's made as the authors' program makes them: out of the student's."""
     images = [d[f"image_bgr_{i}"].flip(0).float() for i in range(2)]
     large = []
     for image in images:
@@ -180,7 +180,7 @@ def test_golden_12_losses(step):
 
 
 def test_golden_12_batch_norms(step):
-    """Both networks move their own averages, the teacher's from its own pictures."""
+    """Both networks move their own averages, the teacher's from its own images."""
     for which in ("teacher", "student"):
         state = getattr(step, which).state_dict()
         for name, expected in zip(BATCH_NORMS, step.d[f"bn_{which}_after"]):

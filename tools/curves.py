@@ -1,4 +1,4 @@
-"""How runs went, as one picture: losses, label quality and AP over the iterations, a colour for each run.
+"""How runs went, as one image: losses, label quality and AP over the iterations, a colour for each run.
 
     python evaluate.py --curves curves.png runs/boxinst-r50-coco runs/boxteacher-r50-coco
 
@@ -33,7 +33,7 @@ LEGEND = 24                               # height of a line of the legend
 def draw_curves(runs: list[str], path: str) -> None:
     """Write the PNG. Raises DataError for more runs than COLOURS, no readable metrics.jsonl, or nothing to draw."""
     if len(runs) > len(COLOURS):
-        raise DataError(f"{len(runs)} runs are too many to be told apart in one picture: name at most {len(COLOURS)}")
+        raise DataError(f"{len(runs)} runs are too many to be told apart in one image: name at most {len(COLOURS)}")
     lines = [read_metrics(run) for run in runs]
     panels = [(title, [series(of_run, key) for of_run in lines]) for title, key in PANELS]
     panels = [(title, curves) for title, curves in panels if any(curves)]

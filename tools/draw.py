@@ -1,6 +1,6 @@
-"""Pictures for people: instances drawn over a picture, and sheets of what a model finds.
+"""Images for people: instances drawn over an image, and sheets of what a model finds.
 
-`draw_instances` draws one picture. `sheet` puts three panels of each picture side by side: the input with its
+`draw_instances` draws one image. `sheet` puts three panels of each image side by side: the input with its
 boxes, the predicted masks, the ground-truth masks where there are any. Colours tell instances apart and are the
 same every time; on a sheet a prediction takes the colour of the ground-truth object that it overlaps.
 """
@@ -31,42 +31,42 @@ HEADER = 30  # height of the line that names the panels, pixels
 BACKGROUND = (24, 24, 28)
 
 
-def draw_instances(picture: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor | None = None,
+def draw_instances(image: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor | None = None,
                    masks: Tensor | None = None, names: list[str] | None = None,
                    colours: list[int] | None = None) -> Tensor:
-    """Draw N instances over a picture (uint8, 3×H×W) and return the new picture, of the same shape.
+    """Draw N instances over an image (uint8, 3×H×W) and return the new image, of the same shape.
 
-    boxes (N, 4) xyxy in pixels of the picture. With masks (N, H, W) bool each instance is a translucent fill
+    boxes (N, 4) xyxy in pixels of the image. With masks (N, H, W) bool each instance is a translucent fill
     with its outline, without masks it is its box. names[label] and the score are written where there is room.
     colours: number of the colour of each instance, by default its position.
     """
     colours = [colour_of(c) for c in (range(len(boxes)) if colours is None else colours)]
-    width = max(2, round(max(picture.shape[1:]) / 400))
+    width = max(2, round(max(image.shape[1:]) / 400))
     if masks is None:
         if len(boxes):
-            picture = draw_bounding_boxes(picture, boxes.round(), colors=colours, width=width)
+            image = draw_bounding_boxes(image, boxes.round(), colors=colours, width=width)
     else:
         # one after the other: drawn together, torchvision paints the pixels that two masks share black
-        picture = picture.clone()
+        image = image.clone()
         places = [(window(mask, width), mask, colour) for mask, colour in zip(masks, colours)][::-1]  # the first on top
         for (y, x), mask, colour in places:
-            picture[:, y, x] = fill_mask(picture[:, y, x], mask[y, x], colour)
+            image[:, y, x] = fill_mask(image[:, y, x], mask[y, x], colour)
         for (y, x), mask, colour in places:
-            picture[:, y, x] = outline_mask(picture[:, y, x], mask[y, x], colour, width)
+            image[:, y, x] = outline_mask(image[:, y, x], mask[y, x], colour, width)
     texts = [names[label] if names else str(label) for label in labels.tolist()]
     if scores is not None:
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores.tolist())]
-    return write_texts(picture, boxes, texts, colours)
+    return write_texts(image, boxes, texts, colours)
 
 
-def fill_mask(picture: Tensor, mask: Tensor, colour: tuple) -> Tensor:
-    return draw_segmentation_masks(picture, mask, alpha=0.45, colors=colour)
+def fill_mask(image: Tensor, mask: Tensor, colour: tuple) -> Tensor:
+    return draw_segmentation_masks(image, mask, alpha=0.45, colors=colour)
 
 
-def outline_mask(picture: Tensor, mask: Tensor, colour: tuple, width: int) -> Tensor:
-    """The mask's outline in its colour, `width` pixels wide, with a dark line around for bright pictures."""
-    picture = draw_segmentation_masks(picture, outline(mask, width), alpha=1.0, colors=colour)
-    return draw_segmentation_masks(picture, outline(~mask, 1), alpha=0.5, colors="black")
+def outline_mask(image: Tensor, mask: Tensor, colour: tuple, width: int) -> Tensor:
+    """The mask's outline in its colour, `width` pixels wide, with a dark line around for bright images."""
+    image = draw_segmentation_masks(image, outline(mask, width), alpha=1.0, colors=colour)
+    return draw_segmentation_masks(image, outline(~mask, 1), alpha=0.5, colors="black")
 
 
 def colour_of(number: int) -> tuple[int, int, int]:
@@ -80,7 +80,7 @@ def colour_of(number: int) -> tuple[int, int, int]:
 def window(mask: Tensor, margin: int) -> tuple[slice, slice]:
     """Rows and columns of a mask (H, W) and `margin` pixels around: drawing then costs what the object covers.
 
-    The first cell of the picture where the mask is empty.
+    The first cell of the image where the mask is empty.
     """
     y, x = mask.any(1).nonzero(), mask.any(0).nonzero()
     if not len(y):
@@ -90,22 +90,22 @@ def window(mask: Tensor, margin: int) -> tuple[slice, slice]:
 
 
 def outline(mask: Tensor, width: int) -> Tensor:
-    """The pixels of a mask (H, W) within `width` pixels of its outside; the picture's edge is no outside."""
+    """The pixels of a mask (H, W) within `width` pixels of its outside; the image's edge is no outside."""
     outside = max_pool2d((~mask)[None].float(), 2 * width + 1, stride=1, padding=width)[0] > 0
     return mask & outside
 
 
-def write_texts(picture: Tensor, boxes: Tensor, texts: list[str], colours: list[tuple]) -> Tensor:
+def write_texts(image: Tensor, boxes: Tensor, texts: list[str], colours: list[tuple]) -> Tensor:
     """Write each text at the top left corner of its box (xyxy), unless it would cover an earlier one."""
-    image = to_pil_image(picture)
-    draw = ImageDraw.Draw(image)
-    font = text_font(max(11, round(max(image.size) / 64)))
+    canvas = to_pil_image(image)
+    draw = ImageDraw.Draw(canvas)
+    font = text_font(max(11, round(max(canvas.size) / 64)))
     taken = []
     for (x0, y0, x1, y1), text, colour in zip(boxes.tolist(), texts, colours):
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
         w, h = right + 4, bottom + 4
-        x = max(0, min(x0, image.width - w))
-        y = y0 - h if y0 >= h else y0  # above the box, or inside it at the picture's upper edge
+        x = max(0, min(x0, canvas.width - w))
+        y = y0 - h if y0 >= h else y0  # above the box, or inside it at the image's upper edge
         overlaps = any(x < r and l < x + w and y < b and t < y + h for l, t, r, b in taken)
         if overlaps or w > 2.5 * (x1 - x0):
             continue
@@ -113,7 +113,7 @@ def write_texts(picture: Tensor, boxes: Tensor, texts: list[str], colours: list[
         draw.rectangle(taken[-1], fill=colour)
         dark = 0.3 * colour[0] + 0.6 * colour[1] + 0.1 * colour[2] > 140
         draw.text((x + 2, y + 1), text, fill="black" if dark else "white", font=font)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
 
 
 def text_font(size: int) -> ImageFont.FreeTypeFont:
@@ -134,9 +134,9 @@ def matching_colours(boxes: Tensor, found: Tensor) -> list[int]:
 
 def sheet_rows(annotations: CocoBoxes, truth: COCO, results: list[dict], count: int,
                order: Iterable[int] | None = None) -> list[tuple]:
-    """Rows for `sheet`: `count` pictures with objects, evenly spaced over the data set, and their results.
+    """Rows for `sheet`: `count` images with objects, evenly spaced over the data set, and their results.
 
-    order: the pictures, as indices, where they are to be taken in another order than the data set's.
+    order: the images, as indices, where they are to be taken in another order than the data set's.
     """
     label = {c["id"]: i for i, c in enumerate(annotations.classes)}
     order = range(len(annotations)) if order is None else order
@@ -148,7 +148,7 @@ def sheet_rows(annotations: CocoBoxes, truth: COCO, results: list[dict], count: 
         objects = [a for a in truth.imgToAnns[image_id] if not a["iscrowd"]]
         found = [r for r in results if r["image_id"] == image_id]
         image = load_image(annotations.path(i), (height, width))
-        picture = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         instances = Instances(
             corners(found), torch.tensor([r["score"] for r in found]),
             torch.tensor([label[r["category_id"]] for r in found], dtype=torch.int64),
@@ -156,7 +156,7 @@ def sheet_rows(annotations: CocoBoxes, truth: COCO, results: list[dict], count: 
         masks = stack([truth.annToMask(a) for a in objects], height, width) \
             if all(a.get("segmentation") for a in objects) else None
         labels = torch.tensor([label[a["category_id"]] for a in objects], dtype=torch.int64)
-        rows.append((picture, corners(objects), labels, instances, masks))
+        rows.append((tensor, corners(objects), labels, instances, masks))
     return rows
 
 
@@ -173,10 +173,10 @@ def stack(masks: list[np.ndarray], height: int, width: int) -> Tensor:
 
 def panels(row: tuple, names: list[str] | None, threshold: float) -> list[Image.Image]:
     """The three panels of one row of `sheet`, enlarged or reduced so that the longer side is PANEL pixels."""
-    picture, boxes, labels, found, true_masks = row
-    scale = PANEL / max(picture.shape[1:])
-    size = [max(1, round(side * scale)) for side in picture.shape[1:]]
-    picture = interpolate(picture[None].float(), size, mode="bilinear", antialias=True)[0].round().byte()
+    image, boxes, labels, found, true_masks = row
+    scale = PANEL / max(image.shape[1:])
+    size = [max(1, round(side * scale)) for side in image.shape[1:]]
+    image = interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0].round().byte()
 
     def resized(masks):
         return interpolate(masks[:, None].float(), size, mode="nearest-exact")[:, 0].bool() if len(masks) \
@@ -185,16 +185,16 @@ def panels(row: tuple, names: list[str] | None, threshold: float) -> list[Image.
     found = confident(found, threshold)
     true_boxes, found_boxes, found_masks = boxes * scale, found.boxes * scale, found.masks
     filled = found_masks.flatten(1).any(1)
-    colours, predicted = torch.tensor(matching_colours(boxes, found.boxes), dtype=torch.int64), picture
+    colours, predicted = torch.tensor(matching_colours(boxes, found.boxes), dtype=torch.int64), image
     if not filled.all():  # an instance without a mask is its box, and leaves the room for names to the others
-        predicted = draw_bounding_boxes(picture, found_boxes[~filled].round(), width=2,
+        predicted = draw_bounding_boxes(image, found_boxes[~filled].round(), width=2,
                                         colors=[colour_of(c) for c in colours[~filled].tolist()])
     drawn = [
-        draw_instances(picture, true_boxes, labels, names=names),
+        draw_instances(image, true_boxes, labels, names=names),
         draw_instances(predicted, found_boxes[filled], found.labels[filled], found.scores[filled],
                        resized(found_masks[filled]), names, colours[filled].tolist()),
-        picture // 4 if true_masks is None
-        else draw_instances(picture, true_boxes, labels, masks=resized(true_masks), names=names)]
+        image // 4 if true_masks is None
+        else draw_instances(image, true_boxes, labels, masks=resized(true_masks), names=names)]
     return [to_pil_image(panel) for panel in drawn]
 
 
@@ -202,7 +202,7 @@ def sheet(rows: list[tuple], path: str, names: list[str] | None = None, threshol
           title: str | None = None) -> None:
     """Write a PNG with three panels for each row, two rows beside each other when there are more than four.
 
-    A row is (picture uint8 (3, H, W), boxes (G, 4) xyxy in its pixels, labels (G,), predicted Instances at
+    A row is (image uint8 (3, H, W), boxes (G, 4) xyxy in its pixels, labels (G,), predicted Instances at
     its size, ground-truth masks (G, H, W) bool or None: a dark panel, and no third one where all rows have None).
     Predictions below the threshold are left out; rescored, as sqrt(d q), most of those below 0.6 are false.
     title: of the predictions, None: "predicted masks" and the threshold.

@@ -1,11 +1,11 @@
-"""How the cost of a training step grows with instances, picture size, batch and processes, as numbers and one picture.
+"""How the cost of a training step grows with instances, image size, batch and processes, as numbers and one image.
 
     python benchmark.py --growth growth.png
 
 Each point is a run of `benchmark.py --only step` in processes of its own: no point has the memory of another, and
 several processes need no other command than one. A curve's exponent is that of x ^ exponent, fitted to all its
 points: 1 where the cost follows x, 0 where it does not care. Processes have one thread each and the same number of
-pictures each, so that 0 is perfect there.
+images each, so that 0 is perfect there.
 """
 import argparse
 import json
@@ -40,7 +40,7 @@ def measure_growth(args: argparse.Namespace) -> dict:
         for x, changed in points:
             rows.append({"x": x} | step(args, **changed))
             print(f"    {name} {x}: {rows[-1]['seconds']:.2f} s, {rows[-1]['peak MiB']:.0f} MiB, "
-                  f"{rows[-1]['pictures a second']:.2f} pictures a second", flush=True)
+                  f"{rows[-1]['images a second']:.2f} images a second", flush=True)
         growth[name] = {"rows": rows, "exponents": {key: exponent(rows, key) for key in ("seconds", "peak MiB")}}
     return growth
 
@@ -79,8 +79,8 @@ def show_growth(growth: dict) -> None:
     for name, curve in growth.items():
         fits = [f"{key} ~ x ^ {e:.2f}" for key, e in curve["exponents"].items() if e is not None]
         first, last = curve["rows"][0], curve["rows"][-1]
-        rate = last["pictures a second"] / first["pictures a second"]
-        print(f"    {name}: {', '.join(fits)}; {last['x']} have {rate:.2f} times the pictures a second of {first['x']}")
+        rate = last["images a second"] / first["images a second"]
+        print(f"    {name}: {', '.join(fits)}; {last['x']} have {rate:.2f} times the images a second of {first['x']}")
 
 
 def draw_growth(growth: dict, path: str) -> None:

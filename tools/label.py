@@ -1,11 +1,11 @@
 """Masks for the boxes of a data set from a trained model.
 
-For one picture, top to bottom:
+For one image, top to bottom:
 
     assigned    the model's detections go to the boxes by Alg. 1, in the order of the mask-aware score (Eq. 1)
     prompted    a box that got none asks the mask head itself: at the locations that would learn this box
                 (FCOS's targets, assign.py), of whose masks it takes the one with the best score
-    cut         at the picture's own size, to the box
+    cut         at the image's own size, to the box
 
 selftraining.py stops after the first step, as the paper's Sec. 2 does; predict.py --boxes takes both, so that every
 box gets a mask. `agreement` compares masks with those that a file has, for measuring only.
@@ -19,7 +19,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from assign import LEVEL_RANGES, assign_masks, box_masks, picture_targets
+from assign import LEVEL_RANGES, assign_masks, box_masks, image_targets
 from data import TestImages, readable_batches
 from formats.coco import CocoBoxes, DataError
 from masks import paste_masks
@@ -33,33 +33,33 @@ CANDIDATES = 9    # locations that are asked for a box that has none of its own:
 
 
 class Labels(NamedTuple):
-    """What the n boxes of a picture, or of a data set, are given."""
+    """What the n boxes of an image, or of a data set, are given."""
 
-    rles: list[dict | None]    # COCO run lengths at the picture's own size, within the box; None: no mask
+    rles: list[dict | None]    # COCO run lengths at the image's own size, within the box; None: no mask
     scores: np.ndarray         # (n,) how far to trust it; 0 where there is no mask
     sources: list[str | None]  # ASSIGNED, PROMPTED, or None where there is no mask
 
 
-# ------------------------------------------------------------------------------------------------- one picture
+# ------------------------------------------------------------------------------------------------- one image
 
 
 @torch.no_grad()
-def label_picture(picture: Predictions, boxes: Tensor, size: tuple[int, int], original_size: tuple[int, int],
+def label_image(image: Predictions, boxes: Tensor, size: tuple[int, int], original_size: tuple[int, int],
                   score_threshold: float = 0.05, classes: Tensor | None = None) -> Labels:
-    """Masks for the boxes (G, 4) of one picture, xyxy pixels of the network's input, whose true size is `size`.
+    """Masks for the boxes (G, 4) of one image, xyxy pixels of the network's input, whose true size is `size`.
 
     classes (G,): the class of each box in the model, -1 where it knows none. With them each box takes detections of
     its own class alone, and those left over are prompted; None: Alg. 1 as the paper has it, and nothing else.
     original_size: (height, width) of the masks.
     """
-    rows, scores = assigned_rows(picture, boxes, size, score_threshold, classes)
-    rles = cut_masks(picture, rows, boxes, size, original_size)
+    rows, scores = assigned_rows(image, boxes, size, score_threshold, classes)
+    rles = cut_masks(image, rows, boxes, size, original_size)
     left = torch.tensor([rle is None for rle in rles], dtype=torch.bool)
     rows[left], scores[left] = -1, 0
     sources = [None if is_left else ASSIGNED for is_left in left.tolist()]
     if classes is not None:
-        rows, scores = prompt(picture, boxes, classes, size, rows, scores)
-        asked = cut_masks(picture, torch.where(left, rows, -1), boxes, size, original_size)
+        rows, scores = prompt(image, boxes, classes, size, rows, scores)
+        asked = cut_masks(image, torch.where(left, rows, -1), boxes, size, original_size)
         for g in left.nonzero()[:, 0].tolist():
             sources[g], rles[g] = PROMPTED, asked[g]
             if asked[g] is None:  # the head sees nothing in this box: the box itself, and a score that says so
@@ -67,16 +67,16 @@ def label_picture(picture: Predictions, boxes: Tensor, size: tuple[int, int], or
     return Labels(rles, scores.numpy(), sources)
 
 
-def assigned_rows(picture: Predictions, boxes: Tensor, size: tuple[int, int], score_threshold: float,
+def assigned_rows(image: Predictions, boxes: Tensor, size: tuple[int, int], score_threshold: float,
                   classes: Tensor | None) -> tuple[Tensor, Tensor]:
     """Alg. 1: the location (G,) whose mask a box is given, -1 for none, and its mask-aware score (G,). On the CPU."""
-    found = detect(picture, limit=100 if classes is None else max(100, 2 * len(boxes)))
+    found = detect(image, limit=100 if classes is None else max(100, 2 * len(boxes)))
     iou = box_iou(found.boxes, boxes)
     if classes is not None:
         iou = iou * ((found.labels[:, None] == classes) | (classes < 0))
     able = (iou >= 0.5).any(1)
     found, iou = Detections(*(x[able] for x in found)), iou[able]
-    logits, (h, w) = mask_logits(picture, [found.rows]), cells(size)
+    logits, (h, w) = mask_logits(image, [found.rows]), cells(size)
     s = mask_aware_score(found.scores, logits.sigmoid()[:, :h, :w], box_masks(found.boxes, h, w), iou)
     match = assign_masks(iou, s, score_threshold=score_threshold).cpu()
     rows = torch.where(match >= 0, torch.cat([found.rows.cpu(), torch.tensor([-1])])[match], -1)
@@ -90,7 +90,7 @@ def assigned_rows(picture: Predictions, boxes: Tensor, size: tuple[int, int], sc
     return rows, scores
 
 
-def prompt(picture: Predictions, boxes: Tensor, classes: Tensor, size: tuple[int, int], rows: Tensor,
+def prompt(image: Predictions, boxes: Tensor, classes: Tensor, size: tuple[int, int], rows: Tensor,
            scores: Tensor) -> tuple[Tensor, Tensor]:
     """rows and scores (G,) with those that are -1 filled in: the locations that FCOS would have learn a box are asked.
 
@@ -99,19 +99,19 @@ def prompt(picture: Predictions, boxes: Tensor, classes: Tensor, size: tuple[int
     long as there are more of them than boxes.
     """
     rows, scores = rows.clone(), scores.clone()
-    locations = Locations(*(x.cpu() for x in picture.locations))
+    locations = Locations(*(x.cpu() for x in image.locations))
     taken = torch.zeros(len(locations.xy), dtype=torch.bool)
     taken[rows[rows >= 0]] = True
-    owner = owners(picture.locations, boxes)                          # (L,) the box that a location would learn
+    owner = owners(image.locations, boxes)                          # (L,) the box that a location would learn
     own = ((owner >= 0) & ~taken).nonzero()[:, 0]
     own = own[rows[owner[own]] < 0]
-    own_scores = prompt_scores(picture, own, owner[own], boxes, classes, size)
+    own_scores = prompt_scores(image, own, owner[own], boxes, classes, size)
     for k in own_scores.argsort(stable=True).tolist():                # the best comes last, and stays
         rows[owner[own[k]]], scores[owner[own[k]]] = own[k], own_scores[k]
     taken[rows[rows >= 0]] = True
     for g in (rows < 0).nonzero()[:, 0].tolist():
         near = nearest(locations, boxes[g].cpu(), taken, owner >= 0)
-        near_scores = prompt_scores(picture, near, torch.full_like(near, g), boxes, classes, size)
+        near_scores = prompt_scores(image, near, torch.full_like(near, g), boxes, classes, size)
         best = near_scores.argmax()
         rows[g], scores[g] = near[best], near_scores[best]
         taken[near[best]] = True
@@ -121,8 +121,8 @@ def prompt(picture: Predictions, boxes: Tensor, classes: Tensor, size: tuple[int
 def owners(locations: Locations, boxes: Tensor) -> Tensor:
     """FCOS's targets: for each location (L,) the number of the box that it would learn, or -1. On the CPU."""
     labels, part = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device), 2 ** 20 // max(len(boxes), 1) + 1
-    parts = zip(*(x.split(part) for x in locations))  # thousands of boxes on a picture must fit into memory
-    return torch.cat([picture_targets(Locations(*some), boxes, labels, 1)[2] for some in parts]).cpu()
+    parts = zip(*(x.split(part) for x in locations))  # thousands of boxes on an image must fit into memory
+    return torch.cat([image_targets(Locations(*some), boxes, labels, 1)[2] for some in parts]).cpu()
 
 
 def nearest(locations: Locations, box: Tensor, taken: Tensor, owned: Tensor) -> Tensor:
@@ -138,35 +138,35 @@ def nearest(locations: Locations, box: Tensor, taken: Tensor, owned: Tensor) -> 
             return rows[(locations.xy[rows] - center).norm(dim=1).argsort(stable=True)[:CANDIDATES]]
 
 
-def prompt_scores(picture: Predictions, rows: Tensor, owner: Tensor, boxes: Tensor, classes: Tensor,
+def prompt_scores(image: Predictions, rows: Tensor, owner: Tensor, boxes: Tensor, classes: Tensor,
                   size: tuple[int, int]) -> Tensor:
     """Eq. 1 for the masks of locations rows (K,), asked for the boxes owner (K,): c is the confidence in the box's own
     class, and the mask counts within that box. (K,) on the CPU."""
     (h, w), scores = cells(size), [torch.zeros(0)]
     for r, g in zip(rows.to(boxes.device).split(CHUNK), owner.to(boxes.device).split(CHUNK)):
-        p = picture.class_logits[0, r].sigmoid()                                                     # (k, C)
+        p = image.class_logits[0, r].sigmoid()                                                     # (k, C)
         c = torch.where(classes[g] >= 0, p.gather(1, classes[g].clamp(min=0)[:, None])[:, 0], p.amax(1))
-        c = (c * picture.centerness[0, r].sigmoid()).sqrt()
+        c = (c * image.centerness[0, r].sigmoid()).sqrt()
         inside = box_masks(boxes[g], h, w)
         x, y = ((boxes[g, :2] + boxes[g, 2:]) / 8).long().unbind(1)   # a box between two cells has that of its centre
         inside[torch.arange(len(g), device=g.device), y.clamp(0, h - 1), x.clamp(0, w - 1)] = True
-        scores.append(mask_aware_score(c, mask_logits(picture, [r]).sigmoid()[:, :h, :w], inside, None).cpu())
+        scores.append(mask_aware_score(c, mask_logits(image, [r]).sigmoid()[:, :h, :w], inside, None).cpu())
     return torch.cat(scores)
 
 
 def cells(size: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of the stride-4 grid whose pixels lie within a picture of this (height, width)."""
+    """Rows and columns of the stride-4 grid whose pixels lie within an image of this (height, width)."""
     return (size[0] + 1) // 4, (size[1] + 1) // 4
 
 
-def cut_masks(picture: Predictions, rows: Tensor, boxes: Tensor, size: tuple[int, int],
+def cut_masks(image: Predictions, rows: Tensor, boxes: Tensor, size: tuple[int, int],
               original_size: tuple[int, int]) -> list[dict | None]:
     """Run lengths of the masks of locations rows (G,) at original_size, cut to the boxes; None where the row is -1 and
     where nothing of the mask lies in the box."""
     rles, given = [None] * len(rows), (rows >= 0).nonzero()[:, 0]
     for some in given.split(CHUNK):
         some = some.to(boxes.device)
-        logits = mask_logits(picture, [rows.to(boxes.device)[some]])
+        logits = mask_logits(image, [rows.to(boxes.device)[some]])
         cut, _ = paste_masks(logits, size, original_size, within=box_pixels(boxes[some], size, original_size))
         for g, rle in zip(some.tolist(), cut):
             rles[g] = rle if coco_mask.area(rle) else None
@@ -174,7 +174,7 @@ def cut_masks(picture: Predictions, rows: Tensor, boxes: Tensor, size: tuple[int
 
 
 def box_pixels(boxes: Tensor, size: tuple[int, int], original_size: tuple[int, int]) -> Tensor:
-    """The pixels x0 ... x1 - 1, y0 ... y1 - 1 (G, 4) of the picture itself that boxes of the network's input touch."""
+    """The pixels x0 ... x1 - 1, y0 ... y1 - 1 (G, 4) of the image itself that boxes of the network's input touch."""
     (h, w), (height, width) = size, original_size
     boxes = (boxes * boxes.new_tensor([width / w, height / h]).repeat(2)).cpu()
     low, high = (boxes[:, :2] + 1e-2).floor(), (boxes[:, 2:] - 1e-2).ceil()  # rounding makes 1001.0001 of 1001
@@ -192,23 +192,23 @@ def filled_box(box: Tensor, size: tuple[int, int], original_size: tuple[int, int
 def label_dataset(model: CondInst, annotations: CocoBoxes, *, min_size: int, max_size: int,
                   score_threshold: float = 0.05, classes: Tensor | None = None, batch_size: int = 1, workers: int = 2,
                   device: torch.device | str = "cpu", amp_dtype: torch.dtype | None = None) -> Labels:
-    """label_picture for every box of a data set, in the order of annotations.boxes.
+    """label_image for every box of a data set, in the order of annotations.boxes.
 
-    classes: the class in the model of each of the data set's, -1 for none; see label_picture. A picture that cannot
+    classes: the class in the model of each of the data set's, -1 for none; see label_image. An image that cannot
     be decoded is named, and its boxes have no mask.
     """
     device = torch.device(device)
     rles, scores, sources = [None] * len(annotations.boxes), np.zeros(len(annotations.boxes)), [None] * len(
         annotations.boxes)
     place = {image_id: i for i, image_id in enumerate(annotations.image_ids.tolist())}
-    pictures = TestImages(annotations, min_size, max_size)
+    images = TestImages(annotations, min_size, max_size)
     model.eval()
-    for batch in readable_batches(pictures, "label", batch_size=batch_size, workers=workers, device=device):
+    for batch in readable_batches(images, "label", batch_size=batch_size, workers=workers, device=device):
         with torch.no_grad(), torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             predictions = model(batch.images, batch.sizes)
         for b, image_id in enumerate(batch.image_ids):
             own = None if classes is None else classes.to(device)[batch.labels[b]]
-            labels = label_picture(predictions.of_picture(b), batch.boxes[b], batch.sizes[b], batch.original_sizes[b],
+            labels = label_image(predictions.of_image(b), batch.boxes[b], batch.sizes[b], batch.original_sizes[b],
                                    score_threshold, own)
             k = slice(*annotations.offsets[place[image_id]:place[image_id] + 2])
             rles[k], scores[k], sources[k] = labels

@@ -1,7 +1,7 @@
-"""What a run shows while it trains: figures, and pictures of the masks that it gives to boxes.
+"""What a run shows while it trains: figures, and images of the masks that it gives to boxes.
 
     Log          metrics.jsonl (one JSON object a line), the progress bar, and TensorBoard where it is asked for
-    draw_sheet   labels-<iteration>.png: some training pictures with their boxes, and with the masks of these
+    draw_sheet   labels-<iteration>.png: some training images with their boxes, and with the masks of these
 
 Only the first process writes. Nothing here has a say in what is learnt.
 """
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Batch, Draw, TrainBatches, canvas_of, collate
+from data import Batch, Choices, TrainBatches, canvas_of, collate
 from formats.coco import CocoBoxes, DataError, warn
 from masks import paste_masks
 from model import CondInst, Instances
@@ -29,7 +29,7 @@ from schedule import Plan, learning_rate, ramp_factor
 from teacher import label
 from tools.draw import sheet
 
-PICTURES = 8  # on a sheet
+IMAGES = 8  # on a sheet
 
 
 class LogError(Exception):
@@ -98,7 +98,7 @@ class Log:
         self.start, self.waited = time.perf_counter(), 0.0
 
     def step(self, losses: dict[str, Tensor], counts: dict[str, Tensor], skipped: Tensor, waited: float) -> None:
-        """Add an iteration. skipped: bool, of one element; waited: seconds that it waited for its pictures."""
+        """Add an iteration. skipped: bool, of one element; waited: seconds that it waited for its images."""
         self.steps, self.waited, self.skipped = self.steps + 1, self.waited + waited, self.skipped + skipped
         for sums, values in ((self.losses, losses), (self.counts, counts)):
             for name, value in values.items():
@@ -149,22 +149,22 @@ class Log:
             self.writer.flush()  # its own thread would keep them for two minutes
 
 
-# --------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------- images
 
 
 def draw_sheet(path: Path, title: str, model: CondInst, annotations: CocoBoxes, args: argparse.Namespace,
                autocast: torch.autocast) -> None:
-    """Write a PNG of training pictures, the same each time: with their boxes, and with the masks that `model` gives
+    """Write a PNG of training images, the same each time: with their boxes, and with the masks that `model` gives
     these, as a teacher would (teacher.label); with true ones beside them where the annotations were read with masks.
 
-    title: of the masks. Of args it reads score and the sizes. A picture that cannot be read is left out, and a file
-    that cannot be written is a warning: nobody shall lose a run for a picture.
+    title: of the masks. Of args it reads score and the sizes. An image that cannot be read is left out, and a file
+    that cannot be written is a warning: nobody shall lose a run for an image.
     """
     device, was_training = next(model.parameters()).device, model.training
     model.eval()  # to look must not move batch norm's averages, nor wait for processes that do not look
     try:
         rows = []
-        for batch in clean_views(annotations, sheet_pictures(annotations), args):
+        for batch in clean_views(annotations, sheet_images(annotations), args):
             with autocast:
                 pseudo = label(model, batch.to(device), args.score)
             (size,), (boxes,), (labels,) = batch.sizes, batch.boxes, batch.labels
@@ -179,30 +179,30 @@ def draw_sheet(path: Path, title: str, model: CondInst, annotations: CocoBoxes, 
         model.train(was_training)
 
 
-def sheet_pictures(annotations: CocoBoxes) -> list[int]:
-    """Up to PICTURES pictures that have boxes, evenly spaced over the data set."""
+def sheet_images(annotations: CocoBoxes) -> list[int]:
+    """Up to IMAGES images that have boxes, evenly spaced over the data set."""
     with_boxes = np.flatnonzero(np.diff(annotations.offsets))
-    places = np.linspace(0, len(with_boxes) - 1, min(PICTURES, len(with_boxes))).round().astype(int)
+    places = np.linspace(0, len(with_boxes) - 1, min(IMAGES, len(with_boxes))).round().astype(int)
     return with_boxes[places].tolist()
 
 
-def clean_views(annotations: CocoBoxes, pictures: list[int], args: argparse.Namespace) -> Iterator[Batch]:
-    """Each picture as a Batch of its own, as training would have it at the middle one of the student's sizes, neither
+def clean_views(annotations: CocoBoxes, images: list[int], args: argparse.Namespace) -> Iterator[Batch]:
+    """Each image as a Batch of its own, as training would have it at the middle one of the student's sizes, neither
     mirrored nor recoloured. What cannot be read is left out: training names it."""
     middle = sorted(args.min_size)[len(args.min_size) // 2]
     views = TrainBatches(annotations, batch_size=1, min_sizes=[middle], max_size=args.max_size,
                          teacher_size=(args.teacher_min_size, args.teacher_max_size))
-    for i in pictures:
-        canvas = canvas_of([views.resized(i, middle, views.max_size)])
-        teacher_canvas = canvas_of([views.resized(i, *views.teacher_size)])
+    for i in images:
+        canvas = canvas_of([views.resized_size(i, middle, views.max_size)])
+        teacher_canvas = canvas_of([views.resized_size(i, *views.teacher_size)])
         try:
-            sample = views.sample(Draw(i, middle, flip=False, colour_seed=0), canvas, teacher_canvas)
+            sample = views.sample(Choices(i, middle, flip=False, colour_seed=0), canvas, teacher_canvas)
         except DataError:
             continue
-        if not sample.skipped:  # else it is another picture
+        if not sample.skipped:  # else it is another image
             yield collate([sample], 1, canvas, teacher_canvas)
 
 
 def enlarged(p: Tensor, size: tuple[int, int]) -> list[dict]:
-    """Probabilities (G, h, w) at stride 4 of a picture of `size` (height, width) -> run lengths of G masks."""
+    """Probabilities (G, h, w) at stride 4 of an image of `size` (height, width) -> run lengths of G masks."""
     return paste_masks(p.logit(), size, size)[0]

@@ -81,7 +81,7 @@ def medians(rounds: int, device: torch.device, **works: Callable[[], object]) ->
 
 
 class Yardstick:
-    """Y: a forward pass of torchvision's resnet50 (eval, float32, no gradients) over `batch_size` pictures of `size`.
+    """Y: a forward pass of torchvision's resnet50 (eval, float32, no gradients) over `batch_size` images of `size`.
 
     In a process of its own, whose memory is that of a program that does nothing else: in ours Y came out anywhere
     between 0.6 and 1.0 s on one machine. Half of a Y can go into fetching fresh memory for its large maps from the
@@ -115,11 +115,11 @@ def passes(pipe, shape: tuple[int, ...], device: str, threads: int) -> None:
     """What the process of a Yardstick does: answer each message with the seconds of a pass."""
     torch.set_num_threads(threads)
     network, clock = torchvision.models.resnet50(weights=None).eval().to(device), Clock(torch.device(device))
-    pictures = torch.rand(shape, device=device)
+    images = torch.rand(shape, device=device)
     with torch.no_grad():
         while pipe.recv():
             start = clock.now()
-            network(pictures)
+            network(images)
             pipe.send(clock.now() - start)
 
 
@@ -173,14 +173,14 @@ def process_memory(process: int | str = "self") -> dict[str, float]:
 
 
 def made_up_data(folder: Path, count: int, size: tuple[int, int], instances: int, seed: int = 0) -> CocoBoxes:
-    """JPEGs of smooth colours with `instances` boxes each, 16 pixels to half the picture, in COCO's format."""
+    """JPEGs of smooth colours with `instances` boxes each, 16 pixels to half the image, in COCO's format."""
     rng, (height, width) = np.random.default_rng(seed), size
     images, annotations = [], []
     for i in range(count):
         coarse = rng.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
-        picture = np.asarray(Image.fromarray(coarse).resize((width, height), Image.BICUBIC)).astype(np.int16)
-        picture = (picture + rng.integers(-12, 13, picture.shape)).clip(0, 255).astype(np.uint8)
-        Image.fromarray(picture).save(folder / f"{i}.jpg", quality=92)
+        image = np.asarray(Image.fromarray(coarse).resize((width, height), Image.BICUBIC)).astype(np.int16)
+        image = (image + rng.integers(-12, 13, image.shape)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(image).save(folder / f"{i}.jpg", quality=92)
         images.append({"id": i + 1, "file_name": f"{i}.jpg", "width": width, "height": height})
         for _ in range(instances):
             w, h = np.exp(rng.uniform(math.log(16), np.log([width / 2, height / 2])))
@@ -193,7 +193,7 @@ def made_up_data(folder: Path, count: int, size: tuple[int, int], instances: int
 
 
 def many_annotations(folder: Path, count: int, instances: int = 7) -> Path:
-    """-> a COCO file in `folder` of `count` pictures, links to one small JPEG. Written piece by piece, so that this
+    """-> a COCO file in `folder` of `count` images, links to one small JPEG. Written piece by piece, so that this
     process holds no more than before."""
     Image.fromarray(np.full((48, 64, 3), 99, np.uint8)).save(folder / "0.jpg")
     for i in range(1, count):

@@ -3,9 +3,9 @@
     python evaluate.py --ckpt runs/boxteacher-r50-coco/final.pt --data coco --score-quality quality.png
 
 A score is worth something as a weight of pseudo masks if it is high where the mask is good. So each pseudo mask that
-the pictures' boxes would get is one dot: x is the score, y the IoU of the mask with the ground truth's. In detail:
+the images' boxes would get is one dot: x is the score, y the IoU of the mask with the ground truth's. In detail:
 
-    detections   those of an evaluation: score threshold, NMS, the 100 best, pictures at the test size
+    detections   those of an evaluation: score threshold, NMS, the 100 best, images at the test size
     assigned     Alg. 1 in the order of the mask-aware score, so that all four scores are asked about the same masks:
                  at most one a ground-truth box (no crowd, any class)
     x            teacher.SCORE_FUNCTIONS, with the arguments that teacher.pseudo_labels gives them
@@ -30,7 +30,7 @@ from teacher import SCORE_FUNCTIONS, SCORES
 from tools.curves import INK, axes
 
 PLOT = 320                  # side of a panel's square from 0 to 1, pixels
-LEFT, TOP = 58, 86          # from the picture's edge to the first square, pixels
+LEFT, TOP = 58, 86          # from the image's edge to the first square, pixels
 PANEL = LEFT + PLOT + 14    # from one square to the next, pixels
 BOTTOM = 52                 # below the squares, pixels
 RADIUS = 3.0                # of a dot, pixels
@@ -45,8 +45,8 @@ def matches(predictions: Predictions, batch: Batch, score_threshold: float = 0.0
     """
     rows = []
     for b, (boxes, true_masks, size) in enumerate(zip(batch.boxes, batch.masks, batch.sizes)):
-        picture = predictions.of_picture(b)
-        found = detect(picture, score_threshold)
+        image = predictions.of_image(b)
+        found = detect(image, score_threshold)
         found = found._replace(boxes=clip_boxes_to_image(found.boxes, size))
         iou = box_iou(found.boxes, boxes)                                                           # (N, G)
         able = (iou >= 0.5).any(1)
@@ -54,8 +54,8 @@ def matches(predictions: Predictions, batch: Batch, score_threshold: float = 0.0
             continue
         found, iou = Detections(*(x[able] for x in found)), iou[able]
 
-        h, w = (size[0] + 1) // 4, (size[1] + 1) // 4  # cells within the picture: padding has no part in a score
-        p = mask_logits(picture, [found.rows]).sigmoid()[:, :h, :w]                                 # (N', h, w)
+        h, w = (size[0] + 1) // 4, (size[1] + 1) // 4  # cells within the image: padding has no part in a score
+        p = mask_logits(image, [found.rows]).sigmoid()[:, :h, :w]                                 # (N', h, w)
         box = box_masks(found.boxes, h, w)
         scores = [score(found.scores, p, box, iou) for score in SCORE_FUNCTIONS.values()]  # mask-aware first
 
@@ -105,7 +105,7 @@ def shown(r: float | None, digits: int) -> str:
     return "-" if r is None else f"{r:.{digits}f}"
 
 
-# ------------------------------------------------------------------------------------------------- the picture
+# ------------------------------------------------------------------------------------------------- the image
 
 def scatter(table: np.ndarray, scores: dict, path: str) -> None:
     """Write a PNG with a panel for each score: its column of `table` against the last column, the mask IoU.

@@ -1,6 +1,6 @@
 """The review page of predict.py --boxes: one HTML file, the least certain masks first, for a person to go through.
 
-It holds its pictures itself and asks nothing of the network, so it opens from disk and can be sent to somebody. Every
+It holds its images itself and asks nothing of the network, so it opens from disk and can be sent to somebody. Every
 name that comes from a file is escaped: an annotation file must not be able to put anything but text on the page.
 """
 import base64
@@ -21,7 +21,7 @@ from tools.draw import fill_mask, outline_mask
 from tools.label import ASSIGNED, PROMPTED, Labels
 
 SIDES = (190, 320)  # the longer side of a cut-out lies between these, pixels
-LISTED = 20_000     # boxes below --min-score that the page names without a picture
+LISTED = 20_000     # boxes below --min-score that the page names without an image
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -55,7 +55,7 @@ li {{ overflow-wrap: anywhere; }}
 </html>
 """
 
-FIGURE = """<figure>{picture}<figcaption><span class="score">{score:.2f}</span><b>{name}</b><br>{source}, box {id}<br>
+FIGURE = """<figure>{image}<figcaption><span class="score">{score:.2f}</span><b>{name}</b><br>{source}, box {id}<br>
 {file}</figcaption></figure>"""
 
 
@@ -63,30 +63,30 @@ def write_review(annotations: CocoBoxes, labels: Labels, ids: list, links: list[
                  count: int, min_score: float) -> None:
     """Write the page with the `count` masks of the lowest scores.
 
-    ids: of the annotation of each box; links: for each picture its name and its drawing, relative to the page.
+    ids: of the annotation of each box; links: for each image its name and its drawing, relative to the page.
     """
     order = np.argsort(labels.scores, kind="stable")
     shown, low = order[:count].tolist(), int((labels.scores < min_score).sum())
-    picture = (np.searchsorted(annotations.offsets, np.arange(len(order)), side="right") - 1).tolist()
-    pictures = cut_outs(annotations, labels, shown, picture)
+    image = (np.searchsorted(annotations.offsets, np.arange(len(order)), side="right") - 1).tolist()
+    images = cut_outs(annotations, labels, shown, image)
 
     def described(k: int) -> dict[str, str]:
         return {"name": escaped(annotations.classes[annotations.labels[k]]["name"]), "id": escaped(ids[k]),
                 "source": labels.sources[k] or "no mask", "score": float(labels.scores[k]),
-                "file": escaped(links[picture[k]][0])}
+                "file": escaped(links[image[k]][0])}
 
     figures = []
     for k in shown:
-        inside = f'<span class="none">{escaped("the picture cannot be read")}</span>'
-        if pictures[k]:
-            inside = (f'<a href="{quote(os.fsencode(links[picture[k]][1]))}"><img alt="{described(k)["name"]}" '
-                      f'loading="lazy" src="data:image/jpeg;base64,{pictures[k]}"></a>')
-        figures.append(FIGURE.format(picture=inside, **described(k)))
+        inside = f'<span class="none">{escaped("the image cannot be read")}</span>'
+        if images[k]:
+            inside = (f'<a href="{quote(os.fsencode(links[image[k]][1]))}"><img alt="{described(k)["name"]}" '
+                      f'loading="lazy" src="data:image/jpeg;base64,{images[k]}"></a>')
+        figures.append(FIGURE.format(image=inside, **described(k)))
     summary = (f"{len(order)} boxes: {labels.sources.count(ASSIGNED)} masks were found by the detector, "
                f"{labels.sources.count(PROMPTED)} by asking at the box, {labels.sources.count(None)} boxes have none. "
                f"Half of the scores are above {np.median(labels.scores) if len(order) else 0:.2f}. "
                + f"{low} are below {min_score:g}: these masks were left out of the file. " * bool(low)
-               + f"Here are the lowest {len(shown)}; a picture leads to the whole one.")
+               + f"Here are the lowest {len(shown)}; an image leads to the whole one.")
     rest = [described(k) for k in order[len(shown):max(low, len(shown))][:LISTED].tolist()]
     lines = "\n".join(f"<li>{one['score']:.2f} {one['name']}, box {one['id']}, {one['file']}</li>" for one in rest)
     rest = f"<h1>Left out as well</h1>\n<ol>\n{lines}\n</ol>\n" if rest else ""
@@ -100,13 +100,13 @@ def escaped(text) -> str:
     return html.escape(str(text).encode("utf-8", "replace").decode("utf-8"))
 
 
-def cut_outs(annotations: CocoBoxes, labels: Labels, boxes: list[int], picture: list[int]) -> dict[int, str]:
-    """Box number -> JPEG of its surroundings with mask and box, in base64; "" where its picture cannot be read."""
+def cut_outs(annotations: CocoBoxes, labels: Labels, boxes: list[int], image_of: list[int]) -> dict[int, str]:
+    """Box number -> JPEG of its surroundings with mask and box, in base64; "" where its image cannot be read."""
     found = dict.fromkeys(boxes, "")
-    by_picture = {}
+    by_image = {}
     for k in boxes:
-        by_picture.setdefault(picture[k], []).append(k)
-    for i, own in by_picture.items():
+        by_image.setdefault(image_of[k], []).append(k)
+    for i, own in by_image.items():
         try:
             image = load_image(annotations.path(i), annotations.size(i))
         except UndecodableImage:
@@ -119,7 +119,7 @@ def cut_outs(annotations: CocoBoxes, labels: Labels, boxes: list[int], picture: 
 
 
 def cut_out(image: Image.Image, box: np.ndarray, rle: dict | None) -> Image.Image:
-    """The box (4,) xyxy of a picture and a fifth of it around, enlarged or reduced to SIDES, mask and box drawn."""
+    """The box (4,) xyxy of an image and a fifth of it around, enlarged or reduced to SIDES, mask and box drawn."""
     x0, y0, x1, y1 = box.tolist()
     margin = max(6, 0.2 * max(x1 - x0, y1 - y0))
     frame = [int(max(0, x0 - margin)), int(max(0, y0 - margin)),

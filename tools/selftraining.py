@@ -24,7 +24,7 @@ from tools.label import label_dataset, report_agreement, with_masks
 
 
 def draw_labels(annotations: CocoBoxes, content: dict, path: str) -> None:
-    """A sheet of 12 pictures from those with the surest masks to those with the least sure: boxes, masks, old masks."""
+    """A sheet of 12 images from those with the surest masks to those with the least sure: boxes, masks, old masks."""
     results = [content["annotations"][row] for row in annotations.rows.tolist()]
     results = [row for row in results if row["segmentation"]]
     scores = {}
@@ -48,7 +48,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--sheet", metavar="FILE", help="draw boxes, their new masks and the masks that they had (PNG)")
     add("--data", default="coco", help="its training part is labelled: coco, cityscapes, shapes, or a folder")
     add("--train-json", metavar="FILE", help="boxes in COCO format, in place of those of --data")
-    add("--train-images", metavar="DIR", help="the pictures of --train-json")
+    add("--train-images", metavar="DIR", help="the images of --train-json")
     add("--weights", choices=["teacher", "student"], help="None: the teacher's where there are any")
     add("--min-size", type=positive, metavar="PIXELS", help="shorter side; None: the checkpoint's test size, or 800")
     add("--max-size", type=positive, metavar="PIXELS", help="longest side; None: the checkpoint's test size, or 1333")
