@@ -61,10 +61,10 @@ class Predictions(NamedTuple):
 class Detections(NamedTuple):
     """Boxes of one image after NMS, best first."""
 
-    boxes: Tensor   # (N, 4) xyxy pixels of the network's input, not clipped to it
-    scores: Tensor  # (N,) sqrt(class probability * centerness), the detector's own confidence
-    labels: Tensor  # (N,)
-    rows: Tensor    # (N,) the location, 0 ... L-1, that found it
+    boxes: Tensor      # (N, 4) xyxy pixels of the network's input, not clipped to it
+    scores: Tensor     # (N,) sqrt(class probability * centerness), the detector's own confidence
+    labels: Tensor     # (N,)
+    locations: Tensor  # (N,) the location, 0 ... L-1, that found it
 
 
 class Instances(NamedTuple):
@@ -382,7 +382,7 @@ def find_instances(predictions: Predictions, sizes: list[tuple[int, int]], origi
         boxes[:, 0::2] = boxes[:, 0::2].clamp(0, width)
         boxes[:, 1::2] = boxes[:, 1::2].clamp(0, height)
         keep = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
-        rles, quality = paste_masks(mask_logits(image, [found.rows[keep]]), (h, w), (height, width))
+        rles, quality = paste_masks(mask_logits(image, [found.locations[keep]]), (h, w), (height, width))
         scores = (found.scores[keep] * quality).sqrt() if rescore else found.scores[keep]
         answers.append(Instances(boxes[keep].cpu(), scores.cpu(), found.labels[keep].cpu(), rles, (height, width)))
     return answers

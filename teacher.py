@@ -76,7 +76,7 @@ def pseudo_labels(predictions: Predictions, batch: Batch, score: str = "mask-awa
     for b, (boxes, size, teacher_size) in enumerate(zip(batch.boxes, batch.sizes, batch.teacher_sizes)):
         image = predictions.of_image(b)
         found, iou = overlapping(detect(image), boxes, size, teacher_size)
-        logits = mask_logits(image, [found.rows])
+        logits = mask_logits(image, [found.locations])
         if score == "released":
             p, order, s = released_masks(logits, found.scores, teacher_size, size, height, width)
         else:

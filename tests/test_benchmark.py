@@ -78,7 +78,7 @@ def test_drawing_draws_an_ellipse_into_each_box(monkeypatch):
     known = knowing(image, [box], [torch.tensor([1])])
     monkeypatch.setattr(benchmark.model, "mask_logits", lambda *_: torch.randn(2, 24, 32))
     clock = Clock(torch.device("cpu"))
-    masks = benchmark.drawing(clock, "part")(known, [detect(known).rows.repeat(2)[:2]]) > 0
+    masks = benchmark.drawing(clock, "part")(known, [detect(known).locations.repeat(2)[:2]]) > 0
     assert (masks & ~box_masks(box, 24, 32)).sum() == 0 and (masks.sum((1, 2)) * 16 / (64 * 40)).tolist() == \
         pytest.approx([math.pi / 4] * 2, abs=0.02)
     assert list(clock.seconds) == ["part"]

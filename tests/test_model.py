@@ -136,8 +136,8 @@ def test_golden_03_detect(golden, setting, image):
     check(f"{part}: scores", found.scores, expected["scores"][order], 1e-5)
     check(f"{part}: boxes", found.boxes, expected["boxes"][order], 1e-4)
     check(f"{part}: classes", found.labels, expected["classes"][order], 0)
-    check(f"{part}: locations", locations.xy[found.rows], expected["locations"][order], 0)
-    check(f"{part}: levels", locations.level[found.rows], expected["levels"][order], 0)
+    check(f"{part}: locations", locations.xy[found.locations], expected["locations"][order], 0)
+    check(f"{part}: levels", locations.level[found.locations], expected["levels"][order], 0)
 
 
 @pytest.mark.parametrize("image", [0, 1])
@@ -147,9 +147,9 @@ def test_golden_03_counts(golden, image):
     predictions = predictions_of(*(head_maps(d, name) for name in ("logits", "ltrb_pred", "ctr_pred")))
     photo, level = predictions.of_image(image), predictions.locations.level
     candidates = detect(photo, per_level=10 ** 6, nms_threshold=1.0, limit=10 ** 6)
-    check("03 candidates of each level", level[candidates.rows].bincount(minlength=5),
+    check("03 candidates of each level", level[candidates.locations].bincount(minlength=5),
           d["candidates_per_level_image"][:, image], 0)
-    assert (photo.class_logits.sigmoid() > 0.05).sum() > len(candidates.rows)  # those of nothreshctr
+    assert (photo.class_logits.sigmoid() > 0.05).sum() > len(candidates.locations)  # those of nothreshctr
     check("03 number after NMS", len(detect(photo, limit=10 ** 6).scores), d[f"num_after_nms_{image}"], 0)
 
 
@@ -379,7 +379,7 @@ def test_masks_of_predict_belong_to_their_boxes(small):
     with torch.no_grad():
         predictions = small(images, sizes)
     answers = predict(small, images, sizes, sizes, rescore=False)
-    rows = [detect(predictions.of_image(i)).rows for i in range(2)]
+    rows = [detect(predictions.of_image(i)).locations for i in range(2)]
     together = mask_logits(predictions, rows).split([len(r) for r in rows])
     for answer, logits, i in zip(answers, together, range(2)):
         found = detect(predictions.of_image(i))

@@ -92,14 +92,14 @@ def test_golden_11_and_15_from_pixels_to_detections(golden, r50_file, part, file
     pixels = found.masks.flatten(1).sum(1) - d["det_mask_pixels"][place]
     check(f"{part} detections: difference in pixels of a mask", pixels.abs().max(), torch.tensor(0.0), 10)
     detections = detect(predictions.of_image(0))
-    assert len(detections.rows) == len(place)  # no box lies outside of the image: all are in the file
-    locations, level = predictions.locations.xy[detections.rows], predictions.locations.level[detections.rows]
+    assert len(detections.locations) == len(place)  # no box lies outside of the image: all are in the file
+    locations, level = predictions.locations.xy[detections.locations], predictions.locations.level[detections.locations]
     check(f"{part} detections: locations", locations, d["det_locations"][place], 0)
     check(f"{part} detections: levels", level, d["det_levels"][place], 0)
     if "det_masks_32" in d:
         bins = F.adaptive_avg_pool2d(found.masks.float()[:, None], 32)[:, 0]
         check(f"{part} detections: masks in 32 x 32 bins", bins * 255, d["det_masks_32"][place].float(), 1 / 255 + 0.02)
-        quality = paste_masks(mask_logits(predictions, [detections.rows]), size, output_size)[1]
+        quality = paste_masks(mask_logits(predictions, [detections.locations]), size, output_size)[1]
         check(f"{part} detections: weight as pseudo mask", (detections.scores.sqrt() * quality).sqrt(),
               d["det_mask_score"][place], 1e-4)
 

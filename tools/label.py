@@ -76,10 +76,10 @@ def assigned_rows(image: Predictions, boxes: Tensor, size: tuple[int, int], scor
         iou = iou * ((found.labels[:, None] == classes) | (classes < 0))
     able = (iou >= 0.5).any(1)
     found, iou = Detections(*(x[able] for x in found)), iou[able]
-    logits, (h, w) = mask_logits(image, [found.rows]), cells(size)
+    logits, (h, w) = mask_logits(image, [found.locations]), cells(size)
     s = mask_aware_score(found.scores, logits.sigmoid()[:, :h, :w], box_masks(found.boxes, h, w), iou)
     match = assign_masks(iou, s, score_threshold=score_threshold).cpu()
-    rows = torch.where(match >= 0, torch.cat([found.rows.cpu(), torch.tensor([-1])])[match], -1)
+    rows = torch.where(match >= 0, torch.cat([found.locations.cpu(), torch.tensor([-1])])[match], -1)
     scores = torch.where(match >= 0, torch.cat([s.cpu(), torch.zeros(1)])[match], 0.0)
     if classes is not None:  # a location may be found as two classes, but its one mask goes to one box
         taken = set()

@@ -55,7 +55,7 @@ def matches(predictions: Predictions, batch: Batch, score_threshold: float = 0.0
         found, iou = Detections(*(x[able] for x in found)), iou[able]
 
         h, w = (size[0] + 1) // 4, (size[1] + 1) // 4  # cells within the image: padding has no part in a score
-        p = mask_logits(image, [found.rows]).sigmoid()[:, :h, :w]                                 # (N', h, w)
+        p = mask_logits(image, [found.locations]).sigmoid()[:, :h, :w]                                 # (N', h, w)
         box = box_masks(found.boxes, h, w)
         scores = [score(found.scores, p, box, iou) for score in SCORE_FUNCTIONS.values()]  # mask-aware first
 
