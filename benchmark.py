@@ -43,13 +43,13 @@ import model
 import teacher
 import train
 from assign import fcos_targets
-from data import AUGMENTATIONS, COMPILED_STRIDE, STRIDE, Batch, TrainBatches, as_rgb, positive, view
-from evaluate import output_file, pick_amp, pick_device, start_distributed, write_json
+from data import AUGMENTATIONS, COMPILED_STRIDE, STRIDE, Batch, TrainBatches, as_rgb, view
 from formats.coco import CocoBoxes, DataError
 from formats.released import IMAGENET
 from losses import disagreement, pair_weights, rgb_to_lab, similar_colors, weighted_pairs
 from model import Predictions
-from recipe import not_negative
+from tools.command_line import (not_negative, output_file, pick_amp, pick_device, positive, start_distributed,
+                                write_json)
 from tools.growth import draw_growth, measure_growth, show_growth
 from tools.measuring import (Clock, Yardstick, made_up_data, many_annotations, medians, peak_memory, process_memory,
                        reset_peak, tensor_peak)

@@ -12,9 +12,7 @@ Cityscapes asks for beyond that is in cityscapes.py, how well scores tell good m
 
 import argparse
 import contextlib
-import datetime
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -27,11 +25,13 @@ from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Batch, TestImages, check_sizes, positive
+from data import Batch, TestImages, check_sizes
 from formats import cityscapes
 from formats.checkpoint import CheckpointError, load_model, test_size
 from formats.coco import CocoBoxes, DataError, datasets
 from model import Instances, Predictions, find_instances
+from tools.command_line import (not_negative, output_file, pick_amp, pick_device, positive, probability,
+                                start_distributed, write_json)
 from tools.curves import draw_curves
 from tools.draw import sheet, sheet_rows
 from tools.quality import matches, report
@@ -187,74 +187,6 @@ def print_tables(metrics: dict) -> None:
         print(f"{name:{width}}{cell(figures['bbox'])}{cell(figures['segm'])}")
 
 
-def start_distributed(device: torch.device) -> tuple[int, int, torch.device]:
-    """Join torchrun's process group (NCCL on CUDA, else gloo), if any: (rank, world size, its device)."""
-    if "RANK" not in os.environ:
-        return 0, 1, device
-    if device.type == "cuda":
-        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local_rank >= gpus:
-            raise DataError(f"more processes than GPUs: this machine has {gpus}, use --nproc_per_node={gpus}")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    # the others wait while the first process computes AP, so the limit is longer than NCCL's ten minutes
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=60))
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast for --amp; auto: bfloat16 on GPUs that have it, float16 on others, no CPU."""
-    if name == "auto":
-        if device.type != "cuda":
-            return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
-def pick_device(name: str) -> torch.device:
-    """--device as a torch.device that exists; argparse's error for one that does not."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise argparse.ArgumentTypeError(f"this machine has no device {name!r}") from None
-    return device
-
-
-def probability(text: str) -> float:
-    """An argparse type: a number from 0 to 1."""
-    if not 0 <= float(text) <= 1:  # false for nan too
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return float(text)
-
-
-def output_file(path: str | None) -> None:
-    """Make the folder of a file to be written later and try to write there; DataError where that fails."""
-    if path is None:
-        return
-    try:
-        if os.path.isdir(path):
-            raise IsADirectoryError("it is a folder")
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path + ".tmp", "w"):
-            pass
-        os.remove(path + ".tmp")
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def write_json(path: str | None, content: list | dict) -> None:
-    """Write under a temporary name and rename, so that a file that exists is whole."""
-    if path is None:
-        return
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        json.dump(content, file)
-    os.replace(path + ".tmp", path)
-
-
 def check_classes(checkpoint: str, info: dict, json_path: str, classes: list[dict]) -> None:
     """CheckpointError where the checkpoint's classes (ids and names, in order) are not the data set's.
 
@@ -310,7 +242,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
         help="mixed precision; auto: bf16 or else fp16 on CUDA, off on CPU")
     add("--batch-size", type=positive, default=1, help="images per forward pass of one process")
-    add("--workers", type=int, default=2, help="loading processes of one process")
+    add("--workers", type=not_negative, default=2, help="loading processes of one process")
     args = parser.parse_args(argv)
     if (args.ckpt is None) == (args.curves is None):
         parser.error("one of --ckpt FILE and --curves FILE RUN... is needed")
@@ -320,8 +252,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("argument --curves: it evaluates nothing, so there is nothing else to write")
     if (args.val_json is None) != (args.val_images is None):
         parser.error("--val-json and --val-images go together")
-    if args.workers < 0:
-        parser.error(f"argument --workers: {args.workers} is less than 0")
     return args
 
 

@@ -19,12 +19,14 @@ from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import Sample, check_sizes, load_image, pixels, positive, readable_batches, resized_size, view
-from evaluate import coco_results, output_file, pick_amp, pick_device, probability, write_json
+from data import Sample, check_sizes, load_image, pixels, readable_batches, resized_size, view
+from evaluate import coco_results
 from formats.checkpoint import CheckpointError, load_model, test_size
 from formats.coco import CocoBoxes, DataError, UndecodableImage, warn
 from formats.convert import images_in
 from model import SCORE_THRESHOLD, CondInst, confident, predict
+from tools.command_line import (not_negative, output_file, pick_amp, pick_device, positive, probability,
+                                write_json)
 from tools.draw import corners, draw_instances, stack
 from tools.label import ASSIGNED, PROMPTED, label_dataset, model_classes, opencv, polygons, report_agreement, with_masks
 from tools.review import write_review
@@ -199,7 +201,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
         help="mixed precision; auto: bf16 or else fp16 on CUDA, off on CPU")
     add("--batch-size", type=positive, default=1, help="images per forward pass")
-    add("--workers", type=int, default=2, help="processes that load and draw images")
+    add("--workers", type=not_negative, default=2, help="processes that load and draw images")
     args = parser.parse_args(argv)
     if bool(args.inputs) == bool(args.boxes):
         parser.error("either images (files or folders) or --boxes FILE is needed")
@@ -212,8 +214,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) != default:
             mode = "images" if args.boxes else "--boxes"
             parser.error(f"argument --{name.replace('_', '-')}: it is for {mode}")
-    if args.workers < 0:
-        parser.error(f"argument --workers: {args.workers} is less than 0")
     return args
 
 

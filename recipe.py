@@ -1,33 +1,15 @@
 """The command line of train.py: every option with its default, its unit and its meaning (paper Sec. 4.1)."""
 import argparse
-import math
 import os
 from pathlib import Path
 
 from backbone import BACKBONES
-from data import AUGMENTATIONS, positive
-from evaluate import pick_device, probability
+from data import AUGMENTATIONS
 from formats.released import IMAGENET
 from schedule import RECIPES, SCHEDULES
 from teacher import SCORES
-
-
-def not_negative(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is less than 0")
-    return int(text)
-
-
-def not_negative_float(text: str) -> float:
-    if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
-    return float(text)
-
-
-def positive_float(text: str) -> float:
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return float(text)
+from tools.command_line import (not_negative, not_negative_float, pick_device, positive, positive_float,
+                                probability)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -32,13 +32,14 @@ from torch.utils.data import DataLoader
 import teacher as teacher_module
 from boxteacher import compute_losses, total_loss
 from data import COMPILED_STRIDE, STRIDE, Batch, TrainBatches, check_sizes, ignore_signals
-from evaluate import coco_metrics, evaluate, output_file, pick_amp, print_tables, start_distributed
+from evaluate import coco_metrics, evaluate, print_tables
 from formats import checkpoint
 from formats.checkpoint import CheckpointError
 from formats.coco import NAMES, CocoBoxes, DataError, category_problems, datasets, raise_first
 from model import CondInst, build_model
 from recipe import parse_arguments
 from schedule import RECIPES, learning_rate, make_plan, ramp_factor
+from tools.command_line import output_file, pick_amp, start_distributed
 from tools.log import Log, LogError, draw_sheet, summary_writer
 
 

@@ -21,9 +21,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from data import positive
 from formats.coco import DataError, datasets
 from formats.shapes import write_shapes
+from tools.command_line import positive
 
 PROJECT = Path(__file__).resolve().parents[1]
 RECIPE = ("--backbone r18-slim --backbone-weights none --channels 64 --min-size 128 --max-size 128 "

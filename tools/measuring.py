@@ -16,8 +16,8 @@ import torchvision
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
-from evaluate import write_json
 from formats.coco import CocoBoxes
+from tools.command_line import write_json
 
 CATEGORIES = [{"id": i, "name": f"class {i}"} for i in range(1, 81)]
 

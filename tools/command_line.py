@@ -1,0 +1,118 @@
+"""What the command lines share: argument types, device, precision, process group and the files to be written."""
+import argparse
+import datetime
+import json
+import math
+import os
+
+import torch
+import torch.distributed as dist
+
+from formats.coco import DataError
+
+# ------------------------------------------------------------------------------------------------ argument types
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return int(text)
+
+
+def not_negative(text: str) -> int:
+    """An integer of at least 0."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0."""
+    if not 0 < float(text) < math.inf:  # written so that NaN fails, here and below
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return float(text)
+
+
+def not_negative_float(text: str) -> float:
+    """A finite number of at least 0."""
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return float(text)
+
+
+def probability(text: str) -> float:
+    """A number from 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return float(text)
+
+
+def pick_device(name: str) -> torch.device:
+    """--device: a device of this machine; auto is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise argparse.ArgumentTypeError(f"this machine has no device {name!r}") from None
+    return device
+
+
+# --------------------------------------------------------------------------------------- precision and processes
+
+
+def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast for --amp. auto: on CUDA bfloat16, or float16 where the GPU lacks it; on the CPU none."""
+    if name == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def start_distributed(device: torch.device) -> tuple[int, int, torch.device]:
+    """Join torchrun's process group, if any (NCCL on CUDA, else gloo). Returns rank, world size and the device.
+
+    Raises DataError where this machine has fewer GPUs than processes.
+    """
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    if device.type == "cuda":
+        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise DataError(f"more processes than GPUs: this machine has {gpus}, use --nproc_per_node={gpus}")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    # NCCL's limit of ten minutes is too short: the others wait while the first process computes AP
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=60))
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+# -------------------------------------------------------------------------------------------------- output files
+
+
+def output_file(path: str | None) -> None:
+    """Make the folder of a file that will be written later, and try to write there. Raises DataError."""
+    if path is None:
+        return
+    try:
+        if os.path.isdir(path):
+            raise IsADirectoryError("it is a folder")
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path + ".tmp", "w"):
+            pass
+        os.remove(path + ".tmp")
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def write_json(path: str | None, content: list | dict) -> None:
+    """Write under a temporary name and rename, so that a file that exists is whole."""
+    if path is None:
+        return
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        json.dump(content, file)
+    os.replace(path + ".tmp", path)
