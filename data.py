@@ -27,8 +27,9 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from formats.cityscapes import write_cityscapes
-from formats.coco import CocoBoxes, DataError, UndecodableImage, warn
+from formats.coco import CocoBoxes, DataError, UndecodableImage
 from formats.convert import write_voc, write_yolo
+from formats.files import warn
 from formats.shapes import write_shapes
 
 STRIDE = 32      # batches are padded to a multiple of it: the stride of the backbone's last stage, pixels

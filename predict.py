@@ -22,8 +22,9 @@ from tqdm import tqdm
 from data import Sample, check_sizes, load_image, pixels, readable_batches, resized_size, view
 from evaluate import coco_results
 from formats.checkpoint import CheckpointError, load_model, test_size
-from formats.coco import CocoBoxes, DataError, UndecodableImage, warn
+from formats.coco import CocoBoxes, DataError, UndecodableImage
 from formats.convert import images_in
+from formats.files import warn
 from model import SCORE_THRESHOLD, CondInst, confident, predict
 from tools.command_line import (not_negative, output_file, pick_amp, pick_device, positive, probability,
                                 write_json)

@@ -36,6 +36,7 @@ from evaluate import coco_metrics, evaluate, print_tables
 from formats import checkpoint
 from formats.checkpoint import CheckpointError
 from formats.coco import NAMES, CocoBoxes, DataError, category_problems, datasets, raise_first
+from formats.files import UserError
 from model import CondInst, build_model
 from recipe import parse_arguments
 from schedule import RECIPES, learning_rate, make_plan, ramp_factor
@@ -43,7 +44,7 @@ from tools.command_line import output_file, pick_amp, start_distributed
 from tools.log import Log, LogError, draw_sheet, summary_writer
 
 
-class TrainingError(Exception):
+class TrainingError(UserError):
     """The run cannot go on; the message is one line for a person."""
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from formats.coco import warn
+from formats.files import UserError, warn
 from formats.released import read, read_backbone, read_checkpoint, summary
 from model import CondInst, build_model
 
@@ -35,7 +35,7 @@ ENTRIES = {"model": dict, "classes": (list, type(None)), "method": str, "config"
 RESUME_ONLY = ("optimizer", "scaler")
 
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
     """A file cannot be used as a checkpoint; the message is one line for a person."""
 
 

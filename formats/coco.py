@@ -10,11 +10,12 @@ import gc
 import json
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 from pycocotools import mask as coco_mask
+
+from formats.files import UserError, warn
 
 # the 80 classes of COCO: their ids go to 90, with gaps
 COCO_NAMES = (
@@ -36,22 +37,12 @@ GET_DATA = ("put train2017/, val2017/ and annotations/ of cocodataset.org into d
             "or those of Pascal VOC or YOLO labels of your own: python data.py voc DIR, python data.py yolo DIR")
 
 
-class DataError(Exception):
-    """Something is wrong with the data; the message is one line for a person."""
-
-    def __str__(self) -> str:
-        # A DataLoader's worker hands its error on as a whole traceback, whose last line is the message.
-        line = super().__str__().strip().split("\n")[-1]
-        return line.removeprefix(f"{type(self).__module__}.{type(self).__name__}: ")
+class DataError(UserError):
+    """Something is wrong with the data."""
 
 
 class UndecodableImage(DataError):
     """An image cannot be decoded: skipped in training, an error in evaluation."""
-
-
-def warn(message: str) -> None:
-    if os.environ.get("RANK", "0") == "0":       # under torchrun every process reads the same files
-        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def datasets(data: str, train_json=None, train_images=None, val_json=None, val_images=None):

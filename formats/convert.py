@@ -23,7 +23,8 @@ from xml.etree import ElementTree
 from PIL import Image
 from tqdm import tqdm
 
-from formats.coco import DataError, first_five, is_name, warn, write_files
+from formats.coco import DataError, first_five, is_name, write_files
+from formats.files import warn
 
 MADE_BY = "boxes converted by: python data.py "    # begins the description in a file, which begins the file
 

@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Batch, Choices, TrainBatches, canvas_of, collate
-from formats.coco import CocoBoxes, DataError, warn
+from formats.coco import CocoBoxes, DataError
+from formats.files import UserError, warn
 from masks import paste_masks
 from model import CondInst, Instances
 from runlengths import decode
@@ -32,7 +33,7 @@ from tools.draw import sheet
 IMAGES = 8  # on a sheet
 
 
-class LogError(Exception):
+class LogError(UserError):
     """The log that was asked for cannot be written; the message is one line for a person."""
 
 
