@@ -543,14 +543,14 @@ def rows_of(dataset, count=12, results=None):
 
 def test_rows_hold_images_with_objects_and_their_results(dataset):
     rows = rows_of(dataset)
-    assert [tuple(row[0].shape[1:]) for row in rows] == SIZES[:4]  # the fifth has no object
-    for image, boxes, labels, found, masks in rows:
-        assert image.dtype == torch.uint8
-        assert torch.equal(found.boxes, boxes) and torch.equal(found.labels, labels)
-        assert torch.equal(found.masks, masks) and masks.shape == (2, *image.shape[1:])
-        for label, mask in zip(labels, masks):
-            assert (image[label][mask] > 0).all()
-    assert [tuple(row[0].shape[1:]) for row in rows_of(dataset, count=2)] == [SIZES[0], SIZES[3]]
+    assert [tuple(row.image.shape[1:]) for row in rows] == SIZES[:4]  # the fifth has no object
+    for row in rows:
+        assert row.image.dtype == torch.uint8
+        assert torch.equal(row.found.boxes, row.boxes) and torch.equal(row.found.labels, row.labels)
+        assert torch.equal(row.found.masks, row.true_masks) and row.true_masks.shape == (2, *row.image.shape[1:])
+        for label, mask in zip(row.labels, row.true_masks):
+            assert (row.image[label][mask] > 0).all()
+    assert [tuple(row.image.shape[1:]) for row in rows_of(dataset, count=2)] == [SIZES[0], SIZES[3]]
 
 
 def test_sheet_has_three_panels_a_row(dataset, tmp_path):
@@ -578,7 +578,7 @@ def test_sheet_leaves_out_predictions_below_its_threshold(dataset, tmp_path):
 def test_sheet_without_masks_and_without_detections(dataset, tmp_path):
     rewrite(dataset[0], lambda c: [a.pop("segmentation") for a in c["annotations"]])
     rows = draw.sheet_rows(CocoBoxes(*dataset), evaluate.ground_truth(dataset[0]), [], 4)
-    assert all(row[4] is None and len(row[3].boxes) == 0 for row in rows)
+    assert all(row.true_masks is None and len(row.found.boxes) == 0 for row in rows)
     draw.sheet(rows, str(tmp_path / "sheet.png"), ["red", "green", "blue"])
 
 

@@ -1,13 +1,13 @@
-"""Images for people: instances drawn over an image, and sheets of what a model finds.
+"""Figures for people: instances drawn over an image, and sheets of what a model finds.
 
-`draw_instances` draws one image. `sheet` puts three panels of each image side by side: the input with its
-boxes, the predicted masks, the ground-truth masks where there are any. Colours tell instances apart and are the
-same every time; on a sheet a prediction takes the colour of the ground-truth object that it overlaps.
+`draw_instances` draws over one image. `sheet` places up to three panels of each image side by side: its boxes, the
+predicted masks and, if the data set has them, the true masks. Colours tell instances apart and are the same in every
+run; on a sheet a prediction takes the colour of the object that it overlaps.
 """
-
 import colorsys
 import os
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,11 +34,11 @@ BACKGROUND = (24, 24, 28)
 def draw_instances(image: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor | None = None,
                    masks: Tensor | None = None, names: list[str] | None = None,
                    colours: list[int] | None = None) -> Tensor:
-    """Draw N instances over an image (uint8, 3×H×W) and return the new image, of the same shape.
+    """Draw N instances over an image (3, H, W) uint8; returns a new one.
 
-    boxes (N, 4) xyxy in pixels of the image. With masks (N, H, W) bool each instance is a translucent fill
-    with its outline, without masks it is its box. names[label] and the score are written where there is room.
-    colours: number of the colour of each instance, by default its position.
+    boxes (N, 4) xyxy, pixels of the image. With masks (N, H, W) bool an instance is a translucent fill with an
+    outline, without them its box. names[label] and the score are written where they fit. colours: the number of each
+    instance's colour (see colour_of), by default its position.
     """
     colours = [colour_of(c) for c in (range(len(boxes)) if colours is None else colours)]
     width = max(2, round(max(image.shape[1:]) / 400))
@@ -46,12 +46,12 @@ def draw_instances(image: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor 
         if len(boxes):
             image = draw_bounding_boxes(image, boxes.round(), colors=colours, width=width)
     else:
-        # one after the other: drawn together, torchvision paints the pixels that two masks share black
+        # one at a time: torchvision paints pixels that two masks share black if it gets both at once
         image = image.clone()
-        places = [(window(mask, width), mask, colour) for mask, colour in zip(masks, colours)][::-1]  # the first on top
-        for (y, x), mask, colour in places:
+        windows = [(window(mask, width), mask, colour) for mask, colour in zip(masks, colours)][::-1]  # first on top
+        for (y, x), mask, colour in windows:
             image[:, y, x] = fill_mask(image[:, y, x], mask[y, x], colour)
-        for (y, x), mask, colour in places:
+        for (y, x), mask, colour in windows:
             image[:, y, x] = outline_mask(image[:, y, x], mask[y, x], colour, width)
     texts = [names[label] if names else str(label) for label in labels.tolist()]
     if scores is not None:
@@ -64,13 +64,13 @@ def fill_mask(image: Tensor, mask: Tensor, colour: tuple) -> Tensor:
 
 
 def outline_mask(image: Tensor, mask: Tensor, colour: tuple, width: int) -> Tensor:
-    """The mask's outline in its colour, `width` pixels wide, with a dark line around for bright images."""
+    """The mask's outline in its colour, `width` pixels wide, and a dark line around it, to be seen on bright images."""
     image = draw_segmentation_masks(image, outline(mask, width), alpha=1.0, colors=colour)
     return draw_segmentation_masks(image, outline(~mask, 1), alpha=0.5, colors="black")
 
 
 def colour_of(number: int) -> tuple[int, int, int]:
-    """RGB: those of COLOURS first, then hues that a golden ratio of the circle parts, so that they stay distinct."""
+    """RGB: first COLOURS, then hues that are a golden ratio of the colour circle apart, so that neighbours differ."""
     if number < len(COLOURS):
         return COLOURS[number]
     hue = number * 0.618034 % 1
@@ -78,9 +78,9 @@ def colour_of(number: int) -> tuple[int, int, int]:
 
 
 def window(mask: Tensor, margin: int) -> tuple[slice, slice]:
-    """Rows and columns of a mask (H, W) and `margin` pixels around: drawing then costs what the object covers.
+    """Rows and columns that hold a mask (H, W) and `margin` pixels around it; one pixel if it is empty.
 
-    The first cell of the image where the mask is empty.
+    Drawing in this window alone costs what the object covers.
     """
     y, x = mask.any(1).nonzero(), mask.any(0).nonzero()
     if not len(y):
@@ -90,13 +90,13 @@ def window(mask: Tensor, margin: int) -> tuple[slice, slice]:
 
 
 def outline(mask: Tensor, width: int) -> Tensor:
-    """The pixels of a mask (H, W) within `width` pixels of its outside; the image's edge is no outside."""
+    """The pixels of a mask (H, W) within `width` pixels of the outside. The image's edge does not count as outside."""
     outside = max_pool2d((~mask)[None].float(), 2 * width + 1, stride=1, padding=width)[0] > 0
     return mask & outside
 
 
 def write_texts(image: Tensor, boxes: Tensor, texts: list[str], colours: list[tuple]) -> Tensor:
-    """Write each text at the top left corner of its box (xyxy), unless it would cover an earlier one."""
+    """Write each text at the upper left corner of its box (xyxy), unless it would cover an earlier one."""
     canvas = to_pil_image(image)
     draw = ImageDraw.Draw(canvas)
     font = text_font(max(11, round(max(canvas.size) / 64)))
@@ -105,7 +105,7 @@ def write_texts(image: Tensor, boxes: Tensor, texts: list[str], colours: list[tu
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
         w, h = right + 4, bottom + 4
         x = max(0, min(x0, canvas.width - w))
-        y = y0 - h if y0 >= h else y0  # above the box, or inside it at the image's upper edge
+        y = y0 - h if y0 >= h else y0  # above the box; inside it at the image's upper edge
         overlaps = any(x < r and l < x + w and y < b and t < y + h for l, t, r, b in taken)
         if overlaps or w > 2.5 * (x1 - x0):
             continue
@@ -117,7 +117,7 @@ def write_texts(image: Tensor, boxes: Tensor, texts: list[str], colours: list[tu
 
 
 def text_font(size: int) -> ImageFont.FreeTypeFont:
-    """One that knows other alphabets than Latin where the system has it; Pillow's own lacks even umlauts."""
+    """DejaVu where the system has it, since Pillow's own font lacks even umlauts."""
     try:
         return ImageFont.truetype("DejaVuSans.ttf", size)
     except OSError:
@@ -125,18 +125,31 @@ def text_font(size: int) -> ImageFont.FreeTypeFont:
 
 
 def matching_colours(boxes: Tensor, found: Tensor) -> list[int]:
-    """Colour indices of found boxes (N, 4): the object's with a box IoU above 0.5, else an unused one."""
+    """Colour numbers for predicted boxes `found` (N, 4): that of the object with a box IoU above 0.5, else a free one.
+
+    Object i of `boxes` (G, 4) has colour i.
+    """
     if not len(boxes) or not len(found):
         return list(range(len(boxes), len(boxes) + len(found)))
     best, index = box_iou(found, boxes).max(dim=1)
     return [i if b > 0.5 else len(boxes) + n for n, (b, i) in enumerate(zip(best.tolist(), index.tolist()))]
 
 
-def sheet_rows(annotations: CocoBoxes, truth: COCO, results: list[dict], count: int,
-               order: Iterable[int] | None = None) -> list[tuple]:
-    """Rows for `sheet`: `count` images with objects, evenly spaced over the data set, and their results.
+class SheetRow(NamedTuple):
+    """An image on a sheet: its objects and what a model found."""
 
-    order: the images, as indices, where they are to be taken in another order than the data set's.
+    image: Tensor              # (3, H, W) uint8
+    boxes: Tensor              # (G, 4) xyxy, pixels of the image
+    labels: Tensor             # (G,)
+    found: Instances           # the predictions, at the image's size
+    true_masks: Tensor | None  # (G, H, W) bool; None: an object has no mask, the panel stays dark
+
+
+def sheet_rows(annotations: CocoBoxes, truth: COCO, results: list[dict], count: int,
+               order: Iterable[int] | None = None) -> list[SheetRow]:
+    """Up to `count` images that have objects, evenly spaced over the data set, with their results.
+
+    order: indices of images, to space them over this order rather than that of the data set.
     """
     label = {c["id"]: i for i, c in enumerate(annotations.classes)}
     order = range(len(annotations)) if order is None else order
@@ -146,17 +159,15 @@ def sheet_rows(annotations: CocoBoxes, truth: COCO, results: list[dict], count: 
     for i in choices[np.linspace(0, len(choices) - 1, min(count, len(choices))).round().astype(int)].tolist():
         image_id, (height, width) = int(annotations.image_ids[i]), annotations.sizes[i].tolist()
         objects = [a for a in truth.imgToAnns[image_id] if not a["iscrowd"]]
-        found = [r for r in results if r["image_id"] == image_id]
-        image = load_image(annotations.path(i), (height, width))
-        tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        instances = Instances(
-            corners(found), torch.tensor([r["score"] for r in found]),
-            torch.tensor([label[r["category_id"]] for r in found], dtype=torch.int64),
-            [r["segmentation"] for r in found], (height, width))
         masks = stack([truth.annToMask(a) for a in objects], height, width) \
             if all(a.get("segmentation") for a in objects) else None
+        of_image = [r for r in results if r["image_id"] == image_id]
+        found = Instances(corners(of_image), torch.tensor([r["score"] for r in of_image]),
+                          torch.tensor([label[r["category_id"]] for r in of_image], dtype=torch.int64),
+                          [r["segmentation"] for r in of_image], (height, width))
         labels = torch.tensor([label[a["category_id"]] for a in objects], dtype=torch.int64)
-        rows.append((tensor, corners(objects), labels, instances, masks))
+        image = torch.from_numpy(np.array(load_image(annotations.path(i), (height, width)))).permute(2, 0, 1)
+        rows.append(SheetRow(image, corners(objects), labels, found, masks))
     return rows
 
 
@@ -171,46 +182,46 @@ def stack(masks: list[np.ndarray], height: int, width: int) -> Tensor:
     return torch.from_numpy(np.array(masks, dtype=bool).reshape(-1, height, width))
 
 
-def panels(row: tuple, names: list[str] | None, threshold: float) -> list[Image.Image]:
-    """The three panels of one row of `sheet`, enlarged or reduced so that the longer side is PANEL pixels."""
-    image, boxes, labels, found, true_masks = row
-    scale = PANEL / max(image.shape[1:])
-    size = [max(1, round(side * scale)) for side in image.shape[1:]]
-    image = interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0].round().byte()
-
-    def resized(masks):
-        return interpolate(masks[:, None].float(), size, mode="nearest-exact")[:, 0].bool() if len(masks) \
-            else masks.new_zeros((0, *size))
-
-    found = confident(found, threshold)
-    true_boxes, found_boxes, found_masks = boxes * scale, found.boxes * scale, found.masks
-    filled = found_masks.flatten(1).any(1)
-    colours, predicted = torch.tensor(matching_colours(boxes, found.boxes), dtype=torch.int64), image
-    if not filled.all():  # an instance without a mask is its box, and leaves the room for names to the others
-        predicted = draw_bounding_boxes(image, found_boxes[~filled].round(), width=2,
-                                        colors=[colour_of(c) for c in colours[~filled].tolist()])
-    drawn = [
-        draw_instances(image, true_boxes, labels, names=names),
-        draw_instances(predicted, found_boxes[filled], found.labels[filled], found.scores[filled],
-                       resized(found_masks[filled]), names, colours[filled].tolist()),
-        image // 4 if true_masks is None
-        else draw_instances(image, true_boxes, labels, masks=resized(true_masks), names=names)]
-    return [to_pil_image(panel) for panel in drawn]
+def resized_masks(masks: Tensor, size: list[int]) -> Tensor:
+    """masks (N, H, W) bool at another size (height, width), N = 0 too."""
+    if not len(masks):
+        return masks.new_zeros((0, *size))
+    return interpolate(masks[:, None].float(), size, mode="nearest-exact")[:, 0].bool()
 
 
-def sheet(rows: list[tuple], path: str, names: list[str] | None = None, threshold: float = 0.6,
+def panels(row: SheetRow, names: list[str] | None, threshold: float) -> list[Image.Image]:
+    """The three panels of an image: boxes, predicted masks, true masks. The longer side becomes PANEL pixels."""
+    scale = PANEL / max(row.image.shape[1:])
+    size = [max(1, round(side * scale)) for side in row.image.shape[1:]]
+    image = interpolate(row.image[None].float(), size, mode="bilinear", antialias=True)[0].round().byte()
+    boxes = row.boxes * scale
+    with_boxes = draw_instances(image, boxes, row.labels, names=names)
+    with_truth = image // 4 if row.true_masks is None else draw_instances(
+        image, boxes, row.labels, masks=resized_masks(row.true_masks, size), names=names)
+
+    found = confident(row.found, threshold)
+    found_boxes, found_masks = found.boxes * scale, found.masks
+    colours, filled = torch.tensor(matching_colours(row.boxes, found.boxes)).long(), found_masks.flatten(1).any(1)
+    if not filled.all():  # an instance without a mask is a plain box: the room for names is left to the others
+        image = draw_bounding_boxes(image, found_boxes[~filled].round(), width=2,
+                                    colors=[colour_of(c) for c in colours[~filled].tolist()])
+    with_masks = draw_instances(image, found_boxes[filled], found.labels[filled], found.scores[filled],
+                                resized_masks(found_masks[filled], size), names, colours[filled].tolist())
+    return [to_pil_image(panel) for panel in (with_boxes, with_masks, with_truth)]
+
+
+def sheet(rows: list[SheetRow], path: str, names: list[str] | None = None, threshold: float = 0.6,
           title: str | None = None) -> None:
-    """Write a PNG with three panels for each row, two rows beside each other when there are more than four.
+    """Write a PNG with the panels of each image; two images side by side if there are more than four.
 
-    A row is (image uint8 (3, H, W), boxes (G, 4) xyxy in its pixels, labels (G,), predicted Instances at
-    its size, ground-truth masks (G, H, W) bool or None: a dark panel, and no third one where all rows have None).
-    Predictions below the threshold are left out; rescored, as sqrt(d q), most of those below 0.6 are false.
-    title: of the predictions, None: "predicted masks" and the threshold.
+    The third panel, the true masks, is left out if no image has them. Predictions that score below the threshold are
+    left out; of rescored ones, sqrt(d q), most below 0.6 are wrong. title: of the second panel, by default "predicted
+    masks" and the threshold.
     """
-    per_line, columns = 2 if len(rows) > 4 else 1, 2 if all(row[4] is None for row in rows) else 3
+    per_line, columns = 2 if len(rows) > 4 else 1, 2 if all(row.true_masks is None for row in rows) else 3
     drawn = [panels(row, names, threshold)[:columns] for row in rows]
     lines = [drawn[i:i + per_line] for i in range(0, len(drawn), per_line)]
-    heights = [max(panel.height for row in line for panel in row) for line in lines]
+    heights = [max(panel.height for image in line for panel in image) for line in lines]
     cell = PANEL + GAP
     canvas = Image.new("RGB", (columns * per_line * cell + (per_line - 1) * 4 * GAP + GAP,
                                HEADER + sum(heights) + GAP * len(lines)), BACKGROUND)
@@ -218,8 +229,8 @@ def sheet(rows: list[tuple], path: str, names: list[str] | None = None, threshol
     titles = ["input and its boxes", title or f"predicted masks, score >= {threshold:g}", "ground-truth masks"]
     y = HEADER
     for line, height in zip(lines, heights):
-        for place, row in enumerate(line):
-            for column, panel in enumerate(row):
+        for place, image in enumerate(line):
+            for column, panel in enumerate(image):
                 x = GAP + place * (columns * cell + 4 * GAP) + column * cell
                 draw.text((x + PANEL // 2, HEADER // 2), titles[column], fill="white", font=font, anchor="mm")
                 canvas.paste(panel, (x + (PANEL - panel.width) // 2, y + (height - panel.height) // 2))

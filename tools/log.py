@@ -28,7 +28,7 @@ from model import CondInst, Instances
 from runlengths import decode
 from schedule import Plan, learning_rate, ramp_factor
 from teacher import label
-from tools.draw import sheet
+from tools.draw import SheetRow, sheet
 
 IMAGES = 8  # on a sheet
 
@@ -171,7 +171,7 @@ def draw_sheet(path: Path, title: str, model: CondInst, annotations: CocoBoxes, 
             (size,), (boxes,), (labels,) = batch.sizes, batch.boxes, batch.labels
             found = Instances(boxes, pseudo.scores.float().cpu(), labels, enlarged(pseudo.masks, size), size)
             truth = None if batch.masks is None else decode(enlarged(batch.masks[0].float(), size), size)
-            rows.append((batch.images[0, :, :size[0], :size[1]], boxes, labels, found, truth))
+            rows.append(SheetRow(batch.images[0, :, :size[0], :size[1]], boxes, labels, found, truth))
         if rows:
             sheet(rows, str(path), [c["name"] for c in annotations.classes], threshold=0, title=title)
     except Exception as error:  # of the disk, of memory, of a drawing library: no other process waits for this one
