@@ -35,13 +35,13 @@ from data import COMPILED_STRIDE, STRIDE, Batch, TrainBatches, check_sizes, igno
 from evaluate import coco_metrics, evaluate, print_tables
 from formats import checkpoint
 from formats.checkpoint import CheckpointError
-from formats.coco import NAMES, CocoBoxes, DataError, category_problems, datasets, raise_first
+from formats.coco import NAMES, CocoBoxes, category_problems, datasets, raise_first
 from formats.files import UserError
 from model import CondInst, build_model
 from recipe import parse_arguments
 from schedule import RECIPES, learning_rate, make_plan, ramp_factor
 from tools.command_line import output_file, pick_amp, start_distributed
-from tools.log import Log, LogError, draw_sheet, summary_writer
+from tools.log import Log, draw_sheet, summary_writer
 
 
 class TrainingError(UserError):
@@ -241,7 +241,9 @@ def run_evaluation(run: Run, log: Log, annotations: CocoBoxes) -> None:
 def draw_labels(run: Run, log: Log, annotations: CocoBoxes) -> None:
     if run.rank == 0:
         draw_sheet(run.out / f"labels-{run.iteration:07}.png", f"their masks at iteration {run.iteration}",
-                   run.evaluated(), annotations, run.args, run.autocast())
+                   run.evaluated(), annotations, score=run.args.score, min_sizes=run.args.min_size,
+                   max_size=run.args.max_size, teacher_size=(run.args.teacher_min_size, run.args.teacher_max_size),
+                   autocast=run.autocast())
         log.reset()  # its time is not that of an iteration
 
 
@@ -439,7 +441,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"{run.out} is complete: {run.iteration} iterations; evaluate.py --ckpt {run.out / 'final.pt'}")
         if dist.is_initialized():
             dist.destroy_process_group()
-    except (DataError, CheckpointError, LogError, TrainingError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     finally:

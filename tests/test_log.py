@@ -138,9 +138,16 @@ def sheet_size(images: int, columns: int) -> tuple[int, int]:
             HEADER + -(-images // per_line) * CELL)
 
 
+def draw_labels(run, annotations: CocoBoxes, path: Path) -> None:
+    args = run.args
+    draw_sheet(path, "masks", run.evaluated(), annotations, score=args.score, min_sizes=args.min_size,
+               max_size=args.max_size, teacher_size=(args.teacher_min_size, args.teacher_max_size),
+               autocast=run.autocast())
+
+
 def drawn_by(run, annotations: CocoBoxes, path: Path) -> np.ndarray:
     """The sheet of a run as (height, width, 3) integers."""
-    draw_sheet(path, "masks", run.evaluated(), annotations, run.args, run.autocast())
+    draw_labels(run, annotations, path)
     return np.asarray(Image.open(path)).astype(int)
 
 
@@ -272,7 +279,7 @@ def test_a_image_that_cannot_be_read_is_left_out(drawn, tmp_path, capsys):  # no
     for broken in (data / "train2017").iterdir():
         os.truncate(broken, 10)
     path.unlink()
-    draw_sheet(path, "", run.evaluated(), annotations, run.args, run.autocast())
+    draw_labels(run, annotations, path)
     assert not path.exists() and capsys.readouterr().err == ""
 
 

@@ -5,7 +5,6 @@ predicted masks and, if the data set has them, the true masks. Colours tell inst
 run; on a sheet a prediction takes the colour of the object that it overlaps.
 """
 import colorsys
-import os
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from data import load_image
 from formats.coco import CocoBoxes
+from formats.files import replacing
 from model import Instances, confident
 
 COLOURS = [(230, 60, 60), (60, 150, 240), (70, 190, 80), (250, 170, 30), (170, 90, 220), (40, 200, 200),
@@ -235,5 +235,5 @@ def sheet(rows: list[SheetRow], path: str, names: list[str] | None = None, thres
                 draw.text((x + PANEL // 2, HEADER // 2), titles[column], fill="white", font=font, anchor="mm")
                 canvas.paste(panel, (x + (PANEL - panel.width) // 2, y + (height - panel.height) // 2))
         y += height + GAP
-    canvas.save(path + ".tmp", format="PNG")
-    os.replace(path + ".tmp", path)
+    with replacing(path) as temporary:
+        canvas.save(temporary, format="PNG")

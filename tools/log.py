@@ -1,15 +1,13 @@
-"""What a run shows while it trains: figures, and images of the masks that it gives to boxes.
+"""What a run shows while it trains: its figures, and the masks that it gives to boxes.
 
-    Log          metrics.jsonl (one JSON object a line), the progress bar, and TensorBoard where it is asked for
-    draw_sheet   labels-<iteration>.png: some training images with their boxes, and with the masks of these
+    Log          metrics.jsonl (one JSON object a line), the progress bar and, with --tensorboard, event files
+    draw_sheet   labels-<iteration>.png: some training images with their boxes and the masks of these
 
-Only the first process writes. Nothing here has a say in what is learnt.
+Only the first process writes, and nothing here changes what is learnt.
 """
-import argparse
 import datetime
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +20,7 @@ from tqdm import tqdm
 
 from data import Batch, Choices, TrainBatches, canvas_of, collate
 from formats.coco import CocoBoxes, DataError
-from formats.files import UserError, warn
+from formats.files import optional, replacing, warn
 from masks import paste_masks
 from model import CondInst, Instances
 from runlengths import decode
@@ -33,15 +31,11 @@ from tools.draw import SheetRow, sheet
 IMAGES = 8  # on a sheet
 
 
-class LogError(UserError):
-    """The log that was asked for cannot be written; the message is one line for a person."""
-
-
 # ---------------------------------------------------------------------------------------------------- figures
 
 
 def logged_iteration(line: str) -> float:
-    """The iteration of a line of metrics.jsonl; infinite where the process was killed in the midst of writing it."""
+    """The iteration of a line of metrics.jsonl; infinite if the process was killed while it wrote the line."""
     try:
         return json.loads(line)["iter"]
     except ValueError:
@@ -49,17 +43,12 @@ def logged_iteration(line: str) -> float:
 
 
 def summary_writer() -> type:
-    """TensorBoard's writer of event files. Its package is nobody's need but --tensorboard's; without it LogError."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise LogError(f"--tensorboard needs a package that this Python lacks ({str(error).splitlines()[0]}): "
-                       "pip install tensorboard") from None
-    return SummaryWriter
+    """TensorBoard's writer of event files. Raises UserError if its package is missing."""
+    return optional("torch.utils.tensorboard", "--tensorboard").SummaryWriter
 
 
 def scalars(figures: dict, name: str = "") -> dict[str, float]:
-    """Nested figures under TensorBoard's names: {"segm": {"AP": 31.0}} -> {"segm/AP": 31.0}; without those of None."""
+    """Nested figures under TensorBoard's names, {"segm": {"AP": 31.0}} -> {"segm/AP": 31.0}, without those of None."""
     flat = {}
     for key, value in figures.items():
         if isinstance(value, dict):
@@ -70,10 +59,10 @@ def scalars(figures: dict, name: str = "") -> dict[str, float]:
 
 
 class Log:
-    """metrics.jsonl, the progress bar and TensorBoard; sums stay on the device between two lines.
+    """metrics.jsonl, the progress bar and TensorBoard. Sums stay on the device from one line to the next.
 
-    out: the run's folder, which exists; iteration: where the run stands, what was logged beyond it is dropped;
-    tensorboard: write event files too, in out/tensorboard. Raises LogError.
+    out: the run's folder, which exists. iteration: where the run goes on; lines beyond it are dropped, since a killed
+    run may have logged past its checkpoint. tensorboard: write event files to out/tensorboard too. Raises UserError.
     """
 
     def __init__(self, out: Path, plan: Plan, iteration: int, rank: int = 0, world_size: int = 1,
@@ -81,25 +70,23 @@ class Log:
         self.path, self.plan, self.world_size = out / "metrics.jsonl", plan, world_size
         self.bar = self.file = self.writer = None
         if rank == 0:
-            # a killed run may have logged past its checkpoint: those iterations come again
             lines = self.path.read_text().splitlines() if self.path.exists() else []
             kept = [line for line in lines if logged_iteration(line) <= iteration]
-            whole = self.path.with_suffix(".tmp")
-            whole.write_text("".join(line + "\n" for line in kept))
-            os.replace(whole, self.path)
+            with replacing(self.path) as temporary:
+                Path(temporary).write_text("".join(line + "\n" for line in kept))
             self.file = self.path.open("a", buffering=1)
-            if tensorboard:  # event files are never rewritten: this tells their reader what to drop
+            if tensorboard:  # event files are never rewritten: purge_step tells their reader what to drop
                 self.writer = summary_writer()(str(out / "tensorboard"), purge_step=iteration + 1)
             self.bar = tqdm(total=plan.iterations, initial=iteration, disable=None, smoothing=0.1, unit="it")
         self.reset()
 
     def reset(self) -> None:
-        """Begin the next line: what came before, and the time that it took, have no part in it."""
+        """Begin the next line of metrics.jsonl; sums and time so far are forgotten."""
         self.losses, self.counts, self.steps, self.skipped = {}, {}, 0, 0
         self.start, self.waited = time.perf_counter(), 0.0
 
     def step(self, losses: dict[str, Tensor], counts: dict[str, Tensor], skipped: Tensor, waited: float) -> None:
-        """Add an iteration. skipped: bool, of one element; waited: seconds that it waited for its images."""
+        """Add an iteration. skipped: bool of one element; waited: seconds of waiting for images."""
         self.steps, self.waited, self.skipped = self.steps + 1, self.waited + waited, self.skipped + skipped
         for sums, values in ((self.losses, losses), (self.counts, counts)):
             for name, value in values.items():
@@ -108,20 +95,19 @@ class Log:
             self.bar.update()
 
     def write(self, iteration: int) -> None:
-        """One line: means since the last one, over all processes (counts: sums over them, per iteration).
-
-        Skipped steps have no part in them; where all were skipped the means are null. Every process calls it.
+        """Write a line: losses are means over iterations and processes, counts means over iterations of the sum over
+        processes. Skipped steps do not count; if all were skipped, the values are null. Every process calls this.
         """
         values = torch.stack([v.float() for v in (*self.losses.values(), *self.counts.values())])
-        skipped = int(self.skipped)  # the host waits here until the device has done all these iterations
+        skipped = int(self.skipped)  # waits until the device has done all these iterations
         values /= self.steps - skipped
         if self.world_size > 1:
             dist.all_reduce(values)
             values[:len(self.losses)] /= self.world_size
         values = dict(zip((*self.losses, *self.counts), values.tolist()))
-        for name, of in (("student_iou", "student_boxes"), ("label_iou", "pseudo_masks")):  # sums over boxes so far
+        for name, count in (("student_iou", "student_boxes"), ("label_iou", "pseudo_masks")):  # sums over boxes so far
             if name in values:
-                values[name] = values[name] / values[of] if values[of] else math.nan
+                values[name] = values[name] / values[count] if values[count] else math.nan
         seconds = (time.perf_counter() - self.start) / self.steps
         if self.file is not None:
             self.record(iteration, {
@@ -137,44 +123,44 @@ class Log:
         self.reset()
 
     def evaluation(self, iteration: int, metrics: dict) -> None:
-        """One line with the figures of an evaluation, see evaluate.coco_metrics. The first process calls it."""
+        """Write a line with the figures of an evaluation (evaluate.coco_metrics). Only the first process calls this."""
         self.record(iteration, {"eval": metrics})
-        self.reset()  # its time is not that of an iteration
+        self.reset()  # the time of an evaluation is not that of iterations
 
     def record(self, iteration: int, figures: dict) -> None:
-        """A line of metrics.jsonl, and the same figures to TensorBoard: train/loss, segm/AP, and so on."""
+        """Write a line of metrics.jsonl, and the same figures for TensorBoard (train/loss, segm/AP, ...)."""
         self.file.write(json.dumps({"iter": iteration, **figures}) + "\n")
         if self.writer is not None:
             for name, value in scalars(figures.get("eval") or {"train": figures}).items():
                 self.writer.add_scalar(name, value, iteration)
-            self.writer.flush()  # its own thread would keep them for two minutes
+            self.writer.flush()  # by itself the writer keeps them for up to two minutes
 
 
 # --------------------------------------------------------------------------------------------------- images
 
 
-def draw_sheet(path: Path, title: str, model: CondInst, annotations: CocoBoxes, args: argparse.Namespace,
-               autocast: torch.autocast) -> None:
-    """Write a PNG of training images, the same each time: with their boxes, and with the masks that `model` gives
-    these, as a teacher would (teacher.label); with true ones beside them where the annotations were read with masks.
+def draw_sheet(path: Path, title: str, model: CondInst, annotations: CocoBoxes, *, score: str, min_sizes: list[int],
+               max_size: int, teacher_size: tuple[int, int], autocast: torch.autocast) -> None:
+    """Write a PNG of training images, the same ones each time, with their boxes and with the masks that `model` as a
+    teacher gives these. If the annotations were read with masks, the true ones stand beside them.
 
-    title: of the masks. Of args it reads score and the sizes. An image that cannot be read is left out, and a file
-    that cannot be written is a warning: nobody shall lose a run for an image.
+    title: of the masks. score as in teacher.label; sizes, in pixels, as in TrainBatches. An image that cannot be read
+    is left out. A sheet that cannot be drawn or written is a warning: it must not end the run.
     """
     device, was_training = next(model.parameters()).device, model.training
-    model.eval()  # to look must not move batch norm's averages, nor wait for processes that do not look
+    model.eval()  # drawing must not update batch-norm averages, nor wait for the processes that do not draw
     try:
         rows = []
-        for batch in clean_views(annotations, sheet_images(annotations), args):
+        for batch in clean_views(annotations, sheet_images(annotations), min_sizes, max_size, teacher_size):
             with autocast:
-                pseudo = label(model, batch.to(device), args.score)
+                pseudo = label(model, batch.to(device), score)
             (size,), (boxes,), (labels,) = batch.sizes, batch.boxes, batch.labels
             found = Instances(boxes, pseudo.scores.float().cpu(), labels, enlarged(pseudo.masks, size), size)
             truth = None if batch.masks is None else decode(enlarged(batch.masks[0].float(), size), size)
             rows.append(SheetRow(batch.images[0, :, :size[0], :size[1]], boxes, labels, found, truth))
         if rows:
             sheet(rows, str(path), [c["name"] for c in annotations.classes], threshold=0, title=title)
-    except Exception as error:  # of the disk, of memory, of a drawing library: no other process waits for this one
+    except Exception as error:  # of any kind: disk full, out of memory, a font that is missing
         warn(f"{path} was not written: {str(error) or type(error).__name__}")
     finally:
         model.train(was_training)
@@ -187,23 +173,25 @@ def sheet_images(annotations: CocoBoxes) -> list[int]:
     return with_boxes[places].tolist()
 
 
-def clean_views(annotations: CocoBoxes, images: list[int], args: argparse.Namespace) -> Iterator[Batch]:
-    """Each image as a Batch of its own, as training would have it at the middle one of the student's sizes, neither
-    mirrored nor recoloured. What cannot be read is left out: training names it."""
-    middle = sorted(args.min_size)[len(args.min_size) // 2]
-    views = TrainBatches(annotations, batch_size=1, min_sizes=[middle], max_size=args.max_size,
-                         teacher_size=(args.teacher_min_size, args.teacher_max_size))
+def clean_views(annotations: CocoBoxes, images: list[int], min_sizes: list[int], max_size: int,
+                teacher_size: tuple[int, int]) -> Iterator[Batch]:
+    """Each image as a Batch of one, at the middle one of min_sizes, neither mirrored nor recoloured.
+
+    An image that cannot be read is left out; training names it.
+    """
+    middle = sorted(min_sizes)[len(min_sizes) // 2]
+    views = TrainBatches(annotations, batch_size=1, min_sizes=[middle], max_size=max_size, teacher_size=teacher_size)
     for i in images:
-        canvas = canvas_of([views.resized_size(i, middle, views.max_size)])
-        teacher_canvas = canvas_of([views.resized_size(i, *views.teacher_size)])
+        canvas = canvas_of([views.resized_size(i, middle, max_size)])
+        teacher_canvas = canvas_of([views.resized_size(i, *teacher_size)])
         try:
             sample = views.sample(Choices(i, middle, flip=False, colour_seed=0), canvas, teacher_canvas)
         except DataError:
             continue
-        if not sample.skipped:  # else it is another image
+        if not sample.skipped:  # otherwise another image took its place
             yield collate([sample], 1, canvas, teacher_canvas)
 
 
 def enlarged(p: Tensor, size: tuple[int, int]) -> list[dict]:
-    """Probabilities (G, h, w) at stride 4 of an image of `size` (height, width) -> run lengths of G masks."""
+    """Run lengths at `size` (height, width) of probabilities p (G, h, w) at stride 4 of an image of that size."""
     return paste_masks(p.logit(), size, size)[0]
