@@ -48,8 +48,7 @@ from formats.coco import CocoBoxes, DataError
 from formats.released import IMAGENET
 from losses import disagreement, pair_weights, rgb_to_lab, similar_colors, weighted_pairs
 from model import Predictions
-from tools.command_line import (not_negative, output_file, pick_amp, pick_device, positive, start_distributed,
-                                write_json)
+from tools.command_line import AMP, DEVICE, not_negative, output_file, pick_amp, positive, start_distributed, write_json
 from tools.growth import draw_growth, measure_growth, show_growth
 from tools.measuring import (Clock, Yardstick, made_up_data, many_annotations, medians, peak_memory, process_memory,
                        reset_peak, tensor_peak)
@@ -426,7 +425,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What training, inference and data cost on this device.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--device", type=pick_device, default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1")
+    add("--device", **DEVICE)
     add("--backbone", choices=list(IMAGENET), default="r50", help="as from ImageNet: norms and first stage frozen")
     add("--size", nargs=2, type=positive, default=[480, 640], metavar=("H", "W"),
         help="of the images, pixels; at least as wide as high")
@@ -434,7 +433,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=positive, default=2, help="images a step and process, and in Y")
     add("--instances", type=positive, default=7, help="boxes an image in training; inference and evaluation have 200, "
         "of which 100 are found")
-    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="as in train.py")
+    add("--amp", **AMP)
     add("--compile", action="store_true", help="as in train.py, of training")
     add("--workers", type=not_negative, default=0, help="loading processes; 0: loading is in the step's own time")
     add("--rounds", type=positive, default=5, help="each figure is the median of so many")

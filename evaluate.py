@@ -30,7 +30,7 @@ from formats import cityscapes
 from formats.checkpoint import CheckpointError, load_model, test_size
 from formats.coco import CocoBoxes, DataError, datasets
 from model import Instances, Predictions, find_instances
-from tools.command_line import (not_negative, output_file, pick_amp, pick_device, positive, probability,
+from tools.command_line import (AMP, DEVICE, go_together, not_negative, output_file, pick_amp, positive, probability,
                                 start_distributed, write_json)
 from tools.curves import draw_curves
 from tools.draw import sheet, sheet_rows
@@ -238,9 +238,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--score-quality", metavar="FILE", help="correlate the scores of Table 5 with the IoU of the masks, and draw "
         "one against the other there (PNG); looks at every image once more")
     add("--sheet-count", type=positive, default=12, help="number of images on the sheet")
-    add("--device", type=pick_device, default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1")
-    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
-        help="mixed precision; auto: bf16 or else fp16 on CUDA, off on CPU")
+    add("--device", **DEVICE)
+    add("--amp", **AMP)
     add("--batch-size", type=positive, default=1, help="images per forward pass of one process")
     add("--workers", type=not_negative, default=2, help="loading processes of one process")
     args = parser.parse_args(argv)
@@ -250,8 +249,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("argument --curves: expected FILE RUN..., the image to write and at least one run's folder")
     if args.curves and any((args.results, args.metrics, args.sheet, args.score_quality, args.cityscapes_results)):
         parser.error("argument --curves: it evaluates nothing, so there is nothing else to write")
-    if (args.val_json is None) != (args.val_images is None):
-        parser.error("--val-json and --val-images go together")
+    go_together(parser, args, "--val-json", "--val-images")
     return args
 
 

@@ -26,7 +26,7 @@ from formats.coco import CocoBoxes, DataError, UndecodableImage
 from formats.convert import images_in
 from formats.files import warn
 from model import SCORE_THRESHOLD, CondInst, confident, predict
-from tools.command_line import (not_negative, output_file, pick_amp, pick_device, positive, probability,
+from tools.command_line import (AMP, DEVICE, go_together, not_negative, output_file, pick_amp, positive, probability,
                                 write_json)
 from tools.draw import corners, draw_instances, stack
 from tools.label import ASSIGNED, PROMPTED, label_dataset, model_classes, opencv, polygons, report_agreement, with_masks
@@ -198,16 +198,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--weights", choices=["teacher", "student"], help="None: the teacher's where there are any")
     add("--min-size", type=positive, metavar="PIXELS", help="shorter side; None: the checkpoint's test size, or 800")
     add("--max-size", type=positive, metavar="PIXELS", help="longest side; None: the checkpoint's test size, or 1333")
-    add("--device", type=pick_device, default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1")
-    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
-        help="mixed precision; auto: bf16 or else fp16 on CUDA, off on CPU")
+    add("--device", **DEVICE)
+    add("--amp", **AMP)
     add("--batch-size", type=positive, default=1, help="images per forward pass")
     add("--workers", type=not_negative, default=2, help="processes that load and draw images")
     args = parser.parse_args(argv)
     if bool(args.inputs) == bool(args.boxes):
         parser.error("either images (files or folders) or --boxes FILE is needed")
-    if bool(args.boxes) != bool(args.images):
-        parser.error("--boxes and --images go together")
+    go_together(parser, args, "--boxes", "--images")
     others = dict(min_score=None, review_count=None, polygons=False, measure=False)
     if args.boxes:
         others = dict(score_threshold=None, rescore="auto")

@@ -1,15 +1,70 @@
-"""The command line of train.py: every option with its default, its unit and its meaning (paper Sec. 4.1)."""
+"""The recipe of Sec. 4.1: every option of train.py with its default, the learning rate, the ramps of the losses.
+
+Everything that changes during a run is a function of the iteration, so resuming needs no scheduler state. (The
+momentum of the EMA is in teacher.py, the order of the images in data.py.)
+"""
 import argparse
+import math
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from backbone import BACKBONES
 from data import AUGMENTATIONS
 from formats.released import IMAGENET
-from schedule import RECIPES, SCHEDULES
 from teacher import SCORES
-from tools.command_line import (not_negative, not_negative_float, pick_device, positive, positive_float,
+from tools.command_line import (AMP, DEVICE, go_together, not_negative, not_negative_float, positive, positive_float,
                                 probability)
+
+# name: iterations of 16 images, and the two at which the learning rate falls to a tenth
+SCHEDULES = {"1x": (90_000, 60_000, 80_000), "2x": (180_000, 120_000, 160_000), "3x": (270_000, 210_000, 250_000)}
+RECIPES = {"sgd": (0.01, 1e-4), "adamw": (1e-4, 0.05)}  # optimizer: learning rate for 16 images, weight decay
+
+
+class Plan(NamedTuple):
+    """The length of a run, its learning rate and its ramp."""
+
+    iterations: int
+    lr: float               # at its peak
+    warmup: int             # iterations of linear warm-up
+    drops: tuple[int, int]  # iterations at which the learning rate falls to a tenth; not used with cosine
+    cosine: bool
+    ramp: int               # iterations until the pairwise and pseudo-mask losses reach their full weight
+
+
+def make_plan(batch_size: int = 16, optimizer: str = "sgd", schedule: str = "1x", iters: int | None = None,
+              lr: float | None = None, lr_decay: str = "steps", warmup: int | None = None,
+              ramp: int | None = None) -> Plan:
+    """The plan that the options of these names ask for.
+
+    The learning rate grows with the batch size; a named schedule shrinks in proportion, so that a run always sees the
+    same number of images.
+    """
+    scale = 16 / batch_size
+    if iters is None:
+        iters, *drops = (round(n * scale) for n in SCHEDULES[schedule])
+    else:
+        drops = iters * 2 // 3, iters * 8 // 9
+    if lr is None:
+        lr = RECIPES[optimizer][0] / scale
+    if warmup is None:
+        warmup = min(1000, iters // 20)
+    if ramp is None:
+        ramp = max(1, min(round(10_000 * scale), iters // 9))
+    return Plan(iters, lr, warmup, tuple(drops), lr_decay == "cosine", ramp)
+
+
+def learning_rate(iteration: int, plan: Plan) -> float:
+    """Of an iteration, counted from 0: linear warm-up from a thousandth, then the decay."""
+    factor = min(1.0, 0.001 + 0.999 * iteration / plan.warmup) if plan.warmup else 1.0
+    if plan.cosine:
+        return plan.lr * factor * (1 + math.cos(math.pi * iteration / plan.iterations)) / 2
+    return plan.lr * factor * 0.1 ** sum(iteration >= drop for drop in plan.drops)
+
+
+def ramp_factor(iteration: int, plan: Plan) -> float:
+    """The factor of the ramped losses at an iteration, counted from 0."""
+    return min((iteration + 1) / plan.ramp, 1.0)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -72,14 +127,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "weight; None: 10000 of 16 images, at most a ninth of the run")
     add("--weight-decay", type=not_negative_float, help="None: 1e-4 (sgd) or 0.05 (adamw)")
     add("--clip-grad", type=positive_float, help="largest norm of the gradient; None: any")
-    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
-        help="auto: bf16 or else fp16 on CUDA, off on CPU")
-
+    add("--amp", **AMP)
     add("--compile", action="store_true", help="torch.compile for backbone, FPN and towers, and padding to multiples "
         "of 128 pixels, so that there are few sizes: each one's first step takes minutes")
 
     add = parser.add_argument_group("run").add_argument
-    add("--device", type=pick_device, default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1")
+    add("--device", **DEVICE)
     add("--seed", type=not_negative, default=0,
         help="of the first weights, the order of images and their augmentation")
     add("--out", metavar="DIR", help="run folder; None: runs/<method>-<backbone>-<data>")
@@ -105,9 +158,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--backbone-weights FILE and --init exclude each other: --init brings all weights")
     if args.backbone not in IMAGENET and args.backbone_weights == "imagenet":
         parser.error(f"--backbone {args.backbone} has no ImageNet weights here: add --backbone-weights none")
-    for one, two in (("train_json", "train_images"), ("val_json", "val_images")):
-        if (getattr(args, one) is None) != (getattr(args, two) is None):
-            parser.error(f"--{one} and --{two} go together".replace("_", "-"))
+    go_together(parser, args, "--train-json", "--train-images")
+    go_together(parser, args, "--val-json", "--val-images")
     data = Path(args.train_json).stem if args.train_json else Path(args.data).name
     args.out = args.out or f"runs/{args.method}-{args.backbone}-{data}"
     return args

@@ -38,8 +38,7 @@ from formats.checkpoint import CheckpointError
 from formats.coco import NAMES, CocoBoxes, category_problems, datasets, raise_first
 from formats.files import UserError
 from model import CondInst, build_model
-from recipe import parse_arguments
-from schedule import RECIPES, learning_rate, make_plan, ramp_factor
+from recipe import RECIPES, learning_rate, make_plan, parse_arguments, ramp_factor
 from tools.command_line import output_file, pick_amp, start_distributed
 from tools.log import Log, draw_sheet, summary_writer
 
@@ -113,7 +112,9 @@ class Run:
     """What a run owns: the models, the optimiser, where it stands."""
 
     def __init__(self, args: argparse.Namespace, classes: list[dict], rank: int, world_size: int, device: torch.device):
-        self.args, self.classes, self.plan = args, classes, make_plan(args)
+        self.args, self.classes = args, classes
+        self.plan = make_plan(args.batch_size, args.optimizer, args.schedule, args.iters, args.lr, args.lr_decay,
+                              args.warmup, args.ramp)
         self.rank, self.world_size, self.device = rank, world_size, device
         self.out, self.iteration = Path(args.out), 0
         self.amp_dtype = pick_amp(args.amp, device)
@@ -336,7 +337,7 @@ def train(run: Run, batches: TrainBatches, validation: CocoBoxes | None, signals
                         num_workers=args.workers, collate_fn=TrainBatches.collate, worker_init_fn=ignore_signals,
                         pin_memory=run.device.type == "cuda")
     undecodable, verdicts = set(), Verdicts(run)
-    log = Log(run.out, plan, run.iteration, run.rank, run.world_size, args.tensorboard)
+    log = Log(run.out, plan.iterations, run.iteration, run.rank, run.world_size, args.tensorboard)
     micro_batches = iter(loader)
     while run.iteration < plan.iterations:
         waiting = time.perf_counter()
@@ -353,7 +354,7 @@ def train(run: Run, batches: TrainBatches, validation: CocoBoxes | None, signals
         saving = pause or run.iteration % args.checkpoint_every == 0
         stop = verdicts.read(all_of_them=logging or saving)  # these wait for the device anyway
         if logging or stop:
-            log.write(run.iteration)
+            log.write(run.iteration, learning_rate(run.iteration - 1, plan), ramp_factor(run.iteration - 1, plan))
         if saving or stop:
             run.save()
         if stop:

@@ -15,7 +15,7 @@ from losses import (OFFSETS, alike_labels, average_projection_loss, bce_loss, bo
                     mask_supervised_losses, over_processes, pair, pair_weights, projection_loss, refine,
                     rgb_to_lab, similar_colors, valid_cells, weighted_pairs)
 from model import STRIDES, build_model, make_locations, mask_logits
-from schedule import Plan, ramp_factor
+from recipe import Plan, ramp_factor
 
 CPU = torch.device("cpu")
 NEIGHBOURS = [(-2, -2), (-2, 0), (-2, 2), (0, -2), (0, 2), (2, -2), (2, 0), (2, 2)]  # as in the golden files

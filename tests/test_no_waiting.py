@@ -17,7 +17,7 @@ import train
 from data import Batch
 from tools.log import Log
 from model import Detections, build_model, constant
-from schedule import make_plan
+from recipe import make_plan
 from teacher import make_teacher
 
 GPU = torch.device("cuda", 0)
@@ -84,13 +84,12 @@ def a_run(request, monkeypatch, tmp_path):
     student = build_model("r18", 3, channels=32).train()
     teacher = make_teacher(student)
     args = SimpleNamespace(method=request.param, score="mask-aware", pixel_loss="dice", lambda_pixel=0.5,
-                           lambda_affinity=0.1, clip_grad=10.0, ema=0.999, batch_size=2, iters=100, lr=None,
-                           optimizer="sgd", warmup=None, ramp=None, lr_decay="steps")
-    run = SimpleNamespace(args=args, plan=make_plan(args), student=student, model=student, teacher=teacher,
+                           lambda_affinity=0.1, clip_grad=10.0, ema=0.999)
+    run = SimpleNamespace(args=args, plan=make_plan(2, iters=100), student=student, model=student, teacher=teacher,
                           world_size=1, device=GPU, scaler=torch.amp.GradScaler("cuda", enabled=False),
                           autocast=lambda: torch.autocast("cuda", torch.bfloat16))
     constant.cache_clear()
-    log = Log(tmp_path, run.plan, iteration=0)
+    log = Log(tmp_path, 100, iteration=0)
     with FakeTensorMode(allow_non_fake_inputs=False):
         to_gpu(student)
         to_gpu(teacher)

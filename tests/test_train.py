@@ -4,6 +4,7 @@ Runs are as small as they can be: 64-pixel images, the narrowest network. Most s
 that has seen a batch a few dozen times, since before that the teacher finds nothing and its losses are zero.
 What a run keeps in its folder, and how it goes on from there, is in test_checkpoint.py.
 """
+import inspect
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from tools.log import Log
 from model import CondInst
 from formats.shapes import write_shapes
 from boxteacher import RAMPED, total_loss
-from schedule import Plan, learning_rate, make_plan, ramp_factor
+from recipe import Plan, learning_rate, make_plan, ramp_factor
 from train import Run, parse_arguments, train_step
 
 SMALL = ("--backbone r18-slim --channels 32 --backbone-weights none --min-size 64 --max-size 64 "
@@ -150,7 +151,8 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     ("--iters 5", Plan(5, 0.01, 0, (3, 4), False, 1)),
 ])
 def test_plan(options, expected):
-    plan = make_plan(parse_arguments(options.split()))
+    args = vars(parse_arguments(options.split()))
+    plan = make_plan(**{name: args[name] for name in inspect.signature(make_plan).parameters})
     assert plan._replace(lr=0) == expected._replace(lr=0)
     assert plan.lr == pytest.approx(expected.lr, rel=1e-12)
 

@@ -17,7 +17,7 @@ from model import build_model, detect, mask_logits, predict
 from masks import paste_masks
 from formats.released import CHECKPOINT, read_checkpoint, their_name
 from released_files import GOLDEN, SWIN_B, network, released
-from schedule import make_plan, ramp_factor
+from recipe import make_plan, ramp_factor
 from teacher import make_teacher, pseudo_labels
 
 
@@ -128,9 +128,7 @@ OPTIONS = SimpleNamespace(method="boxteacher", score="released", pixel_loss="dic
 
 def ramp_at(iteration: int) -> float:
     """Of the 1x schedule. Their counter starts at 1, our iterations at 0."""
-    plan = make_plan(SimpleNamespace(batch_size=16, iters=None, schedule="1x", lr=None, optimizer="sgd", warmup=None,
-                                     ramp=None, lr_decay="steps"))
-    return ramp_factor(iteration - 1, plan)
+    return ramp_factor(iteration - 1, make_plan(schedule="1x"))
 
 
 with np.load(GOLDEN / "12_train_step.npz") as file:  # their names are text, which tensors cannot hold

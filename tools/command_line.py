@@ -60,6 +60,19 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+# options that several programs have: add("--device", **DEVICE)
+DEVICE = dict(type=pick_device, default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1")
+AMP = dict(choices=["auto", "off", "bf16", "fp16"], default="auto",
+           help="mixed precision; auto: bf16 or else fp16 on CUDA, off on CPU")
+
+
+def go_together(parser: argparse.ArgumentParser, args: argparse.Namespace, *options: str) -> None:
+    """End with argparse's error where some of the options are given and others are not."""
+    given = [getattr(args, option[2:].replace("-", "_")) is not None for option in options]
+    if any(given) and not all(given):
+        parser.error(f"{' and '.join(options)} go together")
+
+
 # --------------------------------------------------------------------------------------- precision and processes
 
 

@@ -24,7 +24,6 @@ from formats.files import optional, replacing, warn
 from masks import paste_masks
 from model import CondInst, Instances
 from runlengths import decode
-from schedule import Plan, learning_rate, ramp_factor
 from teacher import label
 from tools.draw import SheetRow, sheet
 
@@ -61,13 +60,14 @@ def scalars(figures: dict, name: str = "") -> dict[str, float]:
 class Log:
     """metrics.jsonl, the progress bar and TensorBoard. Sums stay on the device from one line to the next.
 
-    out: the run's folder, which exists. iteration: where the run goes on; lines beyond it are dropped, since a killed
-    run may have logged past its checkpoint. tensorboard: write event files to out/tensorboard too. Raises UserError.
+    out: the run's folder, which exists. iterations: of the whole run. iteration: where the run goes on; lines beyond it
+    are dropped, since a killed run may have logged past its checkpoint. tensorboard: write event files to
+    out/tensorboard too. Raises UserError.
     """
 
-    def __init__(self, out: Path, plan: Plan, iteration: int, rank: int = 0, world_size: int = 1,
+    def __init__(self, out: Path, iterations: int, iteration: int, rank: int = 0, world_size: int = 1,
                  tensorboard: bool = False):
-        self.path, self.plan, self.world_size = out / "metrics.jsonl", plan, world_size
+        self.path, self.iterations, self.world_size = out / "metrics.jsonl", iterations, world_size
         self.bar = self.file = self.writer = None
         if rank == 0:
             lines = self.path.read_text().splitlines() if self.path.exists() else []
@@ -77,7 +77,7 @@ class Log:
             self.file = self.path.open("a", buffering=1)
             if tensorboard:  # event files are never rewritten: purge_step tells their reader what to drop
                 self.writer = summary_writer()(str(out / "tensorboard"), purge_step=iteration + 1)
-            self.bar = tqdm(total=plan.iterations, initial=iteration, disable=None, smoothing=0.1, unit="it")
+            self.bar = tqdm(total=iterations, initial=iteration, disable=None, smoothing=0.1, unit="it")
         self.reset()
 
     def reset(self) -> None:
@@ -94,7 +94,7 @@ class Log:
         if self.bar is not None:
             self.bar.update()
 
-    def write(self, iteration: int) -> None:
+    def write(self, iteration: int, lr: float, ramp: float) -> None:
         """Write a line: losses are means over iterations and processes, counts means over iterations of the sum over
         processes. Skipped steps do not count; if all were skipped, the values are null. Every process calls this.
         """
@@ -111,13 +111,13 @@ class Log:
         seconds = (time.perf_counter() - self.start) / self.steps
         if self.file is not None:
             self.record(iteration, {
-                "lr": learning_rate(iteration - 1, self.plan), "ramp": ramp_factor(iteration - 1, self.plan),
+                "lr": lr, "ramp": ramp,
                 **{name: v if math.isfinite(v) else None for name, v in values.items()},
                 "skipped_steps": skipped, "seconds": seconds, "data_seconds": self.waited / self.steps})
             text = " ".join(f"{name.removeprefix('loss_')} {values[name]:.3f}" for name in self.losses)
             if self.bar.disable:
-                left = datetime.timedelta(seconds=round(seconds * (self.plan.iterations - iteration)))
-                print(f"{iteration}/{self.plan.iterations} {text} | {seconds:.3f} s/it, {left} left", flush=True)
+                left = datetime.timedelta(seconds=round(seconds * (self.iterations - iteration)))
+                print(f"{iteration}/{self.iterations} {text} | {seconds:.3f} s/it, {left} left", flush=True)
             else:
                 self.bar.set_postfix_str(text)
         self.reset()

@@ -19,7 +19,7 @@ from data import check_sizes
 from evaluate import check_classes, ground_truth
 from formats.checkpoint import CheckpointError, load_model, test_size
 from formats.coco import CocoBoxes, DataError, datasets
-from tools.command_line import not_negative, output_file, pick_device, positive, probability, write_json
+from tools.command_line import DEVICE, go_together, not_negative, output_file, positive, probability, write_json
 from tools.draw import sheet, sheet_rows
 from tools.label import label_dataset, report_agreement, with_masks
 
@@ -54,11 +54,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--min-size", type=positive, metavar="PIXELS", help="shorter side; None: the checkpoint's test size, or 800")
     add("--max-size", type=positive, metavar="PIXELS", help="longest side; None: the checkpoint's test size, or 1333")
     add("--score-threshold", type=probability, default=0.05, help="of the mask-aware score in Alg. 1")
-    add("--device", type=pick_device, default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1")
+    add("--device", **DEVICE)
     add("--workers", type=not_negative, default=2, help="loading processes")
     args = parser.parse_args(argv)
-    if (args.train_json is None) != (args.train_images is None):
-        parser.error("--train-json and --train-images go together")
+    go_together(parser, args, "--train-json", "--train-images")
     return args
 
 
