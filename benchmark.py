@@ -43,8 +43,9 @@ import model
 import teacher
 import train
 from assign import fcos_targets
-from data import AUGMENTATIONS, COMPILED_STRIDE, STRIDE, Batch, TrainBatches, as_rgb, view
+from data import AUGMENTATIONS, COMPILED_STRIDE, STRIDE, Batch, TrainBatches, view
 from formats.coco import CocoBoxes, DataError
+from formats.pictures import as_rgb
 from formats.released import IMAGENET
 from losses import disagreement, pair_weights, rgb_to_lab, similar_colors, weighted_pairs
 from model import Predictions

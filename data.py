@@ -1,6 +1,6 @@
 """Data: images in, batches of uint8 views out (paper: A.1, Table 9).
 
-The way of an image, top to bottom: `load_image` decodes it; `TrainBatches` makes the batch of micro-step k, with the
+The way of an image, top to bottom: `load_image` (formats/pictures.py) decodes it; `TrainBatches` makes the batch of micro-step k, with the
 student's clean and colour-augmented views and the teacher's clean view; `TestImages` makes the images of an
 evaluation. Their boxes come from coco.py. Boxes are xyxy in pixels, sizes (height, width).
 
@@ -10,84 +10,28 @@ evaluation. Their boxes come from coco.py. Boxes are xyxy in pixels, sizes (heig
     python data.py yolo DIR                            # and for one in YOLO's
     python data.py check DIR_OR_JSON...                # says what is wrong with a data set
 """
-import argparse
 import math
 import signal
-import sys
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from formats.cityscapes import write_cityscapes
 from formats.coco import CocoBoxes, DataError, UndecodableImage
-from formats.convert import write_voc, write_yolo
 from formats.files import warn
-from formats.shapes import write_shapes
+from formats.pictures import load_image
 
 STRIDE = 32      # batches are padded to a multiple of it: the stride of the backbone's last stage, pixels
 COMPILED_STRIDE = 128  # the same with train.py --compile: fewer sizes, and all levels of the pyramid divide them
 
-# ---------------------------------------------------------------------------------------------- images
-
-def as_stated(image: Image.Image, path: str, size: tuple[int, int]) -> Image.Image:
-    """The image turned as its annotation sees it: `size` (height, width) decides whether EXIF is obeyed.
-
-    Raises DataError where neither way fits; to turn the pixels anyway would hide a wrong annotation."""
-    height, width = size
-    if image.size == (width, height):
-        return image
-    sideways = image.getexif().get(0x0112) in (5, 6, 7, 8)        # the EXIF orientations that swap the sides
-    if sideways and image.size == (height, width):
-        return ImageOps.exif_transpose(image)
-    raise DataError(f"{path} is {image.width} x {image.height} pixels (width x height), "
-                    f"its annotation says {width} x {height}")
-
-
-def as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):               # 16 bits a pixel, which Pillow would clip at 255, not scale
-        image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def load_image(path: str, size: tuple[int, int] | None = None) -> Image.Image:
-    """RGB image of the (height, width) that its annotation states; None: as it is, turned as EXIF says.
-
-    Raises UndecodableImage, DataError."""
-    try:
-        with Image.open(path) as image:
-            return as_rgb(as_stated(image, path, size) if size else ImageOps.exif_transpose(image))
-    except DataError:
-        raise
-    except Exception as error:                   # Pillow: OSError, SyntaxError, ValueError, struct.error, ...
-        raise UndecodableImage(f"{path} cannot be decoded: {str(error) or type(error).__name__}") from None
-
-
-def check_sizes(annotations: CocoBoxes, at_most: int = 2000) -> None:
-    """Compares the headers of up to `at_most` images, evenly spaced, with the annotation. Raises DataError.
-
-    An image without a readable header passes with a warning: training skips it, evaluation stops at it."""
-    checked = np.unique(np.linspace(0, len(annotations) - 1, min(at_most, len(annotations))).astype(int))
-    wrong = []
-    for path, size in ((annotations.path(i), annotations.size(i)) for i in checked):
-        try:
-            with Image.open(path) as image:
-                as_stated(image, path, size)
-        except DataError as error:
-            wrong.append(str(error))
-        except Exception as error:
-            warn(f"{path} cannot be decoded: {error}")
-    if wrong:
-        raise DataError(f"{annotations.json_path}: {len(wrong)} of {len(checked)} images looked at have "
-                        f"another size than it states, the first: {wrong[0]}")
-
+# ----------------------------------------------------------------------------------------------- views
 
 def resized_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
     """(height, width) with the shorter side at min_size, unless the longer one would then pass max_size."""
@@ -436,59 +380,6 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-# ------------------------------------------------------------------------------------------ command line
-
-def positive(text: str) -> int:
-    """For argparse: an integer of at least 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return int(text)
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Data sets for training and evaluation.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    shapes = commands.add_parser("shapes", help="write the embedded data set of drawn shapes, in COCO layout",
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    shapes.add_argument("dir", metavar="DIR", help="folder to make, for example datasets/shapes")
-    shapes.add_argument("--train", type=positive, default=3000, metavar="N", help="images to train on")
-    shapes.add_argument("--val", type=positive, default=200, metavar="N", help="images to evaluate on")
-    shapes.add_argument("--size", type=positive, default=128, metavar="S", help="side of an image, pixels")
-    shapes.add_argument("--seed", type=int, default=0, metavar="S", help="another one choices another set")
-    cityscapes = commands.add_parser("cityscapes", help="write COCO annotation files for Cityscapes")
-    cityscapes.add_argument("root", metavar="ROOT", help="folder that holds leftImg8bit and gtFine; the files go into "
-                            "its sub-folder annotations")
-    for command, layout in (("voc", "Pascal VOC's layout: Annotations, JPEGImages, ImageSets"),
-                            ("yolo", "YOLO's layout: images, labels, data.yaml or classes.txt")):
-        convert = commands.add_parser(command, help=f"write COCO annotation files for a folder in {layout}")
-        convert.add_argument("root", metavar="DIR", help="the folder; the files go into its sub-folder annotations")
-    check = commands.add_parser("check", help="say what is wrong with a data set; exit status 1 where training would "
-                                "fail")
-    check.add_argument("paths", nargs="+", metavar="DIR_OR_JSON", help="a folder as --data of train.py takes it, or an "
-                       "annotation file in COCO format")
-    check.add_argument("--images", metavar="DIR", help="folder of the images of an annotation file, where they are "
-                       "not beside it")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    options = parse_arguments(argv)
-    try:
-        if options.command == "cityscapes":
-            write_cityscapes(options.root)
-        elif options.command == "voc":
-            write_voc(options.root)
-        elif options.command == "yolo":
-            write_yolo(options.root)
-        elif options.command == "check":
-            from formats.check import check          # here, since check.py imports this file
-            if check(options.paths, options.images):
-                sys.exit(1)
-        else:
-            write_shapes(options.dir, options.train, options.val, options.size, options.seed)
-    except DataError as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
+if __name__ == "__main__":          # python data.py shapes | cityscapes | voc | yolo | check
+    from formats.commands import main
     main()

@@ -7,7 +7,7 @@
 
 `evaluate` runs the model over a set of images and returns detections in COCO's results format,
 `coco_metrics` gives their figures through pycocotools, `print_tables` shows them. train.py uses the same. What
-Cityscapes asks for beyond that is in cityscapes.py, how well scores tell good masks from poor ones in quality.py.
+Cityscapes asks for beyond that is in tools/cityscapes_score.py, how well scores tell good masks from poor ones in quality.py.
 """
 
 import argparse
@@ -25,11 +25,12 @@ from pycocotools.cocoeval import COCOeval
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import Batch, TestImages, check_sizes
-from formats import cityscapes
+from data import Batch, TestImages
 from formats.checkpoint import CheckpointError, load_model, test_size
 from formats.coco import CocoBoxes, DataError, datasets
+from formats.pictures import check_sizes
 from model import Instances, Predictions, find_instances
+from tools import cityscapes_score
 from tools.command_line import (AMP, DEVICE, go_together, not_negative, output_file, pick_amp, positive, probability,
                                 start_distributed, write_json)
 from tools.curves import draw_curves
@@ -272,7 +273,7 @@ def run(args: argparse.Namespace) -> None:
     if rank == 0:
         check_sizes(annotations)
         if args.cityscapes_results:
-            cityscapes_scripts = cityscapes.prepare(annotations, args.cityscapes_results)
+            cityscapes_scripts = cityscapes_score.prepare(annotations, args.cityscapes_results)
     rescore = info["method"] == "boxteacher" if args.rescore == "auto" else args.rescore == "on"
     min_size, max_size = args.min_size or test_size(info)[0], args.max_size or test_size(info)[1]
     if rank == 0:
@@ -296,11 +297,11 @@ def run(args: argparse.Namespace) -> None:
             metrics["score_quality"] = report(rows, args.score_quality)
         write_json(args.metrics, metrics)
         if args.cityscapes_results:
-            cityscapes.export(results, annotations, args.cityscapes_results)
+            cityscapes_score.export(results, annotations, args.cityscapes_results)
             if cityscapes_scripts:
                 print(f"cityscapesscripts scores {len(annotations)} images", flush=True)
-                figures = cityscapes.official_ap(cityscapes_scripts, annotations, args.cityscapes_results)
-                cityscapes.print_table(figures)
+                figures = cityscapes_score.official_ap(cityscapes_scripts, annotations, args.cityscapes_results)
+                cityscapes_score.print_table(figures)
                 write_json(args.metrics, metrics | {"cityscapes": figures})
         if args.sheet:
             rows = sheet_rows(annotations, ground_truth(json_path), results, args.sheet_count)

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
 from backbone import BatchNorm, make_backbone
+from data import canvas_of, padded, pixels, resized_size, view
+from formats.pictures import as_rgb, load_image
 from masks import aligned_bilinear, paste_masks
 from runlengths import decode
 
@@ -426,7 +428,6 @@ class Predictor:
         image: a file's path, a Pillow image (both turned as their EXIF says), or an array or tensor (height, width,
         3), uint8 RGB.
         """
-        from data import as_rgb, canvas_of, load_image, padded, pixels, resized_size, view  # which build on this file
         if isinstance(image, (str, os.PathLike)):
             image = load_image(os.fspath(image))
         elif isinstance(image, Image.Image):

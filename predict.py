@@ -19,12 +19,12 @@ from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import Sample, check_sizes, load_image, pixels, readable_batches, resized_size, view
+from data import Sample, pixels, readable_batches, resized_size, view
 from evaluate import coco_results
 from formats.checkpoint import CheckpointError, load_model, test_size
 from formats.coco import CocoBoxes, DataError, UndecodableImage
-from formats.convert import images_in
 from formats.files import warn
+from formats.pictures import check_sizes, find_images, load_image
 from model import SCORE_THRESHOLD, CondInst, confident, predict
 from tools.command_line import (AMP, DEVICE, go_together, not_negative, output_file, pick_amp, positive, probability,
                                 write_json)
@@ -36,33 +36,6 @@ DRAWN = (480, 1600)  # the longer side of a drawn image lies between these, pixe
 
 
 # ------------------------------------------------------------------------------------------- finding objects
-
-
-def find_images(paths: list[str], out: Path) -> list[tuple[str, str]]:
-    """(path, name within the folder that was given) of every image among `paths`, each file once.
-
-    Folders are searched to the bottom, but for `out` and hidden files. Raises DataError where a path does not exist,
-    a folder is `out` itself, or there is no image at all.
-    """
-    found = {}
-    for path in paths:
-        if os.path.isdir(path):
-            if Path(path).resolve() == out.resolve():
-                raise DataError(f"{path} is to be read and written: name another folder with --out")
-            names = images_in(Path(path), Path(path))
-        elif os.path.exists(path):
-            path, names = os.path.split(path)
-            names = [names]
-        else:
-            raise DataError(f"{path} does not exist")
-        results = out.resolve() if Path(path).resolve() in out.resolve().parents else None  # of an earlier call
-        for name in names:
-            real = Path(path, name).resolve()
-            if results not in real.parents:
-                found.setdefault(real, (os.path.join(path, name), name))
-    if not found:
-        raise DataError(f"no images in {', '.join(paths)}")
-    return list(found.values())
 
 
 def free_name(name: str, names: set[str]) -> str:

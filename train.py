@@ -31,12 +31,13 @@ from torch.utils.data import DataLoader
 
 import teacher as teacher_module
 from boxteacher import compute_losses, total_loss
-from data import COMPILED_STRIDE, STRIDE, Batch, TrainBatches, check_sizes, ignore_signals
+from data import COMPILED_STRIDE, STRIDE, Batch, TrainBatches, ignore_signals
 from evaluate import coco_metrics, evaluate, print_tables
 from formats import checkpoint
 from formats.checkpoint import CheckpointError
 from formats.coco import NAMES, CocoBoxes, category_problems, datasets, raise_first
 from formats.files import UserError
+from formats.pictures import check_sizes
 from model import CondInst, build_model
 from recipe import RECIPES, learning_rate, make_plan, parse_arguments, ramp_factor
 from tools.command_line import output_file, pick_amp, start_distributed

@@ -8,7 +8,6 @@ not decoded, so one that breaks off after its header is found in training only),
 Names that come from a file are printed as Python would write them, since they may hold control characters.
 """
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
 
@@ -16,9 +15,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import as_stated
 from formats.coco import (FORMS, KEYS, NAMES, DataError, category_problems, clipped, content_problems, datasets,
-                          load_json, named, image_folder, image_problems, small_problems)
+                          image_problems, load_json, named, small_problems)
+from formats.pictures import as_stated, candidates, folder_of_images
 
 FEW = 10         # boxes; a class of fewer is named
 OUTSIDE = 0.1    # pixels by which a box may reach out of its image unnoticed: rounded coordinates do
@@ -68,7 +67,7 @@ def check_file(path: str, image_dir: str | None, evaluated: bool = False) -> tup
     annotations = [row for row in annotations if row["image_id"] in sizes and row["category_id"] in labels]
     classes = [{"id": row["id"], "name": row["name"]} for row in sorted(categories, key=lambda row: row["id"])]
     if images:
-        image_dir = image_dir or find_images(path, images[0]["file_name"])
+        image_dir = image_dir or folder_of_images(path, images[0]["file_name"])
         findings += image_findings(path, images, image_dir, evaluated)
     of_boxes, usable = box_findings(path, annotations, sizes)
     findings += of_boxes
@@ -95,21 +94,6 @@ def sound(content, kind: str) -> list[dict]:
 
 # ---------------------------------------------------------------------------------------------- images
 
-def find_images(path: str, first: str) -> str | None:
-    """The folder of an annotation file's images, going by the first of them; None where it is found nowhere."""
-    return next((folder for folder in candidates(path) if os.path.isfile(os.path.join(folder, first))), None)
-
-
-def candidates(path: str) -> list[str]:
-    """Where the images of an annotation file usually are."""
-    folder, name = os.path.split(path)
-    found = [folder, os.path.join(folder, "images")]
-    split = re.fullmatch(r"instances_(.+)\.json", name)
-    if split and os.path.basename(os.path.abspath(folder)) == "annotations":
-        root = os.path.normpath(os.path.join(folder, os.pardir))
-        images = os.path.join(root, split[1]), image_folder(root, root, split[1].removesuffix("2017")), root
-        found = [*images, *found]
-    return [folder or os.curdir for folder in dict.fromkeys(found)]
 
 
 def image_findings(path: str, images: list[dict], image_dir: str | None, evaluated: bool) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)  # small tensors: more threads only get in each other's way
 
+from label_folders import put, put_image, thing, xml  # noqa: E402
 from model import STRIDES, Controllers, Predictions, make_locations  # noqa: E402
 
 
@@ -75,6 +76,28 @@ def predictions_of(logits: list, ltrb: list, centerness: list) -> Predictions:
     locations = make_locations([x.shape[-2:] for x in logits], torch.device("cpu"))
     return Predictions(flat[0], flat[1], flat[2].squeeze(-1), Controllers(logits, torch.nn.Identity()),
                        torch.zeros(len(flat[0]), 16, *logits[0].shape[-2:]), locations)
+
+
+@pytest.fixture
+def voc(tmp_path):
+    """Images a, b (nothing in it) and c, with a box each in a and c; nothing says what is to train on."""
+    root = tmp_path / "voc"
+    for stem, things in (("a", [thing()]), ("b", []), ("c", [thing("bus")])):
+        put_image(root / "JPEGImages" / f"{stem}.jpg")
+        put(root / "Annotations" / f"{stem}.xml", xml(*things, filename=f"{stem}.jpg"))
+    return root
+
+
+@pytest.fixture
+def yolo(tmp_path):
+    """Images a and c, to train on, with a box each, and b, to evaluate on, without a label file."""
+    root = tmp_path / "yolo"
+    for name in ("train/a", "val/b", "train/c"):
+        put_image(root / "images" / f"{name}.png")
+    put(root / "labels" / "train" / "a.txt", "1 0.5 0.5 0.2 0.4\n")
+    put(root / "labels" / "train" / "c.txt", "0 0.5 0.5 1 1\n")
+    put(root / "data.yaml", "names: [car, bus]\n")
+    return root
 
 
 def pytest_terminal_summary(terminalreporter):

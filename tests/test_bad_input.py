@@ -12,7 +12,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from formats.coco import CocoBoxes, DataError, UndecodableImage, datasets
-from data import TestImages, TrainBatches, check_sizes, main
+from data import TestImages, TrainBatches
+from formats.commands import main
+from formats.pictures import check_sizes
 from test_data import annotation, write_set
 
 HELP = "cocodataset.org", "python data.py shapes datasets/shapes"
@@ -247,7 +249,8 @@ def test_command_line_of_the_shapes(tmp_path, capsys):
     command = [sys.executable, script, "shapes", tmp_path / "set"]
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 1 and again.stderr.count("\n") == 1 and str(tmp_path / "set") in again.stderr
-    for wrong in (["shapes"], ["shapes", "x", "--train", "0"], ["shapes", "x", "--val", "many"], []):
+    for wrong, status in ((["shapes"], 2), (["shapes", "x", "--train", "0"], 1), (["shapes", "x", "--val", "many"], 2),
+                          ([], 2)):
         with pytest.raises(SystemExit) as end:
             main(wrong)
-        assert end.value.code == 2
+        assert end.value.code == status

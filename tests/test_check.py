@@ -12,7 +12,8 @@ from PIL import Image
 
 import train
 from formats.coco import CocoBoxes, DataError, content_problems
-from data import TrainBatches, main
+from formats.commands import main
+from data import TrainBatches
 from test_data import annotation, image_of, write_set
 
 SIZES = [(20, 30)] * 4                                   # (height, width) of images 10, 11, ...
@@ -208,7 +209,8 @@ def test_images_are_found_where_they_usually_are(tmp_path, check, monkeypatch, j
 
 
 def test_images_that_are_found_nowhere(tmp_path, check):
-    json_path, _ = sound(tmp_path)
+    json_path, images = sound(tmp_path)
+    os.rename(images, tmp_path / "elsewhere")
     status, findings, _ = check(json_path)
     only(findings, f"error: {json_path}", "'0.png'", "--images", str(tmp_path))
     assert status == 1
@@ -376,7 +378,8 @@ def test_names_of_the_data_and_images_with_a_folder(folder, check, monkeypatch, 
     assert check("shapes")[0] == 1                        # train.py --data shapes refuses that too
     with pytest.raises(SystemExit) as end:
         main(["check", "datasets/shapes", "--images", "datasets"])
-    assert "--images" in end.value.code and "datasets/shapes" in end.value.code
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and "--images" in error and "datasets/shapes" in error
 
 
 def test_the_status_of_the_program(folder):
@@ -430,12 +433,12 @@ def test_many_boxes_take_seconds(tmp_path, check):
     """100,000 annotations, 10,000 of them on one photo and those all alike."""
     rows = [annotation(i, 10 + max(0, i // 100 - 99), [i % 7, 2, 9, 9] if i >= 10_000 else [1, 2, 9, 9])
             for i in range(100_000)]
-    json_path, photos = write_set(tmp_path, [(20, 30)], rows, (3,))
+    json_path, images = write_set(tmp_path, [(20, 30)], rows, (3,))
     change(json_path, lambda content: content.update(images=[
         {"id": 10 + i, "file_name": "0.png", "width": 30, "height": 20} for i in range(1000)]))
     start = time.perf_counter()
-    status, findings, summaries = check(json_path, "--images", photos)
+    status, findings, summaries = check(json_path, "--images", images)
     assert time.perf_counter() - start < 20
     copies = next(finding for finding in findings if "copies" in finding)
-    assert status == 0 and summaries == [f"{json_path}: 1000 photos, 100000 boxes, 1 classes"]
+    assert status == 0 and summaries == [f"{json_path}: 1000 images, 100000 boxes, 1 classes"]
     assert f"{9_999 + 900 * 93} of 100000 boxes are exact copies" in copies and "(id 1, id 2," in copies

@@ -20,9 +20,11 @@ import evaluate
 import train
 from formats.checkpoint import save
 from formats.coco import CocoBoxes, DataError, datasets
-from data import TrainBatches, check_sizes
-from data import main as data_main
+from formats.commands import main as data_main
+from formats.pictures import check_sizes
+from data import TrainBatches
 from model import build_model
+from tools import cityscapes_score
 
 HEIGHT, WIDTH = 64, 128
 A, B, C = ((slice(10, 30), slice(left, left + 25)) for left in (5, 45, 90))     # three places of 20 x 25 pixels
@@ -218,8 +220,8 @@ def test_the_command_line_ends_with_one_line(tmp_path):
 def test_export_by_hand(val, tmp_path):
     """A text file for every image, also for one without detections; each line names a mask of the image's size."""
     folder = tmp_path / "new" / "results"
-    cityscapes.prepare(val, str(folder))
-    cityscapes.export([*PERFECT, detection(1, 25, C, 0.123456789)], val, str(folder))
+    cityscapes_score.prepare(val, str(folder))
+    cityscapes_score.export([*PERFECT, detection(1, 25, C, 0.123456789)], val, str(folder))
     files = {path.name: path.read_text().splitlines() for path in folder.glob("*.txt")}
     stem = "frankfurt_000000_0000"
     assert files == {f"{stem}19.txt": [f"masks/{stem}19_0.png 24 0.9", f"masks/{stem}19_1.png 24 0.8",
@@ -234,7 +236,7 @@ def test_export_by_hand(val, tmp_path):
 def test_prepare_refuses_what_cannot_be_exported(city, val, tmp_path):
     def fails(annotations, folder, *parts):
         with pytest.raises(DataError) as error:
-            cityscapes.prepare(annotations, str(folder))
+            cityscapes_score.prepare(annotations, str(folder))
         assert "\n" not in str(error.value) and all(part in str(error.value) for part in parts), str(error.value)
 
     fails(val, city, str(city), "not empty")
@@ -262,10 +264,10 @@ def official(val, tmp_path):
 
     def score(detections):
         folder = str(tmp_path / f"results{len(list(tmp_path.iterdir()))}")
-        scripts = cityscapes.prepare(val, folder)
+        scripts = cityscapes_score.prepare(val, folder)
         before = Path(scripts.args.gtInstancesFile).exists(), sorted(os.listdir()), os.getcwd()
-        cityscapes.export(detections, val, folder)
-        figures = cityscapes.official_ap(scripts, val, folder)
+        cityscapes_score.export(detections, val, folder)
+        figures = cityscapes_score.official_ap(scripts, val, folder)
         assert before == (Path(scripts.args.gtInstancesFile).exists(), sorted(os.listdir()), os.getcwd())
         return figures
     return score
@@ -308,7 +310,7 @@ def test_missing_and_wrong_detections_have_the_ap_by_hand(official):
 def test_no_detection_has_zero(official, capsys):
     figures = official([])
     assert figures["AP"] == figures["AP50"] == 0 and figures["per_class"]["truck"]["AP"] is None
-    cityscapes.print_table(figures)
+    cityscapes_score.print_table(figures)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[:2] == [["Cityscapes", "AP", "AP50"], ["all", "0.0", "0.0"]] and ["truck", "-", "-"] in lines
     assert len(lines) == 10
@@ -324,7 +326,7 @@ def test_missing_instance_maps_are_named_before_the_evaluation(city, val, tmp_pa
     path = city / "gtFine" / "val" / "frankfurt" / "frankfurt_000000_000020_gtFine_instanceIds.png"
     path.unlink()
     with pytest.raises(DataError, match="1 of 3 instance maps") as error:
-        cityscapes.prepare(val, str(tmp_path / "new"))
+        cityscapes_score.prepare(val, str(tmp_path / "new"))
     assert str(path) in str(error.value)
 
 

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from formats.coco import CocoBoxes, DataError, datasets
-from data import (AUGMENTATIONS, Batch, Blur, TestImages, TrainBatches, check_sizes, load_image, resized_size, view_boxes,
-                  view_mask)
+from data import (AUGMENTATIONS, Batch, Blur, TestImages, TrainBatches, resized_size, view_boxes, view_mask)
+from formats.pictures import check_sizes, load_image
 
 
 def image_of(i: int, height: int, width: int) -> Image.Image:

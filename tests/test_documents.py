@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 import benchmark
-from formats import checkpoint
-import data
+from formats import checkpoint, commands
 import evaluate
 from tools import experiments
 import predict
@@ -21,7 +20,7 @@ from test_train import SMALL, command, drawn, losses_of, same, warm  # noqa: F40
 PROJECT = Path(__file__).resolve().parent.parent
 PARSERS = {"train.py": train.parse_arguments, "evaluate.py": evaluate.parse_arguments,
            "tools.selftraining": selftraining.parse_arguments, "tools.experiments": experiments.parse_arguments,
-           "formats.checkpoint": checkpoint.parse_arguments, "data.py": data.parse_arguments,
+           "formats.checkpoint": checkpoint.parse_arguments, "data.py": commands.parse_arguments,
            "predict.py": predict.parse_arguments, "benchmark.py": benchmark.parse_arguments}
 TORCHRUN = re.compile(r"torchrun( --[a-z_]+=\S+)+ ")
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data
 import predict
 import train
+from formats import commands
 from formats.coco import CocoBoxes
 from test_train import SMALL, drawn, warm  # noqa: F401
 
 PROJECT = Path(__file__).resolve().parent.parent
-PROGRAMS = {"data.py": data, "train.py": train, "predict.py": predict}
+PROGRAMS = {"data.py": commands, "train.py": train, "predict.py": predict}
 SHORTER = {"train.py": [*SMALL, "--iters", "3", "--eval-every", "2"], "predict.py": ["--workers", "0"]}
 
 

@@ -18,9 +18,9 @@ from torchvision.ops import box_iou
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from data import load_image
 from formats.coco import CocoBoxes
 from formats.files import replacing
+from formats.pictures import load_image
 from model import Instances, confident
 
 COLOURS = [(230, 60, 60), (60, 150, 240), (70, 190, 80), (250, 170, 30), (170, 90, 220), (40, 200, 200),

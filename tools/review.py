@@ -15,8 +15,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torchvision.utils import draw_bounding_boxes
 
-from data import load_image
 from formats.coco import CocoBoxes, UndecodableImage
+from formats.pictures import load_image
 from tools.draw import fill_mask, outline_mask
 from tools.label import ASSIGNED, PROMPTED, Labels
 

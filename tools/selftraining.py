@@ -15,10 +15,10 @@ import sys
 
 import numpy as np
 
-from data import check_sizes
 from evaluate import check_classes, ground_truth
 from formats.checkpoint import CheckpointError, load_model, test_size
 from formats.coco import CocoBoxes, DataError, datasets
+from formats.pictures import check_sizes
 from tools.command_line import DEVICE, go_together, not_negative, output_file, positive, probability, write_json
 from tools.draw import sheet, sheet_rows
 from tools.label import label_dataset, report_agreement, with_masks
