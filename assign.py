@@ -114,18 +114,3 @@ def assign_masks(iou: Tensor, scores: Tensor, iou_threshold: float = 0.5, score_
             v = len(boxes) - 1 - v  # `>=` in the listing: of equal overlaps the last box wins
             assigned = torch.where((boxes == v) & (u > 0), i, assigned)
     return assigned
-
-
-def box_masks(boxes: Tensor, height: int, width: int, stride: int = 4) -> Tensor:
-    """Boxes (G, 4) xyxy pixels as masks (G, height, width) bool on the grid of a stride.
-
-    A box covers pixel rows int(y0) ... int(y1 + 1) - 1, likewise columns; cell i of the grid is pixel
-    i * stride + stride // 2.
-    """
-    y = torch.arange(height, device=boxes.device) * stride + stride // 2
-    x = torch.arange(width, device=boxes.device) * stride + stride // 2
-    x0, y0 = boxes[:, :2].trunc().unbind(1)
-    x1, y1 = (boxes[:, 2:] + 1).trunc().unbind(1)
-    rows = (y >= y0[:, None]) & (y < y1[:, None])
-    columns = (x >= x0[:, None]) & (x < x1[:, None])
-    return rows[:, :, None] & columns[:, None, :]

@@ -9,10 +9,11 @@ import argparse
 import torch
 from torch import Tensor, nn
 
-from assign import batch_instances, box_masks, fcos_targets
+from assign import batch_instances, fcos_targets
 from data import Batch
 from losses import (alike_labels, box_supervised_losses, detection_losses, dice_loss, disagreement,
                     mask_supervised_losses, over_processes, pair_weights, refine, similar_colors, valid_cells)
+from masks import box_masks
 from model import CondInst, mask_logits
 from teacher import PseudoLabels, label
 

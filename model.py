@@ -6,7 +6,7 @@ Read from top to bottom as an image travels through it:
                                      |
                                      +-> mask branch -> mask features at stride 8
     controller + mask features -> dynamic mask head -> mask logits at stride 4
-    all of it -> detect -> paste (pasting.py) -> Instances of the image
+    all of it -> detect -> paste_masks (masks.py) -> Instances of the image
 
 Teacher and student are two of these with different weights. Sources: FCOS (Tian et al., ICCV 2019),
 CondInst (Tian et al., ECCV 2020).
@@ -28,8 +28,7 @@ from torchvision.ops import batched_nms
 from backbone import BatchNorm, make_backbone
 from data import canvas_of, padded, pixels, resized_size, view
 from formats.pictures import as_rgb, load_image
-from masks import aligned_bilinear, paste_masks
-from runlengths import decode
+from masks import aligned_bilinear, decode, paste_masks
 
 STRIDES = (8, 16, 32, 64, 128)                     # of P3 ... P7, pixels
 SIZES_OF_INTEREST = (64, 128, 256, 512, 1024)      # scale of the relative coordinates at P3 ... P7, pixels

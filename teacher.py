@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou, clip_boxes_to_image
 
-from assign import assign_masks, box_masks
+from assign import assign_masks
 from data import Batch
-from masks import paste_masks
+from masks import box_masks, cells, decode, paste_masks
 from model import CondInst, Detections, Predictions, detect, mask_logits
-from runlengths import decode
 
 SCORES = ("mask-aware", "cls", "iou", "mean-entropy")  # Table 5; "released", see released_masks, is a way of its own
 
@@ -81,7 +80,7 @@ def pseudo_labels(predictions: Predictions, batch: Batch, score: str = "mask-awa
             p, order, s = released_masks(logits, found.scores, teacher_size, size, height, width)
         else:
             p = to_student_grid(logits.sigmoid(), teacher_size, size, height, width)                # (N, h, w)
-            h, w = (size[0] + 1) // 4, (size[1] + 1) // 4  # cells within the image: padding has no part in a score
+            h, w = cells(size)  # padding has no part in a score
             order = s = SCORE_FUNCTIONS[score](found.scores, p[:, :h, :w], box_masks(found.boxes, h, w), iou)
         match = assign_masks(iou, order)                                                            # (G,)
         masks.append(F.pad(p, (0, 0, 0, 0, 0, 1))[match] * box_masks(boxes, height, width))         # at -1: nothing

@@ -28,8 +28,7 @@ from formats.checkpoint import load_model
 from formats.coco import CocoBoxes
 from data import TestImages
 from model import mask_logits
-from masks import paste_masks
-from runlengths import decode
+from masks import decode, paste_masks
 
 IMAGES = (81, 394, 502, 525891)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from assign import assign_masks, box_masks, fcos_targets, select_instances
+from assign import assign_masks, fcos_targets, select_instances
 from conftest import check
 from model import STRIDES, make_locations
 
@@ -228,24 +228,3 @@ def test_assignment_follows_the_listing(seed):
     assert (iou[given, (match >= 0).nonzero()[:, 0]] >= 0.4).all() and (scores[given] >= 0.2).all()
     idle = [i for i in range(n) if i not in given and scores[i] >= 0.2]
     assert not (iou[idle][:, match < 0] >= 0.4).any()  # nobody who could serve a free box is left over
-
-
-# -------------------------------------------------------------------------------------------------- box_masks
-
-
-@pytest.mark.parametrize("image", [0, 1])
-@pytest.mark.parametrize("name, prefix", [("07_color_similarity", ""), ("08_pseudo_losses", "bin_"),
-                                          ("08_pseudo_losses", "soft_")])
-def test_golden_07_08_box_masks(golden, name, prefix, image):
-    d = golden(name)
-    masks = box_masks(d[f"{prefix}boxes_{image}"], 32, 40)
-    check(f"{name[:2]} boxes as masks", masks, d[f"{prefix}box_bitmasks_{image}"], 0)
-
-
-def test_box_mask_by_hand():
-    """Cells are pixels 2, 6, 10, ... A box from 2.9 to 9.0 covers pixels 2 ... 9, one from 3 to 9.99
-    pixels 3 ... 9."""
-    masks = box_masks(torch.tensor([[2.9, 3.0, 9.0, 9.99], [0, 0, 0, 0]]), 3, 4)
-    assert masks[0].int().tolist() == [[0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
-    assert not masks[1].any()
-    assert box_masks(torch.zeros(0, 4), 3, 4).shape == (0, 3, 4)

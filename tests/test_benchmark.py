@@ -15,7 +15,7 @@ from PIL import Image
 import benchmark
 from tools import growth
 import losses
-from assign import box_masks
+from masks import box_masks
 from benchmark import knowing
 from formats.coco import CocoBoxes, DataError
 from tools.measuring import Clock, made_up_data, many_annotations, medians, process_memory, tensor_peak

@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from assign import box_masks, image_targets
+from assign import image_targets
 from formats.coco import CocoBoxes
 from conftest import given_controllers
 from tools.label import (ASSIGNED, PROMPTED, Labels, agreement, assigned_rows, box_pixels, cut_masks, label_dataset,
                    label_image, model_classes, owners, polygons, prompt, report_agreement, with_masks)
+from masks import box_masks
 from model import STRIDES, Predictions, build_model, make_locations, mask_logits
 from test_teacher import made_up
 from test_train import drawn  # noqa: F401

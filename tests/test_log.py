@@ -18,7 +18,7 @@ from formats.checkpoint import load
 from formats.coco import CocoBoxes
 from tools.log import Log, draw_sheet, sheet_images
 from model import Instances
-from runlengths import encode
+from masks import encode
 from teacher import PseudoLabels
 from test_train import (SMALL, command, copy_set, drawn, metrics, new_run, one_line_error, only_training,  # noqa: F401
                         same, warm)

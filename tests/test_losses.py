@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 
 import losses as losses_module
-from assign import Targets, batch_instances, box_masks, fcos_targets
+from assign import Targets, batch_instances, fcos_targets
 from boxteacher import RAMPED
 from conftest import check, head_maps, predictions_of, relative_error
 from losses import (OFFSETS, alike_labels, average_projection_loss, bce_loss, box_supervised_losses,
                     centerness_of, detection_losses, dice_loss, disagreement, giou_loss,
                     mask_supervised_losses, over_processes, pair, pair_weights, projection_loss, refine,
                     rgb_to_lab, similar_colors, valid_cells, weighted_pairs)
+from masks import box_masks
 from model import STRIDES, build_model, make_locations, mask_logits
 from recipe import Plan, ramp_factor
 

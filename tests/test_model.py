@@ -4,17 +4,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import FrozenBatchNorm2d
 
 import model as model_module
-import masks as masks_module
 from backbone import BatchNorm
 from conftest import check, head_maps, predictions_of, relative_error
 from model import (SIZES_OF_INTEREST, STRIDES, Controllers, Detections, Instances, build_model, confident, detect,
                    dynamic_mask_head, mask_logits, num_mask_params, predict)
-from masks import aligned_bilinear, paste_masks
-from runlengths import decode, encode
+from masks import aligned_bilinear, decode, encode, paste_masks
 
 
 # ------------------------------------------------------------------------------------------------ controllers
@@ -36,25 +33,6 @@ def test_controllers_are_a_convolution_where_they_are_asked():
     assert torch.equal(Controllers(maps, layer)[1:2].at(rows[1:]), asked[18:])
     nothing = Controllers(maps, layer).at([torch.arange(0)] * 2)
     assert nothing.shape == (0, 6) and not torch.autograd.grad(nothing.sum(), layer.weight)[0].any()  # for DDP
-
-
-# ------------------------------------------------------------------------------------------- aligned_bilinear
-
-
-@pytest.mark.parametrize("case", range(4))
-def test_golden_05_aligned_bilinear(golden, case):
-    d = golden("05_aligned_bilinear")
-    check("05 aligned bilinear", aligned_bilinear(d[f"x_{case}"], int(d[f"factor_{case}"])), d[f"y_{case}"], 1e-5)
-
-
-@pytest.mark.parametrize("factor", [2, 4, 8])
-def test_aligned_bilinear_keeps_a_ramp(factor):
-    """Output cell p reads the input at (p - factor // 2) / factor, no farther than its border."""
-    h, w = 5, 7
-    ramp = 3 * torch.arange(h)[:, None] + torch.arange(w) * 1.0
-    at = [((torch.arange(n * factor) - factor // 2) / factor).clamp(0, n - 1) for n in (h, w)]
-    large = aligned_bilinear(ramp[None, None], factor)[0, 0]
-    assert relative_error(large, 3 * at[0][:, None] + at[1]) <= 1e-6
 
 
 # ------------------------------------------------------------------------------------------ dynamic mask head
@@ -216,111 +194,6 @@ def test_golden_09_quality_without_threshold(golden, monkeypatch):
     for threshold in (0.2, 0.5, 0.8):  # what is thresholded are the probabilities of theirs
         masks = decode(paste_masks(logits, size, output_size, threshold)[0], output_size)
         check("09 pixels of probabilities that differ", (masks != (d["masks"] > threshold)).sum(), 0, 3)
-
-
-def rectangle_logits(box, size, padded, scale):
-    """Masks at stride 4 of padded inputs whose probability is 1/2 on the outline of `box` (pixels of
-    the output)."""
-    y, x = ((torch.arange(n // 4) * 4 + 2.5) * s for n, s in zip(padded, scale))  # middles of 4i + 2
-    across, down = torch.minimum(x - box[0], box[2] - x), torch.minimum(y - box[1], box[3] - y)
-    depth = torch.minimum(across[None, :], down[:, None])
-    return torch.logit((0.5 + depth / 100).clamp(0.01, 0.99))[None]
-
-
-@pytest.mark.parametrize("output_size", [(200, 280), (300, 420), (300, 560), (100, 140)])
-def test_a_rectangle_is_pasted_in_its_place(output_size):
-    """Input 200 x 280, padded to 224 x 288. Along its sides the outline is exact to the pixel, only
-    corners round."""
-    size, padded = (200, 280), (224, 288)
-    scale = [out / inside for out, inside in zip(output_size, size)]
-    box = [int(v) for v in (60 * scale[1], 40 * scale[0], 230 * scale[1], 150 * scale[0])]
-    rles, quality = paste_masks(rectangle_logits(box, size, padded, scale), size, output_size)
-    masks = decode(rles, output_size)
-    expected = torch.zeros(output_size, dtype=torch.bool)
-    expected[box[1]:box[3], box[0]:box[2]] = True
-    assert masks.shape == (1, *output_size)
-    assert torch.equal(masks[0].any(0), expected.any(0)) and torch.equal(masks[0].any(1), expected.any(1))
-    union = (masks[0] | expected).sum()
-    assert (masks[0] & expected).sum() / union > 0.99 and 0.5 < quality[0] <= 1
-
-
-def test_a_mask_of_one_half_is_empty():
-    """The threshold is strict, and an empty mask has quality 0."""
-    rles, quality = paste_masks(torch.zeros(1, 8, 8), (30, 32), (30, 32))
-    assert not decode(rles, (30, 32)).any() and quality.tolist() == [0]
-
-
-def three_steps(logits, size, output_size, threshold=0.5):
-    """paste_masks as it is defined, over the whole image."""
-    p = aligned_bilinear(logits[:, None].sigmoid(), 4)[..., :size[0], :size[1]]
-    p = F.interpolate(p, size=output_size, mode="bilinear", align_corners=False)[:, 0]
-    inside = p > threshold
-    return inside, (p * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
-
-
-@pytest.mark.parametrize("output_size", [(57, 90), (200, 333), (19, 30), (1, 1), (58, 29)])
-def test_windows_hold_all_of_a_mask(output_size):
-    """Sparse, dense, empty and whole masks, single cells at corners and in the padding, made larger and smaller."""
-    size, g = (57, 90), torch.Generator().manual_seed(0)
-    logits = torch.cat([torch.randn(3, 16, 24, generator=g) - torch.tensor([3.0, 0, -3]).view(3, 1, 1),
-                        torch.full((6, 16, 24), -4.0), torch.full((1, 16, 24), 4.0)])
-    for k, (row, column) in enumerate([(0, 0), (14, 22), (15, 23), (5, 9), (0, 22)], start=3):
-        logits[k, row, column] = 5
-    rles, quality = paste_masks(logits, size, output_size)
-    masks, expected_quality = three_steps(logits, size, output_size)
-    assert torch.equal(decode(rles, output_size), masks) and masks[9].all() and not masks[5].any()
-    assert relative_error(quality, expected_quality) <= 1e-6
-
-
-def test_masks_cost_what_they_cover():
-    """What is computed of one mask of 3 x 3 cells and one that is empty, in an image of 40 x 40 pixels a cell."""
-    class Computed(TorchDispatchMode):
-        numbers = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **kwargs or {})
-            if function is torch.ops.aten.mm.default:
-                self.numbers += out.numel()
-            return out
-
-    logits = torch.full((2, 32, 32), -4.0)
-    logits[0, 10:13, 20:23] = 4
-    with Computed() as computed:
-        rles, _ = paste_masks(logits, (128, 128), (1280, 1280))
-    pixels = decode(rles, (1280, 1280)).sum()
-    assert pixels > 110 ** 2  # from the half of 4 cells to the half of 4 more
-    assert pixels < computed.numbers < 170 ** 2 + 170 * 6  # 4 cells across, and what they are made of
-
-
-def test_a_large_mask_is_computed_band_by_band_and_chunk_by_chunk(monkeypatch):
-    logits = 3 * torch.randn(5, 16, 16, generator=torch.Generator().manual_seed(0))
-    logits[3] = -9
-    rles, quality = paste_masks(logits, (64, 50), (300, 400))
-    monkeypatch.setattr(masks_module, "BAND", 7)
-    monkeypatch.setattr(masks_module, "CHUNK_PIXELS", 2 * 300 * 400)
-    bands, made, empty = [], [], torch.empty
-    monkeypatch.setattr(torch, "gt", lambda *args, gt=torch.gt, **kw: bands.append(len(args[0])) or gt(*args, **kw))
-    monkeypatch.setattr(torch, "empty", lambda n, **kw: made.append(n) or empty(n, **kw))
-    again, q = paste_masks(logits, (64, 50), (300, 400))
-    assert again == rles and relative_error(q, quality) <= 1e-6
-    assert max(bands) == 7 and len(made) > 1 and 0 < max(made) <= 3 * 300 * 400 < sum(made)
-
-
-def test_masks_are_cut_to_pixels():
-    logits = torch.full((4, 16, 16), 2.0)
-    within = torch.tensor([[3, 5, 30, 9], [0, 0, 70, 40], [8, 8, 8, 20], [69, 0, 70, 1]])
-    rles, _ = paste_masks(logits, (64, 64), (40, 70), within=within)
-    for mask, (x0, y0, x1, y1) in zip(decode(rles, (40, 70)), within.tolist()):
-        expected = torch.zeros(40, 70, dtype=torch.bool)
-        expected[y0:y1, x0:x1] = True
-        assert torch.equal(mask, expected)
-
-
-def test_autocast_does_not_move_masks():
-    logits = 3 * torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(0))
-    rles, quality = paste_masks(logits, (64, 50), (300, 400))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert paste_masks(logits, (64, 50), (300, 400))[0] == rles
 
 
 @pytest.fixture(scope="module")

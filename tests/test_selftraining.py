@@ -10,7 +10,7 @@ from pycocotools import mask as coco_mask
 
 from tools import selftraining
 import train
-from assign import box_masks
+from masks import box_masks
 from boxteacher import mask_quality
 from formats.checkpoint import load
 from formats.coco import CocoBoxes

@@ -5,11 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from assign import box_masks
 from conftest import check, given_controllers, relative_error
 from data import Batch
+from masks import aligned_bilinear, box_masks
 from model import STRIDES, Predictions, build_model, make_locations, mask_logits
-from masks import aligned_bilinear
 from teacher import (SCORES, class_score, ema_momentum, iou_score, label, make_teacher, mask_aware_score,
                      mean_entropy_score, pseudo_labels, to_student_grid, update)
 

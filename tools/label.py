@@ -19,12 +19,11 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from assign import LEVEL_RANGES, assign_masks, box_masks, image_targets
+from assign import LEVEL_RANGES, assign_masks, image_targets
 from data import TestImages, readable_batches
 from formats.coco import CocoBoxes, DataError
-from masks import paste_masks
+from masks import box_masks, cells, encode, paste_masks
 from model import CondInst, Detections, Locations, Predictions, detect, mask_logits
-from runlengths import encode
 from teacher import mask_aware_score
 
 ASSIGNED, PROMPTED = "assigned", "prompted"
@@ -152,11 +151,6 @@ def prompt_scores(image: Predictions, rows: Tensor, owner: Tensor, boxes: Tensor
         inside[torch.arange(len(g), device=g.device), y.clamp(0, h - 1), x.clamp(0, w - 1)] = True
         scores.append(mask_aware_score(c, mask_logits(image, [r]).sigmoid()[:, :h, :w], inside, None).cpu())
     return torch.cat(scores)
-
-
-def cells(size: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of the stride-4 grid whose pixels lie within an image of this (height, width)."""
-    return (size[0] + 1) // 4, (size[1] + 1) // 4
 
 
 def cut_masks(image: Predictions, rows: Tensor, boxes: Tensor, size: tuple[int, int],

@@ -21,9 +21,8 @@ from tqdm import tqdm
 from data import Batch, Choices, TrainBatches, canvas_of, collate
 from formats.coco import CocoBoxes, DataError
 from formats.files import optional, replacing, warn
-from masks import paste_masks
+from masks import decode, paste_masks
 from model import CondInst, Instances
-from runlengths import decode
 from teacher import label
 from tools.draw import SheetRow, sheet
 

@@ -23,8 +23,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.ops import box_iou, clip_boxes_to_image
 
-from assign import assign_masks, box_masks
+from assign import assign_masks
 from data import Batch
+from masks import box_masks, cells
 from model import Detections, Predictions, detect, mask_logits
 from teacher import SCORE_FUNCTIONS, SCORES
 from tools.curves import INK, axes
@@ -54,7 +55,7 @@ def matches(predictions: Predictions, batch: Batch, score_threshold: float = 0.0
             continue
         found, iou = Detections(*(x[able] for x in found)), iou[able]
 
-        h, w = (size[0] + 1) // 4, (size[1] + 1) // 4  # cells within the image: padding has no part in a score
+        h, w = cells(size)  # padding has no part in a score
         p = mask_logits(image, [found.locations]).sigmoid()[:, :h, :w]                                 # (N', h, w)
         box = box_masks(found.boxes, h, w)
         scores = [score(found.scores, p, box, iou) for score in SCORE_FUNCTIONS.values()]  # mask-aware first
