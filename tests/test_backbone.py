@@ -1,4 +1,4 @@
-"""A backbone of one's own: the README's script, run as it stands."""
+"""A backbone of one's own: the script of docs/forking.md, run as it stands."""
 import os
 import re
 import subprocess
@@ -13,7 +13,7 @@ from test_train import SMALL, drawn, metrics, only_training  # noqa: F401
 
 PROJECT = Path(__file__).resolve().parent.parent
 NETWORK = '''
-"""What the README's script uses of efficientnet_lite_pytorch, with the maps' true widths and strides."""
+"""What that script uses of efficientnet_lite_pytorch, with the maps' true widths and strides."""
 import torch
 from torch import nn
 
@@ -56,8 +56,8 @@ print([round(x, 3) for x in seen[0].mean((0, 2, 3)).tolist()])
 
 @pytest.fixture
 def script(tmp_path) -> Path:
-    """The README's lite0.py beside stand-ins of the two packages that it needs."""
-    blocks = re.findall(r"```python\n(# lite0\.py.*?)```", (PROJECT / "README.md").read_text(), re.DOTALL)
+    """The lite0.py of docs/forking.md beside stand-ins of the two packages that it needs."""
+    blocks = re.findall(r"```python\n(# lite0\.py.*?)```", (PROJECT / "docs/forking.md").read_text(), re.DOTALL)
     assert len(blocks) == 1
     (tmp_path / "lite0.py").write_text(blocks[0])
     (tmp_path / "efficientnet_lite_pytorch.py").write_text(NETWORK)

@@ -1,4 +1,4 @@
-"""README.md and EXPERIMENTS.md: every command is one that the programs take; those that train, train a step."""
+"""README.md, EXPERIMENTS.md and docs/: every command is one that its program accepts, and commands that train, train."""
 import math
 import re
 import shlex
@@ -7,53 +7,79 @@ from pathlib import Path
 import pytest
 
 import benchmark
-from formats import checkpoint, commands
 import evaluate
-from tools import experiments
 import predict
-from tools import selftraining
 import train
 from backbone import BACKBONES
+from formats import checkpoint, commands
 from formats.checkpoint import load
 from test_train import SMALL, command, drawn, losses_of, same, warm  # noqa: F401
+from tools import experiments, selftraining
 
 PROJECT = Path(__file__).resolve().parent.parent
+
+
+def overfit_arguments(options: list[str]) -> None:
+    """tests/overfit.py FOLDER [--images ID ...] and options of train.py."""
+    assert options[0] == "COCO_FOLDER"
+    train.parse_arguments(options[1:])
+
+
 PARSERS = {"train.py": train.parse_arguments, "evaluate.py": evaluate.parse_arguments,
-           "tools.selftraining": selftraining.parse_arguments, "tools.experiments": experiments.parse_arguments,
-           "formats.checkpoint": checkpoint.parse_arguments, "data.py": commands.parse_arguments,
-           "predict.py": predict.parse_arguments, "benchmark.py": benchmark.parse_arguments}
+           "predict.py": predict.parse_arguments, "data.py": commands.parse_arguments,
+           "benchmark.py": benchmark.parse_arguments, "tools.selftraining": selftraining.parse_arguments,
+           "tools.experiments": experiments.parse_arguments, "formats.checkpoint": checkpoint.parse_arguments,
+           "tests/overfit.py": overfit_arguments, "tests/released_files.py": lambda options: None}
 TORCHRUN = re.compile(r"torchrun( --[a-z_]+=\S+)+ ")
+OURS = re.compile(r"python ((tests/)?\w+\.py|-m (formats|tools)\.\w+)( (?!--help)|$)")
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
-def commands_of(document: str) -> list[list[str]]:
+def blocks_of(page: str) -> list[str]:
+    """The blocks of commands and listings of a page, without those of another language."""
+    return [block for language, block in FENCED.findall((PROJECT / page).read_text()) if not language]
+
+
+def commands_of(page: str) -> list[list[str]]:
     """[program, option, ...] of every command, in a block or within a line, as a shell would see them."""
-    text = (PROJECT / document).read_text()
-    fenced = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-    blocks = [block for language, block in fenced.findall(text) if not language]
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    lines += re.findall(r"`([^`]+)`", fenced.sub("", text))
+    lines = "\n".join(blocks_of(page)).replace("\\\n", " ").splitlines()
+    prose = FENCED.sub("", (PROJECT / page).read_text())
+    lines += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
     variables = dict(re.findall(r'^([A-Z]+)="(.*)"$', "\n".join(lines), re.MULTILINE))
     found = []
     for line in lines:
         line = re.sub(r"\$([A-Z]+)", lambda m: variables.get(m[1], m[0]), line.strip())
         line = TORCHRUN.sub("python ", line)
-        if re.match(r"python (\w+\.py|-m \w+\.\w+)( (?!--help)|$)", line):
+        if OURS.match(line):
             program, *options = shlex.split(line.replace("-m ", ""), comments=True)[1:]
-            if program == "lite0.py":  # the README's script, which is these programs with a backbone of its own
+            if program == "lite0.py":  # the script of docs/forking.md: these programs with one more backbone
                 program, options = f"{options[0]}.py", options[1:]
-            if program in PARSERS:
-                found.append([program, *options])
+                program = {"selftraining.py": "tools.selftraining"}.get(program, program)
+            found.append([program, *options])
     return found
 
 
-EXPERIMENTS, README = commands_of("EXPERIMENTS.md"), commands_of("README.md")
+PAGES = ["README.md", "EXPERIMENTS.md", *sorted(f"docs/{path.name}" for path in (PROJECT / "docs").glob("*.md"))]
+COMMANDS = {page: commands_of(page) for page in PAGES}
+ALL = [words for page in PAGES for words in COMMANDS[page]]
+EXPERIMENTS = COMMANDS["EXPERIMENTS.md"]
 
 
-@pytest.mark.parametrize("words", [*README, *EXPERIMENTS], ids=" ".join)
+@pytest.mark.parametrize("words", [pytest.param(words, id=f"{page}: {' '.join(words)}")
+                                   for page in PAGES for words in COMMANDS[page]])
 def test_command_is_understood(words, monkeypatch):
     monkeypatch.setitem(BACKBONES, "lite0", None)
     program, *options = words
     PARSERS[program](options)
+
+
+def test_commands_are_found():
+    outs = {value(options, "--out") for _, *options in ALL}
+    assert {"runs/one", "runs/two", "runs/mini", "runs/mini-boxteacher", "runs/boxteacher-r50-3x",
+            "runs/labels-r50.json", "runs/fine-tuned", "found"} <= outs
+    assert {"tests/overfit.py", "tests/released_files.py", "tools.experiments"} <= {program for program, *_ in ALL}
+    table_rows = re.findall(r"^\|.*`(?:\$TRAIN|python) .*", (PROJECT / "EXPERIMENTS.md").read_text(), re.MULTILINE)
+    assert len(table_rows) >= 50 and len(EXPERIMENTS) >= len(table_rows)
 
 
 def test_all_of_the_papers_rows_are_there():
@@ -65,19 +91,12 @@ def test_all_of_the_papers_rows_are_there():
                     "Table 8": 6, "Table 9": 0, "Table 10": 10, "Figures": 5}
 
 
-def test_commands_are_found():
-    outs = {value(options, "--out") for _, *options in README}
-    assert {"runs/one", "runs/two", "runs/mini", "runs/boxteacher-r50-3x", "runs/labels.json"} <= outs
-    table_rows = re.findall(r"^\|.*`(?:\$TRAIN|python) .*", (PROJECT / "EXPERIMENTS.md").read_text(), re.MULTILINE)
-    assert len(table_rows) >= 50 and len(EXPERIMENTS) >= len(table_rows)
-
-
-@pytest.mark.parametrize("document, of_all", [(README, ("method", "schedule", "iters")), (EXPERIMENTS, None)],
-                         ids=["README", "EXPERIMENTS"])
-def test_one_run_folder_is_of_one_kind_of_run(document, of_all):
+@pytest.mark.parametrize("commands, of_all", [(ALL, ("method", "schedule", "iters")), (EXPERIMENTS, None)],
+                         ids=["all pages", "EXPERIMENTS"])
+def test_one_run_folder_is_of_one_kind_of_run(commands, of_all):
     """Else the second command would go on with the run of the first."""
     runs = {}
-    for program, *options in document:
+    for program, *options in commands:
         if program == "train.py" and "lite0" not in options:
             args = vars(train.parse_arguments(options))
             kind = {name: args[name] for name in of_all or args}
@@ -89,8 +108,10 @@ def value(options: list[str], name: str) -> str | None:
 
 
 def test_what_a_command_needs_another_one_makes():
-    made = {value(options, "--out") for _, *options in EXPERIMENTS}
-    for program, *options in EXPERIMENTS:
+    made = {value(options, "--out") for _, *options in ALL}
+    made |= {train.parse_arguments(options).out for program, *options in ALL
+             if program == "train.py" and "lite0" not in options}
+    for program, *options in ALL:
         for name in ("--init", "--ckpt", "--train-json"):
             path = value(options, name) or ""
             if path.startswith("runs/") and not path.startswith(("runs/experiments/", "runs/demo/")):  # of make
@@ -99,11 +120,11 @@ def test_what_a_command_needs_another_one_makes():
 
 OF_SIZE = {"--amp", "--backbone", "--channels", "--schedule", "--iters", "--batch-size", "--lr", "--min-size",
            "--max-size", "--teacher-min-size", "--teacher-max-size", "--init", "--train-json", "--train-images",
-           "--data", "--out"}
+           "--data", "--out", "--backbone-weights", "--eval-every", "--accumulate", "--val-json", "--val-images"}
 
 
 def without_size(options: list[str]) -> tuple[str, ...]:
-    """Options less those that say how large and long a run is and where its files are."""
+    """Options without those that say how large and long a run is, where it starts and where its files are."""
     kept, skipping = [], False
     for word in options:
         if word.startswith("--"):
@@ -113,7 +134,7 @@ def without_size(options: list[str]) -> tuple[str, ...]:
     return tuple(kept)
 
 
-@pytest.mark.parametrize("options", sorted({without_size(options) for program, *options in EXPERIMENTS
+@pytest.mark.parametrize("options", sorted({without_size(options) for program, *options in ALL
                                             if program == "train.py"}), ids=lambda o: " ".join(o) or "boxteacher")
 def test_every_kind_of_training_trains_a_step(options, drawn, warm, tmp_path):  # noqa: F811
     files = ["--train-json", drawn / "annotations/instances_train2017.json", "--train-images", drawn / "train2017"]
@@ -123,3 +144,39 @@ def test_every_kind_of_training_trains_a_step(options, drawn, warm, tmp_path):  
     final, method = load(tmp_path / "final.pt"), value([*options], "--method") or "boxteacher"
     assert not same(final["student"], load(warm)["student"])
     assert (lines[0]["pseudo_masks"] > 0) == (method == "boxteacher")
+
+
+# ------------------------------------------------------------------------------------------- the pages themselves
+
+
+def test_readme_is_short():
+    assert len((PROJECT / "README.md").read_text().splitlines()) <= 130
+
+
+def test_links_and_figures_lead_somewhere():
+    """Files that a page links to exist, and their headings too."""
+    def anchor(heading: str) -> str:
+        return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)]+)\)", (PROJECT / page).read_text()):
+            if not target.startswith("http"):
+                name, _, heading = target.partition("#")
+                path = (PROJECT / page).parent / name if name else PROJECT / page
+                assert path.exists(), f"{page}: {target}"
+                headings = re.findall(r"^#+ (.*)", path.read_text(), re.MULTILINE) if heading else []
+                assert not heading or heading in map(anchor, headings), f"{page}: {target}"
+
+
+def test_the_readmes_tree_names_every_file_once():
+    block = next(block for block in blocks_of("README.md") if block.startswith("boxteacher.py"))
+    named, folder = [], ""
+    for line in block.splitlines():
+        names, _, _ = line.partition("  ") if not line.startswith(" ") else line.strip().partition("  ")
+        if names.endswith("/"):
+            folder = names
+        else:
+            named += [(folder if line.startswith(" ") else "") + name for name in names.split()]
+    found = [str(path.relative_to(PROJECT)) for folder in (".", "formats", "tools")
+             for path in (PROJECT / folder).glob("*.py") if path.name != "__init__.py"]
+    assert len(named) == len(set(named)) and set(found) <= set(named)

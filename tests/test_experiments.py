@@ -14,7 +14,6 @@ import pytest
 from tools import experiments
 import train
 from formats.checkpoint import load
-from formats.files import UserError
 from tools.experiments import FROM_START, RECIPE, ROWS, RUNS, Experiments, parse_arguments, spread, table
 from test_train import drawn, same, warm  # noqa: F401
 
@@ -122,7 +121,7 @@ def test_a_failing_run_is_one_line_and_the_others_go_on(small, tmp_path, monkeyp
         for future in needed:
             future.result()
         if run == "condinst":
-            raise UserError("train.py ended with status 1; see log.txt")
+            raise RuntimeError("train.py ended with status 1; see log.txt")
         done.append((run, seed))
 
     monkeypatch.setattr(Experiments, "complete", complete)
@@ -136,8 +135,7 @@ def test_a_failing_run_is_one_line_and_the_others_go_on(small, tmp_path, monkeyp
 
 
 CODE = """
-import subprocess, sys
-from tools import experiments
+import experiments, subprocess, sys
 popen = subprocess.Popen
 def sleeper(command, **how):
     return popen([sys.executable, "-c", "import sys, time; print(1); sys.stdout.flush(); time.sleep(600)"], **how)
@@ -220,7 +218,7 @@ def test_scripts_run_with_their_output_in_the_log(drawn, tmp_path):  # noqa: F81
     args = parse_arguments(["--data", str(drawn), "--out", str(tmp_path), "--jobs", "64"])
     one = Experiments(args)
     assert one.environment["OMP_NUM_THREADS"] == "1"
-    with pytest.raises(UserError, match=r"evaluate ended with status 1; see .*log\.txt"):
+    with pytest.raises(RuntimeError, match=r"evaluate ended with status 1; see .*log\.txt"):
         one.python(tmp_path / "run", "evaluate", "--ckpt", tmp_path / "none.pt", "--data", drawn)
     log = (tmp_path / "run/log.txt").read_text()
     assert re.match(r"\$ .*-m evaluate --ckpt", log) and "error: no checkpoint at" in log

@@ -1,4 +1,4 @@
-"""The README's way from a folder of one's own to masks: each of its commands, run as it stands there."""
+"""From one's own boxes to masks: the commands of README.md and docs/own-boxes.md, run as they stand there."""
 import json
 import os
 import re
@@ -22,12 +22,14 @@ PROGRAMS = {"data.py": commands, "train.py": train, "predict.py": predict}
 SHORTER = {"train.py": [*SMALL, "--iters", "3", "--eval-every", "2"], "predict.py": ["--workers", "0"]}
 
 
-def blocks(language: str = "") -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", (PROJECT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+def block(page: str, start: str) -> list[str]:
+    """The lines of the code block of a page that begins with `start`."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", (PROJECT / page).read_text(), re.DOTALL | re.MULTILINE)
+    return next(block for block in blocks if block.startswith(start)).splitlines()
 
 
-FOUR = next(block for block in blocks() if block.startswith("python data.py check my-images")).splitlines()
-CONVERT = next(block for block in blocks() if block.startswith("python data.py voc my-images")).splitlines()
+FOUR = block("README.md", "python data.py check my-images")
+CONVERT = block("docs/own-boxes.md", "python data.py voc my-images")
 
 
 def as_voc(boxes: CocoBoxes, folder: Path) -> None:
@@ -57,7 +59,7 @@ def as_yolo(boxes: CocoBoxes, folder: Path) -> None:
 
 
 def run(command: str) -> None:
-    """A line of the README in this process, with options for tests behind its own."""
+    """A line of a page in this process, with the options of SHORTER after its own."""
     python, program, *options = shlex.split(command, comments=True)
     assert python == "python"
     try:
@@ -85,7 +87,7 @@ def test_four_commands(make, convert, drawn, tmp_path, monkeypatch, capfd):  # n
     run(label)
     labelled = json.loads((tmp_path / "my-masks/masks.json").read_text())
     assert len(labelled["annotations"]) == len(boxes.boxes) and all(r["segmentation"] for r in labelled["annotations"])
-    assert len(list((tmp_path / "my-masks/images").rglob("*.jpg"))) == len(boxes)
+    assert len(list((tmp_path / "my-masks/pictures").rglob("*.jpg"))) == len(boxes)
     capfd.readouterr()
     subprocess.run(review, shell=True, check=True, env=os.environ | {"BROWSER": "echo opened %s"})
     opened = re.search(r"opened file://(\S+)", capfd.readouterr().out)[1]
@@ -93,11 +95,12 @@ def test_four_commands(make, convert, drawn, tmp_path, monkeypatch, capfd):  # n
 
 
 def test_the_readmes_program(drawn, warm, tmp_path, monkeypatch, capsys):  # noqa: F811
-    code = next(block for block in blocks("python") if block.startswith("from model import load"))
-    assert len(code.splitlines()) == 4
-    (tmp_path / "runs/mine").mkdir(parents=True)
-    (tmp_path / "runs/mine/final.pt").write_bytes(warm.read_bytes())
-    Image.open(sorted((drawn / "val2017").iterdir())[0]).save(tmp_path / "one.jpg")
+    code = block("README.md", "from model import load")
+    assert len(code) == 4
+    copies = {"runs/demo/final.pt": warm, "datasets/shapes/val2017/000000000001.jpg": min((drawn / "val2017").iterdir())}
+    for name, file in copies.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(file.read_bytes())
     monkeypatch.chdir(tmp_path)
-    exec(code, {})
+    exec("\n".join(code), {})
     assert "torch.Size([" in capsys.readouterr().out

@@ -21,8 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from formats.coco import datasets
-from formats.files import UserError, one_line_errors
+from formats.coco import DataError, datasets
 from formats.shapes import write_shapes
 from tools.command_line import positive
 
@@ -90,11 +89,11 @@ class Experiments:
         self.stopped, self.running, self.lock = False, set(), threading.RLock()
 
     def python(self, folder: Path, script: str, *options) -> None:
-        """Run a program of this project, its output at the end of folder/log.txt; UserError where it fails."""
+        """Run a program of this project, its output at the end of folder/log.txt; RuntimeError where it fails."""
         command = [sys.executable, "-m", script, *map(str, options)]
         with self.lock:
             if self.stopped:
-                raise UserError("stopped")
+                raise RuntimeError("stopped")
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / "log.txt").open("a") as log:
                 print("$", " ".join(command), file=log, flush=True)
@@ -105,7 +104,7 @@ class Experiments:
         status = process.wait()
         self.running.discard(process)
         if status:
-            raise UserError(f"{script} ended with status {status}; see {folder / 'log.txt'}")
+            raise RuntimeError(f"{script} ended with status {status}; see {folder / 'log.txt'}")
 
     def stop(self, number: int, frame) -> None:
         """On SIGINT or SIGTERM: begin nothing more, and ask the scripts to end; train.py saves first."""
@@ -124,7 +123,7 @@ class Experiments:
             changed = [key for key in recipe if key != "runs" and old.get(key) != recipe[key]]
             changed += [run for run, options in old["runs"].items() if RUNS.get(run, options) != options]
             if changed:
-                raise UserError(f"{self.out} holds runs that were made with another {changed[0]}; choose another --out")
+                raise DataError(f"{self.out} holds runs that were made with another {changed[0]}; choose another --out")
         self.out.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(recipe, indent=1))
 
@@ -179,7 +178,7 @@ class Experiments:
         for number, handler in before.items():
             signal.signal(number, handler)
         if self.stopped:
-            raise UserError("stopped: the same command goes on from there")
+            raise RuntimeError("stopped: the same command goes on from there")
         for future in futures.values():
             future.result()
 
@@ -251,18 +250,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
-    with one_line_errors():
+    args, problem = parse_arguments(argv), None
+    try:
         experiments = Experiments(args)
         if not args.table:
             if args.data == "shapes" and not Path(experiments.train_json).exists():
                 write_shapes(Path(experiments.train_json).parents[1])
             experiments.check_recipe()
-        try:
-            if not args.table:
+            try:
                 experiments.all(args.rows, args.seeds, args.jobs)
-        finally:  # a run that failed does not hide the others
-            print(table(experiments, args.rows, args.seeds))
+            except RuntimeError as error:
+                problem = error
+        print(table(experiments, args.rows, args.seeds))
+    except (DataError, OSError) as error:
+        problem = error
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
