@@ -19,7 +19,6 @@ import argparse
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
@@ -44,7 +43,8 @@ import teacher
 import train
 from assign import fcos_targets
 from data import AUGMENTATIONS, COMPILED_STRIDE, STRIDE, Batch, TrainBatches, view
-from formats.coco import CocoBoxes, DataError
+from formats.coco import CocoBoxes
+from formats.files import one_line_errors
 from formats.pictures import as_rgb
 from formats.released import IMAGENET
 from losses import disagreement, pair_weights, rgb_to_lab, similar_colors, weighted_pairs
@@ -458,7 +458,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    try:
+    with one_line_errors():
         rank, world_size, args.device = start_distributed(args.device)
         for path in (args.json, args.growth) if rank == 0 else ():
             output_file(path)
@@ -488,9 +488,6 @@ def main(argv: list[str] | None = None) -> None:
             write_json(args.json, figures)
         if dist.is_initialized():
             dist.destroy_process_group()
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Cityscapes asks for beyond that is in tools/cityscapes_score.py, how well scores
 import argparse
 import contextlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,8 @@ from tqdm import tqdm
 
 from data import Batch, TestImages
 from formats.checkpoint import CheckpointError, load_model, test_size
-from formats.coco import CocoBoxes, DataError, datasets
+from formats.coco import CocoBoxes, datasets
+from formats.files import one_line_errors
 from formats.pictures import check_sizes
 from model import Instances, Predictions, find_instances
 from tools import cityscapes_score
@@ -312,13 +312,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, run, and say in one line what is wrong with the data or the checkpoint (exit status 1)."""
     args = parse_arguments(argv)
-    try:
+    with one_line_errors():
         run(args)
-    except (DataError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

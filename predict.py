@@ -9,7 +9,6 @@ image for each image; and `review.html`, the least certain masks first (review.p
 """
 import argparse
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +20,9 @@ from tqdm import tqdm
 
 from data import Sample, pixels, readable_batches, resized_size, view
 from evaluate import coco_results
-from formats.checkpoint import CheckpointError, load_model, test_size
+from formats.checkpoint import load_model, test_size
 from formats.coco import CocoBoxes, DataError, UndecodableImage
-from formats.files import warn
+from formats.files import one_line_errors, replacing, warn
 from formats.pictures import check_sizes, find_images, load_image
 from model import SCORE_THRESHOLD, CondInst, confident, predict
 from tools.command_line import (AMP, DEVICE, go_together, not_negative, output_file, pick_amp, positive, probability,
@@ -105,8 +104,8 @@ class Drawings(Dataset):
             return ""  # named before
         try:
             os.makedirs(os.path.dirname(out), exist_ok=True)
-            self.drawn(image, objects).save(out + ".tmp", "JPEG", quality=90)
-            os.replace(out + ".tmp", out)
+            with replacing(out) as temporary:
+                self.drawn(image, objects).save(temporary, "JPEG", quality=90)
         except OSError as error:
             return f"cannot write {out}: {error.strerror or error}"
         return ""
@@ -255,7 +254,7 @@ def label_boxes(args: argparse.Namespace, model: CondInst, info: dict, sizes: tu
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    try:
+    with one_line_errors():
         if args.polygons:
             opencv()  # says that it is missing before the work, not after it
         model, info = load_model(args.ckpt, args.weights)
@@ -263,9 +262,6 @@ def main(argv: list[str] | None = None) -> None:
         how = dict(device=args.device, amp_dtype=pick_amp(args.amp, args.device), batch_size=args.batch_size,
                    workers=args.workers)
         (label_boxes if args.boxes else predict_images)(args, model.to(args.device), info, sizes, how)
-    except (DataError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

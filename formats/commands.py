@@ -24,7 +24,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     cityscapes.add_argument("root", metavar="ROOT", help="folder that holds leftImg8bit and gtFine; the files go into "
                             "its sub-folder annotations")
     for command, layout in (("voc", "Pascal VOC's layout: Annotations, JPEGImages, ImageSets"),
-                            ("yolo", "YOLO's layout: images, labels, data.yaml or classes.txt")):
+                            ("yolo", "YOLO's layout: images, labels, classes.txt or data.yaml (needs PyYAML)")):
         convert = commands.add_parser(command, help=f"write COCO annotation files for a folder in {layout}")
         convert.add_argument("root", metavar="DIR", help="the folder; the files go into its sub-folder annotations")
     check = commands.add_parser("check", help="say what is wrong with a data set; exit status 1 where training would "

@@ -1,10 +1,8 @@
-"""Folders in the layout of Pascal VOC or YOLO: what voc.py and yolo.py share on the way to COCO annotation files.
+"""What voc.py and yolo.py share on the way from a labelled folder to COCO annotation files.
 
-`write_voc` and `write_yolo` add DIR/annotations/instances_{train,val}2017.json and nothing else: the images stay
-where they are, their names in those files are paths within DIR, and `coco.datasets` looks for them there. Where a
-folder is not divided, all its images are to train on, and there is no val file.
-
-All annotations are read before anything is written; the first of them that cannot be used is named by a DataError.
+They add DIR/annotations/instances_{train,val}2017.json and touch nothing else: the images stay in place, and their
+file names are paths within DIR (coco.image_folder). Without a division into parts all images are training data, and
+there is no val file. All labels are read before anything is written, so a mistake in one of them leaves DIR as it was.
 """
 import json
 from collections.abc import Callable
@@ -16,31 +14,33 @@ from tqdm import tqdm
 from formats.coco import DataError, first_five, write_files
 from formats.files import warn
 
-MADE_BY = "boxes converted by: python data.py "    # begins the description in a file, which begins the file
+MADE_BY = "boxes converted by: python data.py "    # the file begins with it, so `is_ours` reads no more than that
 
 
 class Labelled(NamedTuple):
+    """An image with its boxes."""
     file_name: str            # path within DIR
     size: tuple[int, int]     # (height, width)
-    boxes: list[dict]         # "class": name or number, "bbox": xywh, and what else COCO's annotation is to have
+    boxes: list[dict]         # "class": name or number, "bbox": xywh, and further keys of the COCO annotation
 
 
 def check_folders(root: Path, *folders: str) -> None:
-    """Raises DataError where one is missing."""
+    """Raises DataError if one of the layout's folders is missing."""
     for folder in folders:
         if not (root / folder).is_dir():
             raise DataError(f"folder {root / folder} is missing; this layout has {' and '.join(folders)} in {root}")
 
 
 def check_root(root: Path) -> None:
-    """Raises DataError where images would be looked for elsewhere, and where annotation files are there that no
-    conversion has made."""
+    """Raises DataError if training would look for the images elsewhere, or would lose annotation files of another
+    origin."""
     for folder in ("train2017", "leftImg8bit"):
         if (root / folder).exists():
-            raise DataError(f"{root / folder} is in the way: with it the images are looked for there; move it away")
+            raise DataError(f"{root / folder} is in the way: training would look for the images there; move it away")
     for split in ("train", "val"):
-        if target(root, split).exists() and not is_ours(target(root, split)):
-            raise DataError(f"{target(root, split)} is there and was not made by data.py voc or yolo; move it away")
+        path = target(root, split)
+        if path.exists() and not is_ours(path):
+            raise DataError(f"{path} exists and was not made by data.py voc or yolo; move it away")
 
 
 def target(root: Path, split: str) -> Path:
@@ -48,7 +48,7 @@ def target(root: Path, split: str) -> Path:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether an annotation file is an earlier conversion's, by its first characters: others may be large."""
+    """Whether an earlier conversion wrote this annotation file."""
     start = json.dumps({"info": {"description": MADE_BY}}).rstrip('"}')
     try:
         with open(path, encoding="utf-8") as file:
@@ -57,19 +57,21 @@ def is_ours(path: Path) -> bool:
         return False
 
 
-def checked_splits(root: Path, splits: dict[str, list[str]], everything: list[str]) -> dict[str, list[str]]:
-    """The parts, less a val without images; what is in neither or in both is warned of. Raises DataError."""
+def checked_splits(root: Path, splits: dict[str, list[str]], names: list[str]) -> dict[str, list[str]]:
+    """The splits without an empty val. Warns of the folder's `names` that are in none of them, and of those in both.
+
+    Raises DataError if there is no training image."""
     if not splits.get("train"):
-        raise DataError(f"{root}: there are no images to train on")
+        raise DataError(f"{root}: no images to train on")
     train, val = set(splits["train"]), set(splits.get("val", ()))
     if "val" in splits and not val:
-        warn(f"{root}: there are no images to evaluate on")
-    for why, names in (("are in no part and are left out", {*everything} - train - val),
-                       ("are to train on and to evaluate on", train & val)):
-        if names:
-            some = first_five(list(map(repr, sorted(names))))
-            warn(f"{root}: {len(names)} of {len(everything)} images {why} ({some})")
-    return {split: names for split, names in splits.items() if names}
+        warn(f"{root}: no images to evaluate on")
+    for problem, affected in (("are in neither train nor val and are left out", {*names} - train - val),
+                              ("are both in train and in val", train & val)):
+        if affected:
+            warn(f"{root}: {len(affected)} of {len(names)} images {problem} "
+                 f"({first_five(list(map(repr, sorted(affected))))})")
+    return {split: part for split, part in splits.items() if part}
 
 
 def read_text(path: Path) -> str:
@@ -83,7 +85,7 @@ def read_text(path: Path) -> str:
 
 
 def as_number(text: str) -> int | float:
-    """An integer where it is one. Raises ValueError, also for other things that float() takes: nan, inf, 1_0."""
+    """An int if the value is whole. Raises ValueError, also for nan, inf and 1_0, which float() accepts."""
     value = float(text.replace("_", "?"))
     if not abs(value) < 1e9:
         raise ValueError(text)
@@ -91,27 +93,27 @@ def as_number(text: str) -> int | float:
 
 
 def read_all(root: Path, splits: dict[str, list[str]], read: Callable[[str], Labelled]) -> dict[str, Labelled]:
-    """`read` of each name in the parts. Raises DataError: the first that `read` raises, and how many there are."""
-    images, problems = {}, []
+    """`read(name)` for each name in the splits. Raises DataError with the count of failures and the first of them."""
+    labelled, problems = {}, []
     for name in tqdm(sorted({name for names in splits.values() for name in names}), "reading", unit="image",
                      disable=None):
         try:
-            images[name] = read(name)
+            labelled[name] = read(name)
         except DataError as error:
             problems.append(str(error))
     if problems:
-        raise DataError(f"{root}: {len(problems)} of {len(problems) + len(images)} images cannot be converted, "
+        raise DataError(f"{root}: {len(problems)} of {len(problems) + len(labelled)} images cannot be converted, "
                         f"nothing was written; the first: {problems[0]}")
-    return images
+    return labelled
 
 
 def write_splits(root: Path, layout: str, splits: dict[str, list[Labelled]], classes: dict[str | int, dict]) -> None:
-    """Write the annotation files; `classes` gives the category for each "class" of a box. An earlier conversion's are
-    replaced, and its val file is removed where there is none now: training would go on evaluating with it.
+    """Write the annotation files; `classes` maps the "class" of a box to its COCO category.
 
-    Raises DataError."""
+    Replaces the files of an earlier conversion. Without a val split it removes the old val file, which training would
+    still evaluate on. Raises DataError."""
     if not any(image.boxes for image in splits["train"]):
-        raise DataError(f"{root}: no image to train on has a box; nothing was written")
+        raise DataError(f"{root}: no training image has a box; nothing was written")
     contents = {str(target(root, split)): {
         "info": {"description": MADE_BY + layout}, "licenses": [], "categories": list(classes.values()),
         **images_and_annotations(images, classes)} for split, images in splits.items()}
@@ -123,12 +125,12 @@ def write_splits(root: Path, layout: str, splits: dict[str, list[Labelled]], cla
         try:
             stale.unlink()
         except OSError as error:
-            raise DataError(f"{stale} of an earlier conversion cannot be removed: {error.strerror}") from None
-        print(f"{stale}: removed, it was an earlier conversion's")
+            raise DataError(f"cannot remove {stale} of an earlier conversion: {error.strerror}") from None
+        print(f"{stale}: removed, an earlier conversion wrote it")
 
 
 def images_and_annotations(labelled: list[Labelled], classes: dict[str | int, dict]) -> dict[str, list[dict]]:
-    """The lists of a COCO file. Ids count from 1."""
+    """The two lists of a COCO file. Ids count from 1."""
     images, annotations = [], []
     for number, (file_name, (height, width), boxes) in enumerate(labelled, 1):
         images.append({"id": number, "file_name": file_name, "width": width, "height": height})

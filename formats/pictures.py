@@ -1,4 +1,4 @@
-"""Images on disk: decoded, turned as their annotation states, and found in folders. Sizes are (height, width), pixels."""
+"""Images on disk: decoded, turned as their annotation states, found in folders. Sizes are (height, width), pixels."""
 import os
 import re
 from pathlib import Path

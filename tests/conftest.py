@@ -96,7 +96,7 @@ def yolo(tmp_path):
         put_image(root / "images" / f"{name}.png")
     put(root / "labels" / "train" / "a.txt", "1 0.5 0.5 0.2 0.4\n")
     put(root / "labels" / "train" / "c.txt", "0 0.5 0.5 1 1\n")
-    put(root / "data.yaml", "names: [car, bus]\n")
+    put(root / "classes.txt", "car\nbus\n")
     return root
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from tools import curves
 import evaluate
-from formats.coco import DataError
+from formats.files import UserError
 from tools.curves import HEIGHT, LEFT, LEGEND, TOP, WIDTH, draw_curves, read_metrics, series, ticks
 from test_train import LOSSES
 
@@ -45,7 +45,7 @@ def test_what_is_read(tmp_path):
     for wrong, message in ((foreign, "line 1 is not one"),
                            (str(tmp_path / "none"), "none/metrics.jsonl: No such file"),
                            (broken, "line 2 is not one of a run's log")):
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(UserError, match=message):
             read_metrics(wrong)
 
 
@@ -88,7 +88,7 @@ def test_every_loss_has_a_panel():
     keys = {key for _, key in curves.PANELS}
     assert {f"loss_{name}" for names in LOSSES.values() for name in names} | {"loss"} == {
         key for key in keys if isinstance(key, str) and key.startswith("loss")}
-    with pytest.raises(DataError, match="at most 7"):
+    with pytest.raises(UserError, match="at most 7"):
         draw_curves(["run"] * 8, "x.png")
 
 
@@ -104,7 +104,7 @@ def test_wrong_options_end_with_status_2(options, message, capsys):
 
 def test_nothing_to_draw_is_one_line(tmp_path, capsys):
     run = write_run(tmp_path / "run", [])
-    with pytest.raises(DataError, match="no iterations were logged"):
+    with pytest.raises(UserError, match="no iterations were logged"):
         draw_curves([run], str(tmp_path / "x.png"))
     with pytest.raises(SystemExit) as end:
         evaluate.main(["--curves", str(tmp_path / "x.png"), str(tmp_path / "none")])

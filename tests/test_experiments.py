@@ -14,6 +14,7 @@ import pytest
 from tools import experiments
 import train
 from formats.checkpoint import load
+from formats.files import UserError
 from tools.experiments import FROM_START, RECIPE, ROWS, RUNS, Experiments, parse_arguments, spread, table
 from test_train import drawn, same, warm  # noqa: F401
 
@@ -121,7 +122,7 @@ def test_a_failing_run_is_one_line_and_the_others_go_on(small, tmp_path, monkeyp
         for future in needed:
             future.result()
         if run == "condinst":
-            raise RuntimeError("train.py ended with status 1; see log.txt")
+            raise UserError("train.py ended with status 1; see log.txt")
         done.append((run, seed))
 
     monkeypatch.setattr(Experiments, "complete", complete)
@@ -135,7 +136,8 @@ def test_a_failing_run_is_one_line_and_the_others_go_on(small, tmp_path, monkeyp
 
 
 CODE = """
-import experiments, subprocess, sys
+import subprocess, sys
+from tools import experiments
 popen = subprocess.Popen
 def sleeper(command, **how):
     return popen([sys.executable, "-c", "import sys, time; print(1); sys.stdout.flush(); time.sleep(600)"], **how)
@@ -218,7 +220,7 @@ def test_scripts_run_with_their_output_in_the_log(drawn, tmp_path):  # noqa: F81
     args = parse_arguments(["--data", str(drawn), "--out", str(tmp_path), "--jobs", "64"])
     one = Experiments(args)
     assert one.environment["OMP_NUM_THREADS"] == "1"
-    with pytest.raises(RuntimeError, match=r"evaluate ended with status 1; see .*log\.txt"):
+    with pytest.raises(UserError, match=r"evaluate ended with status 1; see .*log\.txt"):
         one.python(tmp_path / "run", "evaluate", "--ckpt", tmp_path / "none.pt", "--data", drawn)
     log = (tmp_path / "run/log.txt").read_text()
     assert re.match(r"\$ .*-m evaluate --ckpt", log) and "error: no checkpoint at" in log

@@ -103,8 +103,8 @@ def test_without_any_box_nothing_is_written(voc, yolo):
         put(voc / "Annotations" / f"{name}.xml", xml(filename=f"{name}.jpg"))
         put(yolo / "labels" / "train" / f"{name}.txt", "\n")
     put(yolo / "labels" / "val" / "b.txt", "0 0.5 0.5 1 1")
-    refused(write_voc, voc, "no image to train on has a box")
-    refused(write_yolo, yolo, "no image to train on has a box")
+    refused(write_voc, voc, "no training image has a box")
+    refused(write_yolo, yolo, "no training image has a box")
 
 
 def test_a_folder_that_cannot_be_written(voc):

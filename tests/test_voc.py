@@ -40,11 +40,11 @@ def test_voc_parts(voc, capsys):
     assert boxes(voc, "val") == [("JPEGImages/a.jpg", "car", [2, 4, 10, 5])]
     assert read(voc)["categories"] == read(voc, "val")["categories"]
     captured = capsys.readouterr()
-    assert "1 of 3 images are in no part and are left out ('b')" in captured.err and captured.err.count("\n") == 1
+    assert "1 of 3 images are in neither train nor val and are left out ('b')" in captured.err and captured.err.count("\n") == 1
     assert "instances_val2017.json: 1 images, 1 boxes, 2 classes\n" in captured.out
     put(voc / "ImageSets" / "Main" / "val.txt", "a\nb\nc")
     write_voc(str(voc))
-    assert "1 of 3 images are to train on and to evaluate on ('c')" in capsys.readouterr().err
+    assert "1 of 3 images are both in train and in val ('c')" in capsys.readouterr().err
 
 
 def test_voc_images_of_any_name(voc, capsys):
@@ -73,16 +73,16 @@ def test_voc_size_of_the_xml_or_the_header(voc, size, expected):
 
 
 @pytest.mark.parametrize("content, part", [
-    ("", "not XML"), (b"\xff\xd8", "not XML"), ("<annotation><object>", "not XML"), ("<kml/>", "no <annotation>"),
-    ("<?xml version='1.0' encoding='none'?><annotation/>", "not XML"),
+    ("", "is not XML"), (b"\xff\xd8", "is not XML"), ("<annotation><object>", "is not XML"), ("<kml/>", "not <annotation>"),
+    ("<?xml version='1.0' encoding='none'?><annotation/>", "is not XML"),
     ("<!DOCTYPE x [<!ENTITY a 'aaaaaaaaaa'>" + "".join(
         f"<!ENTITY {b} '{f'&{a};' * 10}'>" for a, b in zip("abcdefghi", "bcdefghij")) + "]>"
-     "<annotation><filename>&j;</filename></annotation>", "not XML"),
-    ("<!DOCTYPE x [<!ENTITY a SYSTEM 'file:///etc/passwd'>]><annotation>&a;</annotation>", "not XML"),
+     "<annotation><filename>&j;</filename></annotation>", "is not XML"),
+    ("<!DOCTYPE x [<!ENTITY a SYSTEM 'file:///etc/passwd'>]><annotation>&a;</annotation>", "is not XML"),
     (xml(thing("")), "object 1 has no name"),
     (xml(thing(), "<object><name>car</name></object>"), "object 2 has no bndbox/xmin"),
     (xml(thing(box=(1, 2, 3))), "no bndbox/ymax"),
-    (xml(thing(box=(1, 2, "x", 4))), "bndbox/xmax 'x', which is no number"),
+    (xml(thing(box=(1, 2, "x", 4))), "bndbox/xmax 'x', which is not a number"),
     (xml(thing(box=(1, 2, "nan", 4))), "'nan'"), (xml(thing(box=(1, "1e99", 3, 4))), "'1e99'"),
     (xml(thing(box=(1, 2, "1_0", 4))), "'1_0'"), (xml(thing(box=(5, 2, 4, 4))), "xmax is below xmin"),
     (xml(thing(more="<difficult>0.5</difficult>")), "difficult 0.5"),
@@ -104,7 +104,7 @@ def test_voc_missing_and_ambiguous_images(voc):
     os.rename(voc / "JPEGImages" / "c.jpg", voc / "JPEGImages" / "d.jpg")
     refused(write_voc, voc, "1 of 3", "c.xml", "'c.jpg'", "missing")
     put(voc / "Annotations" / "c.xml", xml(filename="a.jpg"))
-    refused(write_voc, voc, "a.xml and c.xml are both of JPEGImages/a.jpg")
+    refused(write_voc, voc, "a.xml and c.xml both describe JPEGImages/a.jpg")
     for suffix in ("png", "bmp"):
         put_image(voc / "JPEGImages" / f"c.{suffix}")
     put(voc / "Annotations" / "c.xml", xml(filename="none"))

@@ -1,5 +1,6 @@
 """yolo.py: small folders in YOLO's layout as COCO files that were worked out by hand; names of classes."""
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image, ImageOps
 from formats.coco import CocoBoxes, DataError, datasets
 from formats.commands import main
 from formats.pictures import check_sizes, load_image
-from formats.yolo import numbered, turned_back, write_yolo, yaml_names
+from formats.yolo import turned_back, write_yolo
 from label_folders import boxes, put, put_image, read, refused
 
 
@@ -58,7 +59,7 @@ def test_yolo_folders_of_the_parts(yolo, train_folder, val_folder, capsys):
     assert [row[0] for row in boxes(yolo)] == [f"images/{train_folder}/{name}.png" for name in "ac"]
     assert [row["file_name"] for row in read(yolo, "val")["images"]] == [f"images/{val_folder}/b.png"]
     error = capsys.readouterr().err
-    assert "1 of 4 images are in no part and are left out ('images/test/t.png')" in error
+    assert "1 of 4 images are in neither train nor val and are left out ('images/test/t.png')" in error
     assert f"1 label files have no image and are left out ({yolo / 'labels' / 'train' / 'alone.txt'})" in error
 
 
@@ -80,7 +81,7 @@ def test_yolo_parts_that_hold_images_and_labels(yolo, capsys):
     assert [row[:2] for row in boxes(yolo)] == [("train/images/a.png", "bus"), ("train/images/c.png", "car")]
     assert [row["file_name"] for row in read(yolo, "val")["images"]] == ["valid/images/b.png"]
     error = capsys.readouterr().err
-    assert "1 of 4 images are in no part and are left out ('test/images/t.png')" in error and "alone.txt" in error
+    assert "1 of 4 images are in neither train nor val and are left out ('test/images/t.png')" in error and "alone.txt" in error
     train_files, val_files = datasets(str(yolo))
     assert len(CocoBoxes(*train_files)) == 2 and len(CocoBoxes(*val_files)) == 1
     (yolo / "valid" / "labels").rmdir()
@@ -105,13 +106,13 @@ def test_yolo_a_linked_folder_of_images(yolo, tmp_path):
 
 @pytest.mark.parametrize("line, part", [
     ("0 0.5 0.5 0.1", "4 numbers"), ("0", "1 numbers"), ("0 0.1 0.1 0.2 0.2 0.3 0.9 0.4", "8 numbers"),
-    ("0 0.5 0.5 0.1 0.1 0.87", "confidence"), ("2 0.5 0.5 0.1 0.1", "class 2 has no name among the 2"),
-    ("-1 0.5 0.5 0.1 0.1", "'-1' is no whole number"), ("0.0 0.5 0.5 0.1 0.1", "'0.0'"),
+    ("0 0.5 0.5 0.1 0.1 0.87", "confidence"), ("2 0.5 0.5 0.1 0.1", "class 2 is not among the 2 that have a name"),
+    ("-1 0.5 0.5 0.1 0.1", "'-1' is not a whole number"), ("0.0 0.5 0.5 0.1 0.1", "'0.0'"),
     ("car 0.5 0.5 0.1 0.1", "'car'"),
     ("1" * 5000 + " 0.5 0.5 0.1 0.1", "'1111"), ("² 0.5 0.5 0.1 0.1", "'²'"),
-    ("0 0.5 0,5 0.1 0.1", "'0,5' is no number"), ("0 nan 0.5 0.1 0.1", "'nan' is no number"),
+    ("0 0.5 0,5 0.1 0.1", "'0,5' is not a number"), ("0 nan 0.5 0.1 0.1", "'nan' is not a number"),
     ("0 0.5 inf 0.1 0.1", "'inf'"),
-    ("0 15 10 6 8", "'15' is no fraction"), ("0 0.5 0.5 -0.2 0.1", "'-0.2'"), ("0 0.5 0.5 -0.005 0.1", "negative"),
+    ("0 15 10 6 8", "'15' is not a fraction"), ("0 0.5 0.5 -0.2 0.1", "'-0.2'"), ("0 0.5 0.5 -0.005 0.1", "negative"),
     ("0 0.1 0.1 0.2 1.2 0.3 0.9", "'1.2'"), ("0\x1b[2J 0.5 0.5 0.1 0.1", r"'0\x1b[2J'"),
 ])
 def test_yolo_wrong_labels(yolo, line, part):
@@ -179,59 +180,72 @@ def test_turned_back_twice_is_as_before():
     assert turned_back(turned_back(box, 6), 8) == box
 
 
-# ------------------------------------------------------------------------------------ names of YOLO's classes
+# ---------------------------------------------------------------------------------------- names of classes
+
+def names_of(root) -> list[tuple[int, str]]:
+    write_yolo(str(root))
+    return [(row["id"], row["name"]) for row in read(root)["categories"]]
+
 
 @pytest.mark.parametrize("text, names", [
     ("names: [car, bus]", ["car", "bus"]),
     ("nc: 2\nnames: ['car, red', \"b\\u00fcs\" , it's]  # three\ntrain: x", ["car, red", "büs", "it's"]),
-    ("names: [\n  car,  # first\n  # none\n  'it''s',\n]\nnc: 2", ["car", "it's"]),
-    ("names:\n  - car\n  - traffic light # red\n\n  - 'a: b'\nnc: 3", ["car", "traffic light", "a: b"]),
-    ("names:   # all\n- car\n- C#\nnc: 2\n- no", ["car", "C#"]),
-    ("train: a\nnames:\n  0: car\n  1: \"bus # 2\"  # no\n  # no\n\nroboflow:\n  names: x", ["car", "bus # 2"]),
-    ("names:\n  1: bus\n  0: car\n", {1: "bus", 0: "car"}), ("names: {0: car, 7: 'b}us'}", {0: "car", 7: "b}us"}),
-    ("names:\n  0: 0\n  1: null\n---\n  2: no", ["0", "null"]), ("names:\n- a\n- b c", ["a", "b c"]),
+    ("names:   # all\n- car\n- C#\nnc: 2\n", ["car", "C#"]),
+    ("train: a\nnames:\n  0: car\n  1: \"bus # 2\"  # no\n\nroboflow:\n  names: x", ["car", "bus # 2"]),
+    ("names:\n  1: bus\n  0: car\n", ["car", "bus"]), ("names: {0: car, 7: 'b}us', 1: x}", {0: "car", 1: "x", 7: "b}us"}),
+    ("names: [0, null, no, 1.5]", ["0", "null", "no", "1.5"]),                   # text, whatever YAML takes it for
 ])
-def test_names_in_yaml(text, names):
-    assert yaml_names(text) == (names if isinstance(names, dict) else dict(enumerate(names)))
+def test_names_in_yaml(yolo, text, names):
+    pytest.importorskip("yaml")
+    put(yolo / "data.yaml", text)
+    assert names_of(yolo) == sorted((names if isinstance(names, dict) else dict(enumerate(names))).items())
 
 
 @pytest.mark.parametrize("text", [
-    "names:", "names: []", "names: 3", "names: car", "names: names.txt", "names: [car, bus", "names: [car, [bus]]",
-    "names: [car] bus", "names: ['car]", "names: ['']", "names: ['a' b]", 'names: ["\\ud800"]', 'names: ["\\x41"]',
-    "names:\n  - name: car", "names:\n  car: 0", "names:\n  0: car\n  0: bus", "names:\n  0: car\n  - bus",
-    "names:\n  0:",
-    "names:\n  - [a, b]", "names:\n  - |\n    car", "names:\n  - &a car", "names:\n  -", "names: *other",
-    "names:\n  - 'car' 'bus'", "names: [a, , b]",
+    "names:", "names: []", "names: 3", "names: car", "names: [car, bus", "names: [car, [bus]]", "names: [car] bus",
+    "names: ['']", 'names: ["\\ud800"]', "names:\n  - name: car", "names:\n  car: 0", "names:\n  -1: car",
+    "names:\n  0: car\n  - bus", "names:\n  0:", "names: *other", "names: [a, , b]", "'a\nnames: b'", "names: \x1b[2J",
+    "names: " + "[" * 5000, "names: [a]\n---\nnames: [b]",
 ])
 def test_names_that_are_not_understood(yolo, text):
     """An error, never a guess."""
+    pytest.importorskip("yaml")
     put(yolo / "data.yaml", text)
     refused(write_yolo, yolo, str(yolo / "data.yaml"), "no names of classes")
 
 
-def test_numbered_counts_from_0():
-    assert numbered([(None, "a"), (None, "b")]) == {0: "a", 1: "b"} and numbered([("5", "a")]) == {5: "a"}
+def test_yaml_without_its_package_is_one_line(yolo, capsys, monkeypatch):
+    """Which is not needed where no YAML file has names."""
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    put(yolo / "data.yaml", "train: images/train")
+    main(["yolo", str(yolo)])
+    capsys.readouterr()
+    put(yolo / "data.yaml", "names: [car, bus]")
+    with pytest.raises(SystemExit) as end:
+        main(["yolo", str(yolo)])
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and error.count("\n") == 1
+    assert error.startswith(f"error: {yolo / 'data.yaml'}") and "pip install pyyaml" in error
 
 
 def test_where_the_names_are_looked_for(yolo, capsys):
     """data.yaml, then another file with names, then classes.txt; at last the numbers that occur, with a warning."""
-    def names():
-        write_yolo(str(yolo))
-        return [(row["id"], row["name"]) for row in read(yolo)["categories"]]
+    pytest.importorskip("yaml")
+    put(yolo / "data.yaml", "names: [car, bus]")
     put(yolo / "other.yaml", "names: [x, y]")
     put(yolo / "classes.txt", "eins\nzwei\ndrei\n")
-    assert names() == [(0, "car"), (1, "bus")]
+    assert names_of(yolo) == [(0, "car"), (1, "bus")]
     os.remove(yolo / "data.yaml")
     put(yolo / "hyper.yaml", "lr: 0.1")
-    assert names() == [(0, "x"), (1, "y")]
+    assert names_of(yolo) == [(0, "x"), (1, "y")]
     put(yolo / "more.yml", "names: [x, y]")
     refused(write_yolo, yolo, "more.yml, other.yaml", "data.yaml")
     put(yolo / "data.yaml", "train: images/train")
-    assert names() == [(0, "eins"), (1, "zwei"), (2, "drei")]
+    assert names_of(yolo) == [(0, "eins"), (1, "zwei"), (2, "drei")]
     put(yolo / "classes.txt", "eins\n\ndrei")
-    refused(write_yolo, yolo, "classes.txt", "number 1 is empty")
+    refused(write_yolo, yolo, "classes.txt", "entry 1: ")
     os.remove(yolo / "classes.txt")
     capsys.readouterr()
     put(yolo / "labels" / "train" / "a.txt", "70 0.5 0.5 1 1\n")
-    assert names() == [(0, "0"), (70, "70")]
+    assert names_of(yolo) == [(0, "0"), (70, "70")]
     assert capsys.readouterr().err.count("named after their numbers") == 1

@@ -8,7 +8,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from formats.coco import DataError
+from formats.files import UserError, replacing
 
 # ------------------------------------------------------------------------------------------------ argument types
 
@@ -88,14 +88,14 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
 def start_distributed(device: torch.device) -> tuple[int, int, torch.device]:
     """Join torchrun's process group, if any (NCCL on CUDA, else gloo). Returns rank, world size and the device.
 
-    Raises DataError where this machine has fewer GPUs than processes.
+    Raises UserError where this machine has fewer GPUs than processes.
     """
     if "RANK" not in os.environ:
         return 0, 1, device
     if device.type == "cuda":
         local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= gpus:
-            raise DataError(f"more processes than GPUs: this machine has {gpus}, use --nproc_per_node={gpus}")
+            raise UserError(f"more processes than GPUs: this machine has {gpus}, use --nproc_per_node={gpus}")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     # NCCL's limit of ten minutes is too short: the others wait while the first process computes AP
@@ -108,7 +108,7 @@ def start_distributed(device: torch.device) -> tuple[int, int, torch.device]:
 
 
 def output_file(path: str | None) -> None:
-    """Make the folder of a file that will be written later, and try to write there. Raises DataError."""
+    """Make the folder of a file that will be written later, and try to write there. Raises UserError."""
     if path is None:
         return
     try:
@@ -119,13 +119,11 @@ def output_file(path: str | None) -> None:
             pass
         os.remove(path + ".tmp")
     except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def write_json(path: str | None, content: list | dict) -> None:
-    """Write under a temporary name and rename, so that a file that exists is whole."""
-    if path is None:
-        return
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        json.dump(content, file)
-    os.replace(path + ".tmp", path)
+    """Write a JSON file, if a path is given."""
+    if path is not None:
+        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            json.dump(content, file)

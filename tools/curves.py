@@ -8,13 +8,12 @@ quality.py draws on. Not from the paper.
 """
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from formats.coco import DataError
+from formats.files import UserError, replacing
 
 # title, key of a line of metrics.jsonl (of its evaluation, where it is a pair)
 PANELS = (("mask AP", ("segm", "AP")), ("box AP", ("bbox", "AP")), ("IoU of pseudo masks", "label_iou"),
@@ -31,14 +30,14 @@ LEGEND = 24                               # height of a line of the legend
 
 
 def draw_curves(runs: list[str], path: str) -> None:
-    """Write the PNG. Raises DataError for more runs than COLOURS, no readable metrics.jsonl, or nothing to draw."""
+    """Write the PNG. Raises UserError for more runs than COLOURS, no readable metrics.jsonl, or nothing to draw."""
     if len(runs) > len(COLOURS):
-        raise DataError(f"{len(runs)} runs are too many to be told apart in one image: name at most {len(COLOURS)}")
+        raise UserError(f"{len(runs)} runs are too many to be told apart in one image: name at most {len(COLOURS)}")
     lines = [read_metrics(run) for run in runs]
     panels = [(title, [series(of_run, key) for of_run in lines]) for title, key in PANELS]
     panels = [(title, curves) for title, curves in panels if any(curves)]
     if not panels:
-        raise DataError(f"{', '.join(runs)}: no iterations were logged yet")
+        raise UserError(f"{', '.join(runs)}: no iterations were logged yet")
     columns, font, large = min(PER_LINE, len(panels)), ImageFont.load_default(size=12), ImageFont.load_default(size=14)
     cell = LEFT + WIDTH + RIGHT, TOP + HEIGHT + BOTTOM
     top = LEGEND * len(runs) + 8
@@ -53,8 +52,8 @@ def draw_curves(runs: list[str], path: str) -> None:
     for k, (title, curves) in enumerate(panels):
         left, y = (k % columns) * cell[0] + LEFT, top + (k // columns) * cell[1] + TOP
         draw_panel(canvas, left, y, title, curves, last, font)
-    canvas.save(path + ".tmp", format="PNG")
-    os.replace(path + ".tmp", path)
+    with replacing(path) as temporary:
+        canvas.save(temporary, format="PNG")
 
 
 def read_metrics(run: str) -> list[dict]:
@@ -63,7 +62,7 @@ def read_metrics(run: str) -> list[dict]:
     try:
         rows = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; a run's folder is wanted") from None
+        raise UserError(f"{path}: {error.strerror}; a run's folder is wanted") from None
     for number, row in enumerate(rows, 1):
         try:
             line = json.loads(row)
@@ -71,7 +70,7 @@ def read_metrics(run: str) -> list[dict]:
             lines.append(line)
         except (ValueError, TypeError, KeyError, AttributeError):
             if number < len(rows):
-                raise DataError(f"{path}: line {number} is not one of a run's log") from None
+                raise UserError(f"{path}: line {number} is not one of a run's log") from None
     return lines
 
 

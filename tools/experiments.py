@@ -21,7 +21,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from formats.coco import DataError, datasets
+from formats.coco import datasets
+from formats.files import UserError, one_line_errors
 from formats.shapes import write_shapes
 from tools.command_line import positive
 
@@ -89,11 +90,11 @@ class Experiments:
         self.stopped, self.running, self.lock = False, set(), threading.RLock()
 
     def python(self, folder: Path, script: str, *options) -> None:
-        """Run a program of this project, its output at the end of folder/log.txt; RuntimeError where it fails."""
+        """Run a program of this project, its output at the end of folder/log.txt; UserError where it fails."""
         command = [sys.executable, "-m", script, *map(str, options)]
         with self.lock:
             if self.stopped:
-                raise RuntimeError("stopped")
+                raise UserError("stopped")
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / "log.txt").open("a") as log:
                 print("$", " ".join(command), file=log, flush=True)
@@ -104,7 +105,7 @@ class Experiments:
         status = process.wait()
         self.running.discard(process)
         if status:
-            raise RuntimeError(f"{script} ended with status {status}; see {folder / 'log.txt'}")
+            raise UserError(f"{script} ended with status {status}; see {folder / 'log.txt'}")
 
     def stop(self, number: int, frame) -> None:
         """On SIGINT or SIGTERM: begin nothing more, and ask the scripts to end; train.py saves first."""
@@ -123,7 +124,7 @@ class Experiments:
             changed = [key for key in recipe if key != "runs" and old.get(key) != recipe[key]]
             changed += [run for run, options in old["runs"].items() if RUNS.get(run, options) != options]
             if changed:
-                raise DataError(f"{self.out} holds runs that were made with another {changed[0]}; choose another --out")
+                raise UserError(f"{self.out} holds runs that were made with another {changed[0]}; choose another --out")
         self.out.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(recipe, indent=1))
 
@@ -178,7 +179,7 @@ class Experiments:
         for number, handler in before.items():
             signal.signal(number, handler)
         if self.stopped:
-            raise RuntimeError("stopped: the same command goes on from there")
+            raise UserError("stopped: the same command goes on from there")
         for future in futures.values():
             future.result()
 
@@ -250,23 +251,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, problem = parse_arguments(argv), None
-    try:
+    args = parse_arguments(argv)
+    with one_line_errors():
         experiments = Experiments(args)
         if not args.table:
             if args.data == "shapes" and not Path(experiments.train_json).exists():
                 write_shapes(Path(experiments.train_json).parents[1])
             experiments.check_recipe()
-            try:
+        try:
+            if not args.table:
                 experiments.all(args.rows, args.seeds, args.jobs)
-            except RuntimeError as error:
-                problem = error
-        print(table(experiments, args.rows, args.seeds))
-    except (DataError, OSError) as error:
-        problem = error
-    if problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(1)
+        finally:  # a run that failed does not hide the others
+            print(table(experiments, args.rows, args.seeds))
 
 
 if __name__ == "__main__":

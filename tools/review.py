@@ -16,6 +16,7 @@ from pycocotools import mask as coco_mask
 from torchvision.utils import draw_bounding_boxes
 
 from formats.coco import CocoBoxes, UndecodableImage
+from formats.files import replacing
 from formats.pictures import load_image
 from tools.draw import fill_mask, outline_mask
 from tools.label import ASSIGNED, PROMPTED, Labels
@@ -90,9 +91,8 @@ def write_review(annotations: CocoBoxes, labels: Labels, ids: list, links: list[
     rest = [described(k) for k in order[len(shown):max(low, len(shown))][:LISTED].tolist()]
     lines = "\n".join(f"<li>{one['score']:.2f} {one['name']}, box {one['id']}, {one['file']}</li>" for one in rest)
     rest = f"<h1>Left out as well</h1>\n<ol>\n{lines}\n</ol>\n" if rest else ""
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(PAGE.format(summary=summary, figures="\n".join(figures), rest=rest))
-    os.replace(path + ".tmp", path)
 
 
 def escaped(text) -> str:

@@ -11,13 +11,13 @@ masks. BoxTeacher does both at once, and weighs each mask with its score. A box 
 For masks of every box, to keep or to look at, see predict.py --boxes.
 """
 import argparse
-import sys
 
 import numpy as np
 
 from evaluate import check_classes, ground_truth
-from formats.checkpoint import CheckpointError, load_model, test_size
-from formats.coco import CocoBoxes, DataError, datasets
+from formats.checkpoint import load_model, test_size
+from formats.coco import CocoBoxes, datasets
+from formats.files import one_line_errors
 from formats.pictures import check_sizes
 from tools.command_line import DEVICE, go_together, not_negative, output_file, positive, probability, write_json
 from tools.draw import sheet, sheet_rows
@@ -63,7 +63,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    try:
+    with one_line_errors():
         (json_path, image_dir), _ = datasets(args.data, args.train_json, args.train_images)
         output_file(args.out)
         output_file(args.sheet)
@@ -83,9 +83,6 @@ def main(argv: list[str] | None = None) -> None:
             report_agreement(annotations, labels)
         if args.sheet:
             draw_labels(annotations, labelled, args.sheet)
-    except (DataError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
 
 
 if __name__ == "__main__":
