@@ -1,6 +1,7 @@
-"""What the tests share: the path to the modules, golden numbers, real images where there are any, small
-helpers. `python -m pytest -q tests -k golden` ends with the golden table: how far ours is from the authors' program.
+"""Fixtures of several test modules, the path to the modules, and the golden table: how far ours is from the authors'
+program. `python -m pytest -q tests -k golden` prints it alone.
 """
+import json
 import os
 import sys
 from pathlib import Path
@@ -11,9 +12,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)  # small tensors: more threads only get in each other's way
+pytest.register_assert_rewrite("helpers")
 
 from label_folders import put, put_image, thing, xml  # noqa: E402
-from model import STRIDES, Controllers, Predictions, make_locations  # noqa: E402
+from formats.checkpoint import save  # noqa: E402
+from formats.shapes import write_shapes  # noqa: E402
+from helpers import CHECKED, draw_dataset, new_run, one_batch  # noqa: E402
+from model import build_model  # noqa: E402
+from train import train_step  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -32,50 +38,6 @@ def coco_mini() -> Path:
     if not os.environ.get("COCO_MINI"):
         pytest.skip("COCO_MINI names no folder of real images")
     return Path(os.environ["COCO_MINI"])
-
-
-def relative_error(actual, expected) -> float:
-    """Largest difference as a share of the largest expected value; without such a value, the difference
-    itself."""
-    actual, expected = torch.as_tensor(actual).detach().double(), torch.as_tensor(expected).double()
-    assert actual.shape == expected.shape, f"{tuple(actual.shape)} instead of {tuple(expected.shape)}"
-    if expected.numel() == 0:
-        return 0.0
-    return float((actual - expected).abs().max() / (expected.abs().max() or 1.0))
-
-
-CHECKED: dict[tuple[str, float], float] = {}  # (part, tolerance): the largest error so far, for the golden table
-
-
-def check(part: str, actual, expected, tolerance: float) -> None:
-    """Ours is within the tolerance of the golden numbers; 0 is for what must be the same, such as indices."""
-    error = relative_error(actual, expected)
-    CHECKED[part, tolerance] = max(error, CHECKED.get((part, tolerance), 0.0))  # first: max(nan, 0.0) is nan
-    assert error <= tolerance, f"golden {part}: error {error:.2g}, tolerance {tolerance:g}"
-
-
-def head_maps(d: dict, name: str) -> list[torch.Tensor]:
-    """The five levels of an output of the FCOS head in a golden file, as leaves that collect gradients."""
-    return [d[f"{name}_{level}"].clone().requires_grad_() for level in range(5)]
-
-
-def given_controllers(parameters: torch.Tensor, size: tuple[int, int]) -> Controllers:
-    """Controllers that are `parameters` (B, L, P) at the locations of images of `size`: the layer hands on what it is
-    given."""
-    layer = torch.nn.Conv2d(parameters.shape[2], parameters.shape[2], 3, padding=1).requires_grad_(False)
-    torch.nn.init.dirac_(layer.weight)
-    torch.nn.init.zeros_(layer.bias)
-    sizes = [(-(-size[0] // s), -(-size[1] // s)) for s in STRIDES]
-    levels = parameters.split([h * w for h, w in sizes], 1)
-    return Controllers([x.transpose(1, 2).unflatten(2, hw) for x, hw in zip(levels, sizes)], layer)
-
-
-def predictions_of(logits: list, ltrb: list, centerness: list) -> Predictions:
-    """Level maps (B, C, H, W) as Predictions, without anything for masks."""
-    flat = [torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1) for maps in (logits, ltrb, centerness)]
-    locations = make_locations([x.shape[-2:] for x in logits], torch.device("cpu"))
-    return Predictions(flat[0], flat[1], flat[2].squeeze(-1), Controllers(logits, torch.nn.Identity()),
-                       torch.zeros(len(flat[0]), 16, *logits[0].shape[-2:]), locations)
 
 
 @pytest.fixture
@@ -98,6 +60,47 @@ def yolo(tmp_path):
     put(root / "labels" / "train" / "c.txt", "0 0.5 0.5 1 1\n")
     put(root / "classes.txt", "car\nbus\n")
     return root
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory) -> Path:
+    """12 drawn images of 64 x 64 pixels to train on, 3 to evaluate on."""
+    folder = tmp_path_factory.getbasetemp() / "drawn"
+    write_shapes(folder, train=12, val=3, size=64)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def warm(drawn, tmp_path_factory) -> Path:
+    """The checkpoint of 30 steps on one batch, their losses beside it in losses.json."""
+    folder = tmp_path_factory.mktemp("warm")
+    run, annotations = new_run(drawn, folder, "--optimizer", "adamw", "--lr", "1e-3", "--ema", "0.9",
+                               "--clip-grad", "10", "--iters", "900", "--warmup", "0")
+    batch, history = one_batch(annotations), []
+    for iteration in range(30):
+        losses = train_step(run, [batch], iteration, False).losses
+        history.append({name: float(value) for name, value in losses.items()})
+    run.iteration = 30
+    run.save()
+    (folder / "losses.json").write_text(json.dumps(history))
+    return folder / "last.pt"
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return draw_dataset(tmp_path / "set")
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.manual_seed(0)
+    model = dict(backbone="r18-slim", num_classes=3, channels=64, frozen=False)
+    classes = [{"id": 3, "name": "red"}, {"id": 17, "name": "green"}, {"id": 90, "name": "blue"}]
+    weights = build_model(**model).state_dict()
+    save({"model": model, "classes": classes, "method": "boxteacher", "iteration": 7, "student": weights,
+          "teacher": weights, "config": {"test_min_size": 64, "test_max_size": 128}}, path)
+    return path
 
 
 def pytest_terminal_summary(terminalreporter):

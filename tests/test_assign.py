@@ -6,7 +6,7 @@ import torch
 from torchvision.ops import box_iou
 
 from assign import assign_masks, fcos_targets, select_instances
-from conftest import check
+from helpers import check
 from model import STRIDES, make_locations
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from formats.checkpoint import CheckpointError, load_model
-from test_train import SMALL, drawn, metrics, only_training  # noqa: F401
+from helpers import SMALL, metrics, only_training
 
 PROJECT = Path(__file__).resolve().parent.parent
 NETWORK = '''
@@ -72,7 +72,7 @@ def run(script: Path, *options) -> str:
     return answer.stdout
 
 
-def test_the_readmes_backbone_trains_and_is_evaluated(drawn, script, tmp_path):  # noqa: F811
+def test_the_readmes_backbone_trains_and_is_evaluated(drawn, script, tmp_path):
     out = tmp_path / "out"
     run(script, "train", *only_training(drawn), *SMALL, "--backbone", "lite0", "--out", out, "--iters", 3, "--lr", 0.01)
     before, after = (line["loss"] for line in (metrics(out)[0], metrics(out)[-1]))
@@ -92,7 +92,7 @@ def test_the_readmes_backbone_sees_pixels_as_it_was_trained_with(script, tmp_pat
     assert run(tmp_path / "check.py").strip() == "[-0.992, 0.0, 1.0]"
 
 
-def test_without_its_script_one_line_says_what_is_missing(drawn, script, tmp_path):  # noqa: F811
+def test_without_its_script_one_line_says_what_is_missing(drawn, script, tmp_path):
     out = tmp_path / "out"
     run(script, "train", *only_training(drawn), *SMALL, "--backbone", "lite0", "--out", out, "--iters", 1)
     with pytest.raises(CheckpointError, match="no backbone 'lite0' here; if it is one of your own, use the script"):

@@ -15,7 +15,7 @@ from formats.coco import CocoBoxes, DataError, UndecodableImage, datasets
 from data import TestImages, TrainBatches
 from formats.commands import main
 from formats.pictures import check_sizes
-from test_data import annotation, write_set
+from helpers import annotation, write_set
 
 HELP = "cocodataset.org", "python data.py shapes datasets/shapes"
 

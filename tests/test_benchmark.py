@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import benchmark
+from helpers import random_predictions
 from tools import growth
 import losses
 from masks import box_masks
@@ -20,7 +21,6 @@ from benchmark import knowing
 from formats.coco import CocoBoxes, DataError
 from tools.measuring import Clock, made_up_data, many_annotations, medians, process_memory, tensor_peak
 from model import detect
-from test_label import random_image
 
 
 def test_parts_within_parts():
@@ -67,14 +67,14 @@ def test_medians_take_turns_and_leave_the_first_round_out(monkeypatch):
 
 def test_knowing_finds_the_boxes():
     """What the network would have learnt: with it the detector finds every box that FCOS's targets give a location."""
-    image, boxes = random_image(96, 128), torch.tensor([[16.0, 24, 72, 64], [80, 30, 110, 70]])
+    image, boxes = random_predictions(96, 128), torch.tensor([[16.0, 24, 72, 64], [80, 30, 110, 70]])
     found = detect(knowing(image, [boxes], [torch.tensor([1, 2])]))
     assert found.labels.tolist() == [1, 2] or found.labels.tolist() == [2, 1]
     assert torch.allclose(found.boxes[found.labels.argsort()], boxes, atol=1e-3)
 
 
 def test_drawing_draws_an_ellipse_into_each_box(monkeypatch):
-    image, box = random_image(96, 128), torch.tensor([[16.0, 24, 80, 64]])
+    image, box = random_predictions(96, 128), torch.tensor([[16.0, 24, 80, 64]])
     known = knowing(image, [box], [torch.tensor([1])])
     monkeypatch.setattr(benchmark.model, "mask_logits", lambda *_: torch.randn(2, 24, 32))
     clock = Clock(torch.device("cpu"))

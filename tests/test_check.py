@@ -14,7 +14,7 @@ import train
 from formats.coco import CocoBoxes, DataError, content_problems
 from formats.commands import main
 from data import TrainBatches
-from test_data import annotation, image_of, write_set
+from helpers import annotation, noise_image, write_set
 
 SIZES = [(20, 30)] * 4                                   # (height, width) of images 10, 11, ...
 
@@ -362,7 +362,7 @@ def test_what_only_an_evaluation_minds(folder, check):
     status, findings, _ = check(folder)
     only(findings, "error: ", files(folder)[1], "an evaluation ends there", "(id 11)")
     assert status == 1
-    image_of(1, 20, 30).save(folder / "val2017" / "1.png")
+    noise_image(1, 20, 30).save(folder / "val2017" / "1.png")
     change(files(folder)[1], lambda content: content.update(annotations=[]))
     status, findings, _ = check(folder)
     only(findings, f"warning: {files(folder)[1]} has no box")

@@ -17,9 +17,8 @@ import torch
 from formats import checkpoint
 import train
 from formats.checkpoint import CheckpointError, initialise, load, load_latest, load_model, save
+from helpers import SMALL, command, losses_of, metrics, new_run, one_batch, one_line_error, only_training, same
 from model import build_model
-from test_train import (SMALL, command, drawn, losses_of, metrics, new_run, one_batch, one_line_error,  # noqa: F401
-                        only_training, same, warm)
 
 CLASSES = [{"id": 3, "name": "cat"}, {"id": 17, "name": "dog"}]
 

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers import LOSSES
 from tools import curves
 import evaluate
 from formats.files import UserError
 from tools.curves import HEIGHT, LEFT, LEGEND, TOP, WIDTH, draw_curves, read_metrics, series, ticks
-from test_train import LOSSES
 
 
 @pytest.mark.parametrize("low, high, expected", [

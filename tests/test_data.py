@@ -14,29 +14,7 @@ from torchvision.transforms import v2
 from formats.coco import CocoBoxes, DataError, datasets
 from data import (AUGMENTATIONS, Batch, Blur, TestImages, TrainBatches, resized_size, view_boxes, view_mask)
 from formats.pictures import check_sizes, load_image
-
-
-def image_of(i: int, height: int, width: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(i).integers(1, 256, (height, width, 3), dtype=np.uint8))
-
-
-def write_set(folder, sizes=((20, 30), (30, 20), (20, 30)), annotations=None, categories=(3, 17, 90), **own):
-    """A COCO set of PNGs of the given (height, width), ids 10, 11, ...; -> (json path, image folder)."""
-    (folder / "images").mkdir(exist_ok=True)
-    images = []
-    for i, (height, width) in enumerate(sizes):
-        image_of(i, height, width).save(folder / "images" / f"{i}.png")
-        images.append({"id": 10 + i, "file_name": f"{i}.png", "height": height, "width": width})
-    if annotations is None:
-        annotations = [annotation(1 + i, 10 + i, [2, 3, 10, 8], categories[0]) for i in range(len(sizes))]
-    content = {"images": images, "annotations": annotations,
-               "categories": [{"id": c, "name": f"class {c}"} for c in categories], **own}
-    (folder / "set.json").write_text(json.dumps(content))
-    return str(folder / "set.json"), str(folder / "images")
-
-
-def annotation(number, image_id, bbox, category_id=3, **more):
-    return {"id": number, "image_id": image_id, "bbox": bbox, "category_id": category_id, **more}
+from helpers import annotation, noise_image, write_set
 
 
 def batches(annotations, **options):
@@ -135,7 +113,7 @@ def test_datasets_names_folders_and_files():
 
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "RGBA", "LA", "1"])
 def test_other_modes_become_rgb(tmp_path, mode):
-    source = image_of(0, 20, 30).convert(mode)
+    source = noise_image(0, 20, 30).convert(mode)
     path = str(tmp_path / ("x.tif" if mode == "CMYK" else "x.png"))
     source.save(path)
     image = load_image(path, (20, 30))
@@ -152,7 +130,7 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
 def test_the_stated_size_decides_whether_exif_is_obeyed(tmp_path):
     path, exif = str(tmp_path / "x.png"), Image.Exif()
     exif[0x0112] = 6                                              # to be turned a quarter to the right
-    source = image_of(0, 20, 30)
+    source = noise_image(0, 20, 30)
     source.save(path, exif=exif)
     assert np.array_equal(np.array(load_image(path, (20, 30))), np.array(source))
     turned = np.array(load_image(path, (30, 20)))
@@ -380,11 +358,11 @@ def test_augmentations_are_those_of_table_9():
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
 def test_blur_is_torchvisions(size, sigma):
     """But for the rounding of a sum that is a half but for its last bit."""
-    image = image_of(0, *size)
+    image = noise_image(0, *size)
     ours = np.array(Blur(3, (sigma, sigma))(image)).astype(int)
     theirs = np.array(v2.GaussianBlur(3, (sigma, sigma))(image)).astype(int)
     assert abs(ours - theirs).max() <= 1 and (ours != theirs).mean() < 1e-3
-    assert Blur(3, (sigma, sigma))(image_of(1, 1, 5)).size == (5, 1)      # of which torchvision's makes an error
+    assert Blur(3, (sigma, sigma))(noise_image(1, 1, 5)).size == (5, 1)      # of which torchvision's makes an error
 
 
 def test_masks_follow_the_view(tmp_path):

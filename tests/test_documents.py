@@ -13,7 +13,7 @@ import train
 from backbone import BACKBONES
 from formats import checkpoint, commands
 from formats.checkpoint import load
-from test_train import SMALL, command, drawn, losses_of, same, warm  # noqa: F401
+from helpers import SMALL, command, losses_of, same
 from tools import experiments, selftraining
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -136,7 +136,7 @@ def without_size(options: list[str]) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("options", sorted({without_size(options) for program, *options in ALL
                                             if program == "train.py"}), ids=lambda o: " ".join(o) or "boxteacher")
-def test_every_kind_of_training_trains_a_step(options, drawn, warm, tmp_path):  # noqa: F811
+def test_every_kind_of_training_trains_a_step(options, drawn, warm, tmp_path):
     files = ["--train-json", drawn / "annotations/instances_train2017.json", "--train-images", drawn / "train2017"]
     assert command(*files, *SMALL, "--init", warm, "--iters", 2, "--out", tmp_path, *options) == 0
     lines = losses_of(tmp_path)

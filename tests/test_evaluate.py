@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import evaluate
+from helpers import SIZES, Looker, evaluation, fails, rewrite, rle
 from tools import draw
 from formats.checkpoint import save
 from formats.coco import CocoBoxes
@@ -29,44 +29,6 @@ from model import CondInst, Instances, build_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # pycocotools under numpy 2
 ROOT = Path(evaluate.__file__).parent
-CATEGORIES = [{"id": 90, "name": "blue"}, {"id": 3, "name": "red"}, {"id": 17, "name": "green"}]
-CHANNEL = {3: 0, 17: 1, 90: 2}
-SIZES = [(64, 96), (96, 64), (64, 64), (64, 128), (128, 64)]  # (height, width); batches of them are padded
-
-
-def rle(mask: np.ndarray) -> dict:
-    encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
-
-
-def draw_dataset(folder: Path) -> tuple[Path, Path]:
-    """Five images, two objects each but for the last, which has none; annotation ids begin at 0."""
-    (folder / "val2017").mkdir(parents=True)
-    (folder / "annotations").mkdir()
-    images, annotations = [], []
-    for number, (height, width) in enumerate(SIZES):
-        pixels = np.zeros((height, width, 3), np.uint8)
-        images.append({"id": 100 + number, "file_name": f"{number}.png", "height": height, "width": width})
-        for k, category in enumerate([[3, 90], [17, 17], [3, 17], [90, 3], []][number]):
-            x, y, w, h = 5 + 30 * k, 4 + 7 * number, 20 + number, 12 + 4 * k
-            mask = np.zeros((height, width), bool)
-            mask[y:y + h, x:x + w] = True
-            mask[y, x + 3:x + w] = False  # not a rectangle: a mask is more than its box
-            pixels[mask, CHANNEL[category]] = 255 - 60 * k
-            annotations.append({"id": len(annotations), "image_id": 100 + number, "category_id": category,
-                                "bbox": [x, y, w, h], "segmentation": rle(mask), "area": int(mask.sum()),
-                                "iscrowd": 0})
-        Image.fromarray(pixels).save(folder / "val2017" / f"{number}.png")
-    path = folder / "annotations" / "instances_val2017.json"
-    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": CATEGORIES}))
-    return path, folder / "val2017"
-
-
-class Looker(torch.nn.Module):
-    """A network whose predictions are the images themselves."""
-
-    def forward(self, images, sizes):
-        return images
 
 
 def read_colours(images, sizes, original_sizes, score_threshold, rescore):
@@ -87,11 +49,6 @@ def read_colours(images, sizes, original_sizes, score_threshold, rescore):
 
 
 @pytest.fixture
-def dataset(tmp_path):
-    return draw_dataset(tmp_path / "set")
-
-
-@pytest.fixture
 def perfect(monkeypatch):
     monkeypatch.setattr(CondInst, "forward", Looker.forward)  # of a checkpoint
     monkeypatch.setattr(evaluate, "find_instances", read_colours)
@@ -100,13 +57,6 @@ def perfect(monkeypatch):
 def run_perfect(json_path, image_dir, **options):
     options = {"min_size": 64, "max_size": 200, "workers": 0, "progress": False, **options}
     return evaluate.evaluate(Looker(), CocoBoxes(json_path, image_dir), **options)
-
-
-def rewrite(path: Path, change) -> Path:
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-    return path
 
 
 def as_results(json_path, score=0.9) -> list[dict]:
@@ -367,36 +317,10 @@ def test_without_torchrun_there_is_one_process(monkeypatch):
 # ---------------------------------------------------------------------------------------- the command line
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
-    path = tmp_path / "model.pt"
-    torch.manual_seed(0)
-    model = dict(backbone="r18-slim", num_classes=3, channels=64, frozen=False)
-    classes = [{"id": 3, "name": "red"}, {"id": 17, "name": "green"}, {"id": 90, "name": "blue"}]
-    weights = build_model(**model).state_dict()
-    save({"model": model, "classes": classes, "method": "boxteacher", "iteration": 7, "student": weights,
-          "teacher": weights, "config": {"test_min_size": 64, "test_max_size": 128}}, path)
-    return path
-
-
-def command(checkpoint, dataset, *more) -> list[str]:
-    return ["--ckpt", str(checkpoint), "--val-json", str(dataset[0]), "--val-images", str(dataset[1]),
-            "--workers", "0", "--device", "cpu", *map(str, more)]
-
-
-def fails(arguments, capsys) -> str:
-    """Run main, which must end with status 1 and one line on stderr; returns that line."""
-    with pytest.raises(SystemExit) as exit:
-        evaluate.main(arguments)
-    captured = capsys.readouterr().err
-    assert exit.value.code == 1 and captured.count("\n") == 1 and captured.startswith("error: ")
-    return captured
-
-
 def test_command_line_writes_results_metrics_and_sheet(checkpoint, dataset, perfect, tmp_path, capsys):
     results, metrics, image = (tmp_path / "new" / name for name in ("results.json", "ap.json", "sheet.png"))
     more = "--results", results, "--metrics", metrics, "--sheet", image
-    evaluate.main(command(checkpoint, dataset, *more))
+    evaluate.main(evaluation(checkpoint, dataset, *more))
     assert json.loads(results.read_text()) == run_perfect(*dataset)
     assert json.loads(metrics.read_text()) == evaluate.coco_metrics(dataset[0], run_perfect(*dataset))
     out = capsys.readouterr().out
@@ -410,7 +334,7 @@ def test_images_without_annotations_give_results_to_upload(checkpoint, dataset, 
     """As COCO's test-dev, whose file lists images and categories alone."""
     rewrite(dataset[0], lambda content: content.pop("annotations"))
     files = {name: tmp_path / name for name in ("results.json", "sheet.png")}
-    evaluate.main(command(checkpoint, dataset, "--results", files["results.json"], "--sheet", files["sheet.png"]))
+    evaluate.main(evaluation(checkpoint, dataset, "--results", files["results.json"], "--sheet", files["sheet.png"]))
     assert len(json.loads(files["results.json"].read_text())) > 3 and files["sheet.png"].exists()
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == f"{dataset[0]} has no objects to compare with: no AP" and lines[3].split() == ["-"] * 6
@@ -419,7 +343,7 @@ def test_images_without_annotations_give_results_to_upload(checkpoint, dataset, 
 def test_as_a_user_runs_it_with_a_real_model(checkpoint, dataset, tmp_path):
     """An untrained model that finds nothing above 0.999: zeros in the tables, an empty list, no traceback."""
     results = tmp_path / "results.json"
-    arguments = command(checkpoint, dataset, "--score-threshold", "0.999", "--results", results)
+    arguments = evaluation(checkpoint, dataset, "--score-threshold", "0.999", "--results", results)
     run = subprocess.run([sys.executable, "evaluate.py", *arguments], cwd=ROOT, capture_output=True,
                          text=True)
     assert run.returncode == 0, run.stderr
@@ -431,12 +355,12 @@ def test_sizes_scores_and_rescoring_come_from_the_checkpoint_or_the_options(chec
     seen = []
     monkeypatch.setattr(evaluate, "evaluate", lambda *_, **options: seen.append(options) or [])
     state = torch.load(checkpoint, weights_only=True)
-    evaluate.main(command(checkpoint, dataset))
-    evaluate.main(command(checkpoint, dataset, "--min-size", 100, "--max-size", 200, "--rescore", "off",
+    evaluate.main(evaluation(checkpoint, dataset))
+    evaluate.main(evaluation(checkpoint, dataset, "--min-size", 100, "--max-size", 200, "--rescore", "off",
                           "--score-threshold", 0.2, "--batch-size", 4, "--amp", "bf16"))
     save({**state, "method": "boxinst", "config": {}}, checkpoint)
-    evaluate.main(command(checkpoint, dataset))
-    evaluate.main(command(checkpoint, dataset, "--rescore", "on"))
+    evaluate.main(evaluation(checkpoint, dataset))
+    evaluate.main(evaluation(checkpoint, dataset, "--rescore", "on"))
     assert [(s["min_size"], s["max_size"], s["rescore"], s["score_threshold"]) for s in seen] == [
         (64, 128, True, 0.05), (100, 200, False, 0.2), (800, 1333, False, 0.05), (800, 1333, True, 0.05)]
     assert [(s["batch_size"], s["amp_dtype"]) for s in seen[:2]] == [(1, None), (4, torch.bfloat16)]
@@ -455,7 +379,7 @@ def test_weights_choose_between_teacher_and_student(checkpoint, dataset, monkeyp
     state["teacher"] = {**state["teacher"], first: torch.full_like(state["teacher"][first], 7.0)}
     save(state, checkpoint)
     for choice in ([], ["--weights", "teacher"], ["--weights", "student"]):
-        evaluate.main(command(checkpoint, dataset, *choice))
+        evaluate.main(evaluation(checkpoint, dataset, *choice))
     assert seen[:2] == [7, 7] and seen[2] < 1
 
 
@@ -465,7 +389,7 @@ def test_weights_choose_between_teacher_and_student(checkpoint, dataset, monkeyp
     ["--amp", "fp8"], ["--weights", "ema"], ["--device", "abacus"], ["--device", "cuda:99"], ["--nonsense"]])
 def test_wrong_values_end_with_status_2(checkpoint, dataset, capsys, wrong):
     with pytest.raises(SystemExit) as exit:
-        evaluate.main(command(checkpoint, dataset, *wrong))
+        evaluate.main(evaluation(checkpoint, dataset, *wrong))
     last_line = capsys.readouterr().err.strip().splitlines()[-1]
     assert exit.value.code == 2 and "error: " in last_line and wrong[0] in last_line
 
@@ -477,12 +401,12 @@ def test_val_json_without_val_images_ends_with_status_2(checkpoint, dataset, cap
 
 
 def test_bad_checkpoints(checkpoint, dataset, tmp_path, capsys):
-    assert str(tmp_path / "nowhere.pt") in fails(command(tmp_path / "nowhere.pt", dataset), capsys)
+    assert str(tmp_path / "nowhere.pt") in fails(evaluation(tmp_path / "nowhere.pt", dataset), capsys)
     whole = checkpoint.read_bytes()
     checkpoint.write_bytes(whole[:len(whole) // 2])
-    assert str(checkpoint) in fails(command(checkpoint, dataset), capsys)
+    assert str(checkpoint) in fails(evaluation(checkpoint, dataset), capsys)
     checkpoint.write_text("not a checkpoint")
-    assert str(checkpoint) in fails(command(checkpoint, dataset), capsys)
+    assert str(checkpoint) in fails(evaluation(checkpoint, dataset), capsys)
 
 
 def test_other_classes_are_refused_and_both_are_named(checkpoint, dataset, capsys):
@@ -490,7 +414,7 @@ def test_other_classes_are_refused_and_both_are_named(checkpoint, dataset, capsy
         content["categories"][1]["name"] = "crimson"
 
     rewrite(dataset[0], rename)
-    line = fails(command(checkpoint, dataset), capsys)
+    line = fails(evaluation(checkpoint, dataset), capsys)
     assert "was trained for other classes" in line and str(checkpoint) in line and str(dataset[0]) in line
     assert "3 red" in line and "3 crimson" in line and "17 green" not in line
 
@@ -506,7 +430,7 @@ def test_a_image_that_cannot_be_decoded_is_named(checkpoint, dataset, perfect, c
     image = dataset[1] / "3.png"
     image.write_bytes(image.read_bytes()[:60])
     results = dataset[1] / "results.json"
-    line = fails([*command(checkpoint, dataset, "--results", results), "--workers", str(workers)], capsys)
+    line = fails([*evaluation(checkpoint, dataset, "--results", results), "--workers", str(workers)], capsys)
     assert str(image) in line and "Traceback" not in line
     assert sorted(path.name for path in dataset[1].iterdir()) == [f"{i}.png" for i in range(5)]
 
@@ -516,9 +440,9 @@ def test_an_unwritable_output_is_reported_before_the_evaluation(checkpoint, data
                                                                 capsys, option):
     monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: pytest.fail("evaluated"))
     (tmp_path / "file").write_text("in the way")
-    line = fails(command(checkpoint, dataset, option, tmp_path / "file" / "out"), capsys)
+    line = fails(evaluation(checkpoint, dataset, option, tmp_path / "file" / "out"), capsys)
     assert "cannot write" in line and str(tmp_path / "file" / "out") in line
-    assert "it is a folder" in fails(command(checkpoint, dataset, option, tmp_path), capsys)
+    assert "it is a folder" in fails(evaluation(checkpoint, dataset, option, tmp_path), capsys)
 
 
 def test_amp_by_device(monkeypatch):

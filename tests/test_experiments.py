@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from helpers import same
 from tools import experiments
 import train
 from formats.checkpoint import load
 from formats.files import UserError
 from tools.experiments import FROM_START, RECIPE, ROWS, RUNS, Experiments, parse_arguments, spread, table
-from test_train import drawn, same, warm  # noqa: F401
 
 SMALL = ("--backbone r18-slim --channels 32 --backbone-weights none --min-size 64 --max-size 64 --teacher-min-size 64 "
          "--teacher-max-size 64 --workers 0 --device cpu --batch-size 4 --log-every 1 --measure-labels").split()
@@ -40,7 +40,7 @@ def test_rows_name_runs_and_weights_that_there_are():
 
 
 @pytest.fixture
-def small(drawn, warm, tmp_path, monkeypatch):  # noqa: F811
+def small(drawn, warm, tmp_path, monkeypatch):
     """experiments.py at the smallest size, its scripts called in this process; -> options, calls."""
     calls = []
 
@@ -147,7 +147,7 @@ experiments.main(sys.argv[1:])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_scripts_and_begins_nothing_more(drawn, tmp_path, number):  # noqa: F811
+def test_a_signal_ends_the_scripts_and_begins_nothing_more(drawn, tmp_path, number):
     """A script that never ends by itself stands for train.py, which saves when it is asked to end."""
     process = subprocess.Popen([sys.executable, "-c", CODE, "--data", str(drawn), "--out", str(tmp_path / "runs"),
                                 "--jobs", "1", "--rows", "boxteacher", "--seeds", "0", "1"], start_new_session=True,
@@ -167,7 +167,7 @@ def test_a_signal_ends_the_scripts_and_begins_nothing_more(drawn, tmp_path, numb
     assert not (tmp_path / "runs/seed1").exists()
 
 
-def test_runs_that_were_made_in_another_way_are_not_mixed(drawn, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_runs_that_were_made_in_another_way_are_not_mixed(drawn, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Experiments, "all", lambda *_: None)
     options = ["--data", str(drawn), "--out", str(tmp_path)]
     for more in ([], ["--seeds", "5"], ["--rows", "bce"], ["--jobs", "3"]):
@@ -192,7 +192,7 @@ def test_wrong_values_end_with_status_2(options, capsys):
     assert end.value.code == 2 and options.split()[0] in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_what_cannot_be_written_is_one_line(drawn, tmp_path, capsys):  # noqa: F811
+def test_what_cannot_be_written_is_one_line(drawn, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as end:
         experiments.main(["--data", str(drawn), "--out", str(tmp_path / "file")])
@@ -216,7 +216,7 @@ def test_gains_are_taken_within_a_seed(tmp_path):
     assert cells == [["2", "47.0 ± 8.5", "2.0 ± 1.4"], ["3", "61.3 ± 25.5", "–"]]
 
 
-def test_scripts_run_with_their_output_in_the_log(drawn, tmp_path):  # noqa: F811
+def test_scripts_run_with_their_output_in_the_log(drawn, tmp_path):
     args = parse_arguments(["--data", str(drawn), "--out", str(tmp_path), "--jobs", "64"])
     one = Experiments(args)
     assert one.environment["OMP_NUM_THREADS"] == "1"

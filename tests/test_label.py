@@ -11,30 +11,17 @@ from pycocotools import mask as coco_mask
 
 from assign import image_targets
 from formats.coco import CocoBoxes
-from conftest import given_controllers
+from helpers import given_controllers, made_up, random_predictions
 from tools.label import (ASSIGNED, PROMPTED, Labels, agreement, assigned_rows, box_pixels, cut_masks, label_dataset,
                    label_image, model_classes, owners, polygons, prompt, report_agreement, with_masks)
 from masks import box_masks
-from model import STRIDES, Predictions, build_model, make_locations, mask_logits
-from test_teacher import made_up
-from test_train import drawn  # noqa: F401
+from model import build_model, mask_logits
 
 EVERYWHERE = torch.full((12, 16), 6.0)
 
 
 def decoded(rles: list) -> torch.Tensor:
     return torch.from_numpy(np.stack([coco_mask.decode(rle) for rle in rles])).bool()
-
-
-def random_image(height: int, width: int, classes: int = 3, seed: int = 0) -> Predictions:
-    """Predictions of an untrained network that sees nothing anywhere, but would draw masks if it were asked."""
-    g = torch.Generator().manual_seed(seed)
-    locations = make_locations([(-(-height // s), -(-width // s)) for s in STRIDES], torch.device("cpu"))
-    n = len(locations.xy)
-    class_logits, controllers = torch.rand(1, n, classes, generator=g) - 9, torch.randn(1, n, 233, generator=g)
-    return Predictions(class_logits, torch.zeros(1, n, 4), torch.zeros(1, n),
-                       given_controllers(controllers, (height, width)),
-                       torch.randn(1, 16, height // 8, width // 8, generator=g), locations)
 
 
 # ------------------------------------------------------------------------------------------------ Alg. 1 alone
@@ -99,7 +86,7 @@ def test_a_box_takes_detections_of_its_own_class_and_one_location_answers_once()
 def test_the_best_of_the_boxs_own_locations_answers():
     """Scores by hand: own class, centerness and the mask within the box; nothing else may win."""
     size, boxes = (96, 128), torch.tensor([[16.0, 24, 72, 64], [80, 30, 110, 70]])
-    image, classes = random_image(*size), torch.tensor([1, -1])
+    image, classes = random_predictions(*size), torch.tensor([1, -1])
     owner = image_targets(image.locations, boxes, classes, 3)[2]
     rows, scores = prompt(image, boxes, classes, size, torch.full((2,), -1), torch.zeros(2))
     for g, of in enumerate((lambda p: p[:, 1], lambda p: p.amax(1))):
@@ -114,7 +101,7 @@ def test_the_best_of_the_boxs_own_locations_answers():
 
 def test_owners_in_parts_are_fcos_targets():
     """Enough boxes that the locations are looked at in parts; of equal boxes the first is the owner."""
-    image, boxes = random_image(96, 128), torch.rand(50, 4, generator=torch.Generator().manual_seed(1))
+    image, boxes = random_predictions(96, 128), torch.rand(50, 4, generator=torch.Generator().manual_seed(1))
     boxes = torch.cat([boxes[:, :2] * 60, boxes[:, :2] * 60 + 10 + boxes[:, 2:] * 30], 1)
     whole = image_targets(image.locations, boxes, torch.zeros(50, dtype=torch.int64), 1)[2]
     assert torch.equal(owners(image.locations, boxes), whole) and len(whole.unique()) > 10
@@ -125,7 +112,7 @@ def test_owners_in_parts_are_fcos_targets():
 def test_two_boxes_never_share_a_location():
     """Equal boxes, boxes within boxes, boxes between the locations: each has an answer of its own, of its level."""
     boxes = torch.tensor([[16.0, 24, 72, 64]] * 12 + [[30.0, 30, 33, 33]] * 3 + [[0.0, 0, 2, 1], [127, 95, 128, 96]])
-    image, size = random_image(96, 128), (96, 128)
+    image, size = random_predictions(96, 128), (96, 128)
     rows, scores = prompt(image, boxes, torch.zeros(len(boxes), dtype=torch.int64), size,
                           torch.full((len(boxes),), -1), torch.zeros(len(boxes)))
     assert len(rows.unique()) == len(boxes) and (rows >= 0).all() and (scores > 0).all()
@@ -137,7 +124,7 @@ def test_two_boxes_never_share_a_location():
 def test_assigned_masks_stay_and_prompted_boxes_ask_elsewhere():
     """Three equal boxes and one beside: one is found at the best of their locations, the others must do without it."""
     size, boxes = (96, 128), torch.tensor([[16.0, 24, 72, 64]] * 3 + [[80, 30, 110, 70]])
-    image, classes = random_image(*size), torch.zeros(4, dtype=torch.int64)
+    image, classes = random_predictions(*size), torch.zeros(4, dtype=torch.int64)
     best = int(prompt(image, boxes[:1], classes[:1], size, torch.tensor([-1]), torch.zeros(1))[0])
     x, y = image.locations.xy[best]
     image.ltrb[0, best] = torch.stack([x - 16, y - 24, 72 - x, 64 - y]) / image.locations.stride[best]
@@ -159,7 +146,7 @@ def test_assigned_masks_stay_and_prompted_boxes_ask_elsewhere():
 def test_nearly_as_many_boxes_as_locations_share_none():
     boxes = torch.rand(80, 4, generator=torch.Generator().manual_seed(0)) * 40
     boxes[:, 2:] = boxes[:, :2] + 8 + boxes[:, 2:] / 4
-    image = random_image(64, 64)
+    image = random_predictions(64, 64)
     assert len(image.locations.xy) == 86 and (owners(image.locations, boxes) >= 0).sum() > 40
     rows, _ = prompt(image, boxes, torch.zeros(80, dtype=torch.int64), (64, 64), torch.full((80,), -1),
                      torch.zeros(80))
@@ -185,7 +172,7 @@ def test_a_found_mask_that_lies_beside_its_box_is_asked_for_again():
 def test_more_boxes_than_locations_still_all_have_a_mask():
     boxes = torch.rand(300, 4, generator=torch.Generator().manual_seed(0)) * 30
     boxes[:, 2:] += boxes[:, :2] + 1
-    image = random_image(64, 64)
+    image = random_predictions(64, 64)
     assert len(image.locations.xy) < 300
     labels = label_image(image, boxes, (64, 64), (64, 64), classes=torch.zeros(300, dtype=torch.int64))
     assert labels.sources == [PROMPTED] * 300
@@ -201,7 +188,7 @@ def test_where_the_head_sees_nothing_the_box_is_the_mask_and_the_score_says_so()
 
 
 def test_chunks_of_masks_change_nothing(monkeypatch):
-    image, boxes = random_image(96, 128), torch.tensor([[16.0, 24, 72, 64], [80, 30, 110, 70], [4, 70, 40, 90]])
+    image, boxes = random_predictions(96, 128), torch.tensor([[16.0, 24, 72, 64], [80, 30, 110, 70], [4, 70, 40, 90]])
     rows = torch.tensor([5, -1, 40])
     whole = cut_masks(image, rows, boxes, (96, 128), (50, 70))
     monkeypatch.setattr("tools.label.CHUNK", 1)
@@ -212,7 +199,7 @@ def test_chunks_of_masks_change_nothing(monkeypatch):
 # ------------------------------------------------------------------------------------------------- a data set
 
 
-def test_a_data_set_in_batches(drawn):  # noqa: F811
+def test_a_data_set_in_batches(drawn):
     """Every box of every image, in the file's order; an image of another shape is padded and changes nothing."""
     torch.manual_seed(0)
     model = build_model("r18-slim", 8, channels=32, frozen=False)
@@ -230,7 +217,7 @@ def test_a_data_set_in_batches(drawn):  # noqa: F811
     assert (y >= np.floor(y0)).all() and (y + h <= np.ceil(y1)).all()
 
 
-def test_an_undecodable_image_is_named_and_its_boxes_have_no_mask(drawn, tmp_path, capsys):  # noqa: F811
+def test_an_undecodable_image_is_named_and_its_boxes_have_no_mask(drawn, tmp_path, capsys):
     shutil.copytree(drawn, tmp_path / "set")
     broken = sorted((tmp_path / "set/train2017").iterdir())[3]
     broken.write_bytes(broken.read_bytes()[:200])
@@ -286,7 +273,7 @@ def test_polygons_draw_the_same_pixels():
 # ------------------------------------------------------------------------------------------------- measuring
 
 
-def test_agreement_by_hand(drawn, tmp_path, capsys):  # noqa: F811
+def test_agreement_by_hand(drawn, tmp_path, capsys):
     """A mask that is the hidden one, one that is empty, and one that is the box; and what is printed of them."""
     annotations = CocoBoxes(drawn / "annotations/instances_train2017.json", drawn / "train2017", masks=True)
     content = json.loads((drawn / "annotations/instances_train2017.json").read_text())

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers import SMALL, command, copy_set, metrics, new_run, one_line_error, only_training, same
 from tools import log
 from tools import draw
 from formats.checkpoint import load
@@ -20,8 +21,6 @@ from tools.log import Log, draw_sheet, sheet_images
 from model import Instances
 from masks import encode
 from teacher import PseudoLabels
-from test_train import (SMALL, command, copy_set, drawn, metrics, new_run, one_line_error, only_training,  # noqa: F401
-                        same, warm)
 from tools.draw import GAP, HEADER, PANEL
 
 CELL = PANEL + GAP
@@ -92,7 +91,7 @@ def flat(lines: list[dict]) -> dict[str, dict[int, float]]:
     return found
 
 
-def test_tensorboard_shows_what_metrics_jsonl_says_after_a_resume_too(drawn, warm, tmp_path):  # noqa: F811
+def test_tensorboard_shows_what_metrics_jsonl_says_after_a_resume_too(drawn, warm, tmp_path):
     pytest.importorskip("tensorboard")
     out = tmp_path / "out"
     options = ["--data", drawn, "--out", out, *SMALL, "--init", warm, "--iters", 4, "--eval-every", 2,
@@ -115,7 +114,7 @@ def test_tensorboard_shows_what_metrics_jsonl_says_after_a_resume_too(drawn, war
     assert pixel[1] == before[1] and pixel[3] == pytest.approx(4 * before[3], rel=1e-4) and pixel[3] > 0
 
 
-def test_without_its_package_tensorboard_is_one_line_and_nothing_is_written(drawn, tmp_path, capsys,  # noqa: F811
+def test_without_its_package_tensorboard_is_one_line_and_nothing_is_written(drawn, tmp_path, capsys,
                                                                             monkeypatch):
     for name in [name for name in sys.modules if re.match(r"(torch\.utils\.)?tensorboard\b", name)]:
         monkeypatch.delitem(sys.modules, name)
@@ -156,7 +155,7 @@ def panel(image: np.ndarray, column: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("method", ["boxteacher", "boxinst", "condinst"])
-def test_a_sheet_shows_what_the_model_has_learnt(drawn, warm, tmp_path, method):  # noqa: F811
+def test_a_sheet_shows_what_the_model_has_learnt(drawn, warm, tmp_path, method):
     """Before: boxes. After 30 steps: fills too."""
     start, annotations = new_run(drawn, tmp_path, "--method", method)
     later, _ = new_run(drawn, tmp_path, "--method", method, "--init", str(warm))
@@ -171,7 +170,7 @@ def test_a_sheet_shows_what_the_model_has_learnt(drawn, warm, tmp_path, method):
         assert 0.05 < changed.mean() < 0.95
 
 
-def test_masks_are_drawn_where_they_are(drawn, tmp_path, monkeypatch):  # noqa: F811
+def test_masks_are_drawn_where_they_are(drawn, tmp_path, monkeypatch):
     """One box of 32 x 32 pixels in the middle, enlarged by 5, with a mask in its left half or with none."""
     def change(content):
         content["images"] = content["images"][:1]
@@ -205,7 +204,7 @@ def test_masks_are_drawn_where_they_are(drawn, tmp_path, monkeypatch):  # noqa: 
     assert len(rows) and 50 < rows.min() <= rows.max() < 80
 
 
-def test_true_masks_have_a_panel_where_there_are_any(drawn, warm, tmp_path):  # noqa: F811
+def test_true_masks_have_a_panel_where_there_are_any(drawn, warm, tmp_path):
     for number, options in enumerate((["--method", "condinst"], ["--measure-labels"])):
         out = tmp_path / str(number)
         assert command(*only_training(drawn), "--out", out, *SMALL, "--init", warm, "--iters", 1, *options) == 0
@@ -230,7 +229,7 @@ def test_a_sheet_has_as_many_panels_as_there_are_things_to_see(tmp_path):
     assert GAP + CELL <= differs.min() <= differs.max() < GAP + CELL + PANEL      # of the middle panel's title
 
 
-def test_drawing_changes_nothing_of_a_run(drawn, warm, tmp_path):  # noqa: F811
+def test_drawing_changes_nothing_of_a_run(drawn, warm, tmp_path):
     """Trained from scratch batch norms have averages, which a forward pass in training mode would move."""
     for every in (1, 100):
         assert command(*only_training(drawn), "--out", tmp_path / str(every), *SMALL, "--init", warm, "--iters", 4,
@@ -260,7 +259,7 @@ def test_images_are_evenly_spaced_over_those_with_boxes():
     assert chosen([0, 1, 1] * 50)[:2] == [1, 22] and chosen([0, 1, 1] * 50)[-1] == 149
 
 
-def test_a_image_that_cannot_be_read_is_left_out(drawn, tmp_path, capsys):  # noqa: F811
+def test_a_image_that_cannot_be_read_is_left_out(drawn, tmp_path, capsys):
     def change(content):
         content["images"] = content["images"][:3]
         content["annotations"] = [a for a in content["annotations"] if a["image_id"] <= 3]
@@ -281,7 +280,7 @@ def test_a_image_that_cannot_be_read_is_left_out(drawn, tmp_path, capsys):  # no
     assert not path.exists() and capsys.readouterr().err == ""
 
 
-def test_a_sheet_that_cannot_be_written_is_a_warning(drawn, tmp_path, capsys):  # noqa: F811
+def test_a_sheet_that_cannot_be_written_is_a_warning(drawn, tmp_path, capsys):
     out = tmp_path / "out"
     (out / "labels-0000002.png.tmp").mkdir(parents=True)
     assert command(*only_training(drawn), "--out", out, *SMALL, "--iters", 3, "--eval-every", 1) == 0

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import losses as losses_module
 from assign import Targets, batch_instances, fcos_targets
 from boxteacher import RAMPED
-from conftest import check, head_maps, predictions_of, relative_error
+from helpers import check, head_maps, predictions_of, relative_error
 from losses import (OFFSETS, alike_labels, average_projection_loss, bce_loss, box_supervised_losses,
                     centerness_of, detection_losses, dice_loss, disagreement, giou_loss,
                     mask_supervised_losses, over_processes, pair, pair_weights, projection_loss, refine,

@@ -7,7 +7,7 @@ from pycocotools import mask as coco_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import masks as masks_module
-from conftest import check, relative_error
+from helpers import check, relative_error
 from masks import aligned_bilinear, box_masks, cells, decode, encode, paste_masks
 
 

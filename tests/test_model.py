@@ -8,7 +8,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import model as model_module
 from backbone import BatchNorm
-from conftest import check, head_maps, predictions_of, relative_error
+from helpers import check, head_maps, predictions_of, relative_error
 from model import (SIZES_OF_INTEREST, STRIDES, Controllers, Detections, Instances, build_model, confident, detect,
                    dynamic_mask_head, mask_logits, num_mask_params, predict)
 from masks import aligned_bilinear, decode, encode, paste_masks

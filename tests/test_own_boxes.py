@@ -15,7 +15,7 @@ import predict
 import train
 from formats import commands
 from formats.coco import CocoBoxes
-from test_train import SMALL, drawn, warm  # noqa: F401
+from helpers import SMALL
 
 PROJECT = Path(__file__).resolve().parent.parent
 PROGRAMS = {"data.py": commands, "train.py": train, "predict.py": predict}
@@ -69,7 +69,7 @@ def run(command: str) -> None:
 
 
 @pytest.mark.parametrize("make, convert", [(as_voc, CONVERT[0]), (as_yolo, CONVERT[1])], ids=["voc", "yolo"])
-def test_four_commands(make, convert, drawn, tmp_path, monkeypatch, capfd):  # noqa: F811
+def test_four_commands(make, convert, drawn, tmp_path, monkeypatch, capfd):
     boxes = CocoBoxes(drawn / "annotations/instances_train2017.json", drawn / "train2017")
     make(boxes, tmp_path / "my-images")
     monkeypatch.chdir(tmp_path)
@@ -94,7 +94,7 @@ def test_four_commands(make, convert, drawn, tmp_path, monkeypatch, capfd):  # n
     assert Path(opened) == tmp_path / "my-masks/review.html" and Path(opened).exists()
 
 
-def test_the_readmes_program(drawn, warm, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_the_readmes_program(drawn, warm, tmp_path, monkeypatch, capsys):
     code = block("README.md", "from model import load")
     assert len(code) == 4
     copies = {"runs/demo/final.pt": warm, "datasets/shapes/val2017/000000000001.jpg": min((drawn / "val2017").iterdir())}

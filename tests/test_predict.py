@@ -18,14 +18,14 @@ import evaluate
 import predict
 import train
 from formats.coco import CocoBoxes, DataError
+from helpers import SMALL, losses_of, one_line_error
 from model import SCORE_THRESHOLD, Instances, load
 from predict import Drawings, drawn_names, find_images, free_name
-from test_train import SMALL, drawn, losses_of, one_line_error, warm  # noqa: F401
 from tools.draw import COLOURS, colour_of, window
 
 
 @pytest.fixture(scope="session")
-def sure(warm, tmp_path_factory):  # noqa: F811
+def sure(warm, tmp_path_factory):
     """The short-trained network with masks of a kind: a diamond of radius 14 pixels around each location."""
     path = tmp_path_factory.getbasetemp() / "sure.pt"
     if not path.exists():
@@ -49,7 +49,7 @@ def failing(*arguments) -> int:
 # -------------------------------------------------------------------------------------------- finding objects
 
 
-def test_images_of_all_kinds_in_folders_below(drawn, sure, tmp_path, capsys):  # noqa: F811
+def test_images_of_all_kinds_in_folders_below(drawn, sure, tmp_path, capsys):
     """An image for each image, results as evaluate.py has them, a broken file named and left out."""
     folder, out = tmp_path / "in", tmp_path / "out"
     (folder / "deep").mkdir(parents=True)
@@ -102,7 +102,7 @@ def test_names_of_drawings_are_never_shared(tmp_path):
     assert [free_name("a.b.c", names) for _ in range(3)] == ["a.b.c", "a.b-2.c", "a.b-3.c"]
 
 
-def test_what_is_read_is_never_written_over(drawn, sure, boxes, tmp_path, capsys):  # noqa: F811
+def test_what_is_read_is_never_written_over(drawn, sure, boxes, tmp_path, capsys):
     """An image beside the results, a folder called pictures/ of one's own, and masks.json in its own place."""
     path, content = boxes
     shutil.copytree(drawn / "train2017", tmp_path / "pictures")
@@ -120,7 +120,7 @@ def same_instances(a: Instances, b: Instances) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a[:3], b[:3])) and a[3:] == b[3:]
 
 
-def test_a_image_turned_by_exif_is_seen_as_people_see_it(sure, tmp_path):  # noqa: F811
+def test_a_image_turned_by_exif_is_seen_as_people_see_it(sure, tmp_path):
     photo = Image.fromarray((np.random.default_rng(0).random((40, 80, 3)) * 255).astype(np.uint8))
     exif = photo.getexif()
     exif[0x0112] = 6
@@ -193,7 +193,7 @@ EVIL = "<script>alert('x')</script> & \"q\" ß"
 
 
 @pytest.fixture
-def boxes(drawn, tmp_path):  # noqa: F811
+def boxes(drawn, tmp_path):
     """The drawn images' annotations without masks, one class with an evil name, with fields of a user's own."""
     content = json.loads((drawn / "annotations/instances_train2017.json").read_text())
     content |= {"info": {"by": "me"}, "licenses": [{"id": 1, "name": "CC"}]}
@@ -205,7 +205,7 @@ def boxes(drawn, tmp_path):  # noqa: F811
     return tmp_path / "boxes.json", content
 
 
-def test_every_box_gets_a_mask_a_score_and_a_source(drawn, sure, boxes, tmp_path, capsys):  # noqa: F811
+def test_every_box_gets_a_mask_a_score_and_a_source(drawn, sure, boxes, tmp_path, capsys):
     path, content = boxes
     out, images = tmp_path / "masks", drawn / "train2017"
     predict.main(["--ckpt", str(sure), "--boxes", str(path), "--images", str(images), "--out", str(out), "--workers",
@@ -238,7 +238,7 @@ def test_every_box_gets_a_mask_a_score_and_a_source(drawn, sure, boxes, tmp_path
         scores, abs=0.00501)
 
 
-def test_low_scores_are_left_out_and_listed(drawn, sure, boxes, tmp_path, capsys):  # noqa: F811
+def test_low_scores_are_left_out_and_listed(drawn, sure, boxes, tmp_path, capsys):
     path, content = boxes
     out, images = tmp_path / "masks", drawn / "train2017"
     command = ["--ckpt", str(sure), "--boxes", str(path), "--images", str(images), "--out", str(out), "--workers", "0"]
@@ -258,7 +258,7 @@ def test_low_scores_are_left_out_and_listed(drawn, sure, boxes, tmp_path, capsys
                 "--method", "condinst", "--out", str(tmp_path / "run")])  # such a box is learnt without its mask
 
 
-def test_polygons_in_place_of_run_lengths(drawn, sure, boxes, tmp_path):  # noqa: F811
+def test_polygons_in_place_of_run_lengths(drawn, sure, boxes, tmp_path):
     pytest.importorskip("cv2")
     path, _ = boxes
     command = ["--ckpt", str(sure), "--boxes", str(path), "--images", str(drawn / "train2017"), "--workers", "0"]
@@ -271,14 +271,14 @@ def test_polygons_in_place_of_run_lengths(drawn, sure, boxes, tmp_path):  # noqa
     CocoBoxes(tmp_path / "b/masks.json", drawn / "train2017", masks=True)
 
 
-def test_polygons_without_opencv(drawn, sure, boxes, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_polygons_without_opencv(drawn, sure, boxes, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     assert failing("--ckpt", sure, "--boxes", boxes[0], "--images", drawn / "train2017", "--out", tmp_path / "m",
                    "--polygons") == 1
     assert "pip install opencv-python-headless" in one_line_error(capsys) and not (tmp_path / "m").exists()
 
 
-def test_names_are_escaped_on_the_page(drawn, sure, boxes, tmp_path):  # noqa: F811
+def test_names_are_escaped_on_the_page(drawn, sure, boxes, tmp_path):
     path, content = boxes
     images = tmp_path / "images"
     shutil.copytree(drawn / "train2017", images)
@@ -298,7 +298,7 @@ def test_names_are_escaped_on_the_page(drawn, sure, boxes, tmp_path):  # noqa: F
     assert "pictures/<b>#?%20 ü.jpg" in links and all((out / link).exists() for link in links)
 
 
-def test_masks_are_measured_where_the_file_has_some(drawn, sure, tmp_path, capsys):  # noqa: F811
+def test_masks_are_measured_where_the_file_has_some(drawn, sure, tmp_path, capsys):
     predict.main(["--ckpt", str(sure), "--boxes", str(drawn / "annotations/instances_val2017.json"), "--images",
                   str(drawn / "val2017"), "--out", str(tmp_path), "--workers", "0", "--measure"])
     lines = capsys.readouterr().out.splitlines()
@@ -306,7 +306,7 @@ def test_masks_are_measured_where_the_file_has_some(drawn, sure, tmp_path, capsy
         in "\n".join(lines)
 
 
-def test_a_checkpoint_of_other_classes_labels_all_the_same(drawn, sure, boxes, tmp_path, capsys):  # noqa: F811
+def test_a_checkpoint_of_other_classes_labels_all_the_same(drawn, sure, boxes, tmp_path, capsys):
     path, content = boxes
     content["categories"][0]["name"] = "gadget"
     path.write_text(json.dumps(content))
@@ -316,7 +316,7 @@ def test_a_checkpoint_of_other_classes_labels_all_the_same(drawn, sure, boxes, t
     assert all(row["segmentation"] for row in json.loads((tmp_path / "m/masks.json").read_text())["annotations"])
 
 
-def test_ten_thousand_boxes_on_one_image(drawn, sure, tmp_path):  # noqa: F811
+def test_ten_thousand_boxes_on_one_image(drawn, sure, tmp_path):
     content = json.loads((drawn / "annotations/instances_val2017.json").read_text())
     rng = np.random.default_rng(0)
     corners = rng.random((10_000, 2)) * 55
@@ -344,7 +344,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("change, message", HOSTILE.values(), ids=HOSTILE)
-def test_hostile_files_are_one_line_and_nothing_is_written(change, message, drawn, sure, boxes, tmp_path,  # noqa: F811
+def test_hostile_files_are_one_line_and_nothing_is_written(change, message, drawn, sure, boxes, tmp_path,
                                                            capsys):
     path, content = boxes
     change(content)
@@ -355,7 +355,7 @@ def test_hostile_files_are_one_line_and_nothing_is_written(change, message, draw
     assert message in line and str(path) in line and not out.exists()
 
 
-def test_zero_boxes_are_a_file_with_no_masks(drawn, sure, boxes, tmp_path, capsys):  # noqa: F811
+def test_zero_boxes_are_a_file_with_no_masks(drawn, sure, boxes, tmp_path, capsys):
     path, content = boxes
     content["annotations"] = []
     path.write_text(json.dumps(content))
@@ -371,11 +371,11 @@ def test_zero_boxes_are_a_file_with_no_masks(drawn, sure, boxes, tmp_path, capsy
     (["a.jpg", "--min-score", "2", "--out", "x"], "between 0 and 1"),
     (["a.jpg", "--min-score", "0.5", "--out", "x"], "--min-score: it is for --boxes"),
     (["--boxes", "b.json", "--images", "i", "--score-threshold", "0.5", "--out", "x"], "it is for images")])
-def test_wrong_options(arguments, message, sure, capsys):  # noqa: F811
+def test_wrong_options(arguments, message, sure, capsys):
     assert failing("--ckpt", sure, *arguments) == 2 and message in capsys.readouterr().err
 
 
-def test_wrong_paths_are_one_line(drawn, sure, tmp_path, capsys):  # noqa: F811
+def test_wrong_paths_are_one_line(drawn, sure, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     for arguments, message in ((["gone", "--out", tmp_path / "o"], "gone does not exist"),
@@ -388,7 +388,7 @@ def test_wrong_paths_are_one_line(drawn, sure, tmp_path, capsys):  # noqa: F811
 # ----------------------------------------------------------------------------------------- in one's own program
 
 
-def test_a_model_takes_images_in_every_form(drawn, sure):  # noqa: F811
+def test_a_model_takes_images_in_every_form(drawn, sure):
     model = load(sure)
     path = sorted((drawn / "val2017").iterdir())[0]
     photo = Image.open(path).convert("RGB")

@@ -8,11 +8,10 @@ import torch
 from PIL import Image
 
 import evaluate
+from helpers import Looker, evaluation, fails, made_up, make_batch, rewrite
 from tools import quality
 from formats.coco import CocoBoxes
 from teacher import SCORES, pseudo_labels
-from test_evaluate import Looker, checkpoint, command, dataset, fails, rewrite  # noqa: F401
-from test_teacher import made_up, make_batch
 
 PADDED, SIZE = (96, 128), (90, 120)  # (height, width); the stride-4 grid of an image is 22 x 30 cells
 
@@ -191,7 +190,7 @@ def test_dots_at_the_corners_are_whole_and_many_are_faint(tmp_path):
 # ------------------------------------------------------------------------------------------- the command line
 
 
-def test_command_line_from_checkpoint_to_image(checkpoint, dataset, tmp_path, capsys):  # noqa: F811
+def test_command_line_from_checkpoint_to_image(checkpoint, dataset, tmp_path, capsys):
     """An untrained network, whose boxes reach about a stride from their locations: 16 pixels at P3."""
     def at_locations(content):
         for k, row in enumerate(content["annotations"]):
@@ -200,7 +199,7 @@ def test_command_line_from_checkpoint_to_image(checkpoint, dataset, tmp_path, ca
     rewrite(dataset[0], at_locations)
     path, metrics = tmp_path / "new" / "quality.png", tmp_path / "metrics.json"
     options = ("--score-threshold", 0, "--metrics", metrics, "--score-quality", path)
-    evaluate.main(command(checkpoint, dataset, *options))
+    evaluate.main(evaluation(checkpoint, dataset, *options))
     out, written = capsys.readouterr().out, json.loads(metrics.read_text())
     answer = written["score_quality"]
     assert 2 < answer["matches"] <= len(CocoBoxes(*dataset).boxes) and list(answer["scores"]) == list(SCORES)
@@ -208,12 +207,12 @@ def test_command_line_from_checkpoint_to_image(checkpoint, dataset, tmp_path, ca
     assert f"{answer['matches']} pseudo masks" in out and f"score quality: {path}" in out and "\nmask-aware " in out
     assert layer(path, 2).max() > 50 and written["bbox"]["AP"] is not None
 
-    evaluate.main(command(checkpoint, dataset, *options[:-2]))
+    evaluate.main(evaluation(checkpoint, dataset, *options[:-2]))
     assert "score quality" not in capsys.readouterr().out
     assert {**json.loads(metrics.read_text()), "score_quality": answer} == written  # the rest is as without
 
 
-def test_masks_of_an_evaluation_are_those_of_its_images(dataset, monkeypatch):  # noqa: F811
+def test_masks_of_an_evaluation_are_those_of_its_images(dataset, monkeypatch):
     """What `matches` is given: the objects of this data set are painted, so an image shows its masks."""
     seen = []
 
@@ -230,9 +229,9 @@ def test_masks_of_an_evaluation_are_those_of_its_images(dataset, monkeypatch):  
     assert [n for _, n, _ in seen] == [2, 2, 2, 2, 0] and max(differ for _, _, differ in seen) <= 12
 
 
-def test_without_masks_one_line_says_so(checkpoint, dataset, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_without_masks_one_line_says_so(checkpoint, dataset, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: pytest.fail("evaluated"))
     rewrite(dataset[0], lambda c: c["annotations"][3].pop("segmentation"))
-    line = fails(command(checkpoint, dataset, "--score-quality", tmp_path / "quality.png"), capsys)
+    line = fails(evaluation(checkpoint, dataset, "--score-quality", tmp_path / "quality.png"), capsys)
     assert str(dataset[0]) in line and "annotation id 3" in line and "segmentation" in line and "learns" not in line
     assert not (tmp_path / "quality.png").exists()

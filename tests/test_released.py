@@ -12,14 +12,13 @@ from PIL import Image
 
 from formats import checkpoint
 import evaluate
-from formats import released
 import train
 from backbone import BACKBONES, DeformConv, WindowAttention, make_backbone
 from formats.checkpoint import CheckpointError, load, load_model, save
 from formats.coco import COCO_CLASSES
-from conftest import relative_error
+from helpers import relative_error
 from model import PIXEL_MEAN, build_model, predict
-from formats.released import read_backbone, read_checkpoint
+from formats.released import read, read_backbone, read_checkpoint
 from released_files import BOTTOM_UP, LAYOUTS, SWIN_B, deformable, network, released
 from weights import picture as image_of
 
@@ -234,18 +233,18 @@ def test_a_pickle_may_hold_arrays_and_nothing_else(tmp_path):
     arrays |= {"c": np.arange(6, dtype=">i2").reshape(2, 3).T, "d": np.array(True), "e": np.zeros((0, 3))}
     for protocol in range(6):
         path.write_bytes(pickle.dumps(arrays, protocol))
-        back = released.read(path)
+        back = read(path)
         assert back["b"] == arrays["b"] and all(np.array_equal(back[key], arrays[key]) for key in "acde")
         assert [back[key].shape for key in "acde"] == [(2, 3), (3, 2), (), (0, 3)] and back["c"].dtype == np.int16
     for wrong in (np.array(["text"]), np.array([None]), np.zeros(2, np.complex64), np.zeros(2, np.longdouble),
                   np.zeros(2, [("a", "O")]), np.dtype("V8")):
         path.write_bytes(pickle.dumps({"a": wrong}))
         with pytest.raises(ValueError, match="only arrays of numbers are admitted"):
-            released.read(path)
+            read(path)
     for wrong in (print, np.load, np.ndarray.tofile, torch.zeros(2), Code(tmp_path / "ran")):
         path.write_bytes(pickle.dumps({"a": wrong}))
         with pytest.raises(ValueError, match="only arrays are admitted"):
-            released.read(path)
+            read(path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -269,7 +268,7 @@ class PointerType:
 def test_a_pickle_cannot_reach_into_memory(tmp_path):
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(Crafted()))
     with pytest.raises(ValueError, match="only arrays of numbers"):
-        released.read(tmp_path / "a.pkl")
+        read(tmp_path / "a.pkl")
 
 
 def test_odd_keys_and_values_are_one_line(r50, tmp_path):

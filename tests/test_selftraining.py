@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from helpers import SMALL, losses_of, one_line_error, only_training
 from tools import selftraining
 import train
 from masks import box_masks
@@ -15,7 +16,6 @@ from boxteacher import mask_quality
 from formats.checkpoint import load
 from formats.coco import CocoBoxes
 from teacher import PseudoLabels
-from test_train import SMALL, drawn, losses_of, one_line_error, only_training, warm  # noqa: F401
 
 
 def test_both_stages_from_the_command_line(drawn, warm, tmp_path, capsys):
@@ -54,7 +54,7 @@ def test_both_stages_from_the_command_line(drawn, warm, tmp_path, capsys):
     assert all(math.isfinite(line["loss_mask"]) for line in losses_of(tmp_path / "run"))
 
 
-def test_measure_and_sheet_from_the_command_line(drawn, warm, tmp_path, capsys):  # noqa: F811
+def test_measure_and_sheet_from_the_command_line(drawn, warm, tmp_path, capsys):
     out, sheet = tmp_path / "labels.json", tmp_path / "images" / "sheet.png"
     command = ["--ckpt", str(warm), "--out", str(out), *map(str, only_training(drawn)), "--workers", "0",
                "--device", "cpu"]

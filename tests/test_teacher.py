@@ -5,10 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import check, given_controllers, relative_error
-from data import Batch
+from helpers import check, made_up, make_batch, relative_error
 from masks import aligned_bilinear, box_masks
-from model import STRIDES, Predictions, build_model, make_locations, mask_logits
+from model import build_model, mask_logits
 from teacher import (SCORES, class_score, ema_momentum, iou_score, label, make_teacher, mask_aware_score,
                      mean_entropy_score, pseudo_labels, to_student_grid, update)
 
@@ -74,47 +73,6 @@ def test_average_in_closed_form(momentum, weights):
 
 
 # ----------------------------------------------------------------------------- pseudo labels, made up by hand
-
-MASK_CONTROLLER = torch.zeros(16, 233)  # row c: a mask head that gives feature c, as relu(f) - relu(-f)
-for c in range(16):
-    w1, w2, w3 = torch.zeros(8, 18), torch.eye(8), torch.zeros(8)
-    w1[0, 2 + c], w1[1, 2 + c] = 1, -1
-    w3[0], w3[1] = 1, -1
-    MASK_CONTROLLER[c, :216] = torch.cat([w1.flatten(), w2.flatten(), w3])
-
-
-def made_up(images: list[list], size: tuple[int, int]) -> Predictions:
-    """Predictions of padded images from (box, class probability, mask logits at stride 8) of each instance.
-
-    Mask number c of an image is feature c. Each instance sits at the location of P3 nearest to its box's
-    centre, with centerness 1; the others say nothing.
-    """
-    locations = make_locations([(-(-size[0] // s), -(-size[1] // s)) for s in STRIDES], torch.device("cpu"))
-    batch, cells = len(images), len(locations.xy)
-    class_logits, ltrb = torch.full((batch, cells, 3), -30.0), torch.zeros(batch, cells, 4)
-    controllers, features = torch.zeros(batch, cells, 233), torch.zeros(batch, 16, size[0] // 8, size[1] // 8)
-    for b, instances in enumerate(images):
-        taken = locations.level != 0
-        for c, (box, probability, mask) in enumerate(instances):
-            box = torch.tensor(box, dtype=torch.float32)
-            distance = (locations.xy - (box[:2] + box[2:]) / 2).norm(dim=1)
-            row = torch.where(taken, torch.inf, distance).argmin()
-            taken[row] = True
-            ltrb[b, row] = torch.cat([locations.xy[row] - box[:2], box[2:] - locations.xy[row]]) / 8
-            class_logits[b, row, c % 3] = torch.logit(torch.tensor(float(probability)))
-            controllers[b, row], features[b, c] = MASK_CONTROLLER[c], mask
-    return Predictions(class_logits, ltrb, torch.full((batch, cells), 30.0), given_controllers(controllers, size),
-                       features, locations)
-
-
-def make_batch(boxes: list[list], size, teacher_size, padded) -> Batch:
-    """What pseudo_labels reads of a batch: boxes, sizes and the padded size of the student's images."""
-    boxes = [torch.tensor(b, dtype=torch.float32).reshape(-1, 4) for b in boxes]
-    count = len(boxes)
-    return Batch(images=torch.zeros(count, 3, *padded, dtype=torch.uint8), sizes=[size] * count,
-                 original_sizes=[size] * count, image_ids=list(range(count)), boxes=boxes,
-                 labels=[torch.zeros(len(b), dtype=torch.int64) for b in boxes], augmented=None,
-                 teacher_images=None, teacher_sizes=[teacher_size] * count, masks=None, skipped=[])
 
 
 def plane(padded, scale, x0: float, y0: float) -> torch.Tensor:

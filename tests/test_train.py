@@ -8,7 +8,6 @@ import inspect
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,106 +19,16 @@ import torch
 import train
 from formats.checkpoint import CheckpointError, load, load_model
 from formats.coco import CocoBoxes
-from data import TrainBatches
+from helpers import (LOSSES, SMALL, command, copy_set, losses_of, metrics, new_run, one_batch, one_line_error,
+                     only_training, same)
 from tools.log import Log
 from model import CondInst
-from formats.shapes import write_shapes
 from boxteacher import RAMPED, total_loss
 from recipe import Plan, learning_rate, make_plan, ramp_factor
-from train import Run, parse_arguments, train_step
-
-SMALL = ("--backbone r18-slim --channels 32 --backbone-weights none --min-size 64 --max-size 64 "
-         "--teacher-min-size 64 --teacher-max-size 64 --workers 0 --device cpu --batch-size 4 "
-         "--log-every 1").split()
-LOSSES = {"boxteacher": ("cls", "box", "centerness", "projection", "pairwise", "pixel", "affinity"),
-          "boxinst": ("cls", "box", "centerness", "projection", "pairwise"),
-          "condinst": ("cls", "box", "centerness", "mask")}
+from train import parse_arguments, train_step
 
 
 # ----------------------------------------------------------- helpers, some of them for test_checkpoint.py too
-
-
-@pytest.fixture(scope="session")
-def drawn(tmp_path_factory) -> Path:
-    """12 drawn images of 64 x 64 pixels to train on, 3 to evaluate on."""
-    folder = tmp_path_factory.getbasetemp() / "drawn"  # found again where another module imports this fixture
-    if not folder.exists():
-        write_shapes(folder, train=12, val=3, size=64)
-    return folder
-
-
-def one_batch(annotations: CocoBoxes):
-    return TrainBatches(annotations, batch_size=4, min_sizes=[64], max_size=64, teacher_size=(64, 64))[0]
-
-
-def new_run(drawn: Path, out: Path, *options: str) -> tuple[Run, CocoBoxes]:
-    args = parse_arguments(["--data", str(drawn), "--out", str(out), *SMALL, *options])
-    annotations = CocoBoxes(drawn / "annotations/instances_train2017.json", drawn / "train2017")
-    return Run(args, annotations.classes, 0, 1, torch.device("cpu")), annotations
-
-
-@pytest.fixture(scope="session")
-def warm(drawn, tmp_path_factory) -> Path:
-    """The checkpoint of 30 steps on one batch, their losses beside it in losses.json."""
-    folder = tmp_path_factory.getbasetemp() / "warm"
-    if not (folder / "losses.json").exists():
-        folder.mkdir()
-        run, annotations = new_run(drawn, folder, "--optimizer", "adamw", "--lr", "1e-3", "--ema", "0.9",
-                                   "--clip-grad", "10", "--iters", "900", "--warmup", "0")
-        batch, history = one_batch(annotations), []
-        for iteration in range(30):
-            losses = train_step(run, [batch], iteration, False).losses
-            history.append({name: float(value) for name, value in losses.items()})
-        run.iteration = 30
-        run.save()
-        (folder / "losses.json").write_text(json.dumps(history))
-    return folder / "last.pt"
-
-
-def command(*argv) -> int:
-    """train.py in this process; its exit status."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        train.main([str(a) for a in argv])
-        return 0
-    except SystemExit as end:
-        return end.code
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def only_training(data: Path) -> list:
-    """Options for the training files of a set: nothing is evaluated then."""
-    return ["--train-json", data / "annotations/instances_train2017.json",
-            "--train-images", data / "train2017"]
-
-
-def metrics(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses_of(out: Path) -> list[dict]:
-    """The lines of iterations, without what depends on the clock."""
-    return [{k: v for k, v in line.items() if not k.endswith("seconds")}
-            for line in metrics(out) if "loss" in line]
-
-
-def one_line_error(capsys) -> str:
-    """stderr, which must be one line that starts with "error:"."""
-    text = capsys.readouterr().err
-    assert text.startswith("error: ") and text.count("\n") == 1 and text.endswith("\n"), text
-    return text
-
-
-def copy_set(drawn: Path, folder: Path, change=lambda content: None) -> Path:
-    """A copy of the drawn set whose training annotations were given to `change`."""
-    shutil.copytree(drawn, folder)
-    path = folder / "annotations/instances_train2017.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-    return folder
 
 
 def without_segmentation(content: dict) -> None:
@@ -129,10 +38,6 @@ def without_segmentation(content: dict) -> None:
 
 def weights(model) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 # --------------------------------------------------------------------------------- functions of the iteration

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 
 import boxteacher
 from formats.checkpoint import load_model
-from conftest import check
 from data import Batch
+from helpers import check
 from model import build_model, detect, mask_logits, predict
 from masks import paste_masks
 from formats.released import CHECKPOINT, read_checkpoint, their_name

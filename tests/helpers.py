@@ -1,0 +1,277 @@
+"""What several test modules use: golden comparisons, predictions made up by hand, data sets, small runs."""
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+import evaluate
+import train
+from data import Batch, TrainBatches
+from formats.coco import CocoBoxes
+from model import STRIDES, Controllers, Predictions, make_locations
+from train import Run, parse_arguments
+
+
+# ---------------------------------------------------------------------------------- numbers beside the authors'
+
+CHECKED: dict[tuple[str, float], float] = {}  # (part, tolerance): the largest error so far, for the golden table
+
+
+def relative_error(actual, expected) -> float:
+    """Largest difference as a share of the largest expected value; without such a value, the difference
+    itself."""
+    actual, expected = torch.as_tensor(actual).detach().double(), torch.as_tensor(expected).double()
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} instead of {tuple(expected.shape)}"
+    if expected.numel() == 0:
+        return 0.0
+    return float((actual - expected).abs().max() / (expected.abs().max() or 1.0))
+
+
+def check(part: str, actual, expected, tolerance: float) -> None:
+    """Ours is within the tolerance of the golden numbers; 0 is for what must be the same, such as indices."""
+    error = relative_error(actual, expected)
+    CHECKED[part, tolerance] = max(error, CHECKED.get((part, tolerance), 0.0))  # first: max(nan, 0.0) is nan
+    assert error <= tolerance, f"golden {part}: error {error:.2g}, tolerance {tolerance:g}"
+
+
+def head_maps(d: dict, name: str) -> list[torch.Tensor]:
+    """The five levels of an output of the FCOS head in a golden file, as leaves that collect gradients."""
+    return [d[f"{name}_{level}"].clone().requires_grad_() for level in range(5)]
+
+
+# ---------------------------------------------------------------------------------- predictions made up by hand
+
+def given_controllers(parameters: torch.Tensor, size: tuple[int, int]) -> Controllers:
+    """Controllers that are `parameters` (B, L, P) at the locations of images of `size`: the layer hands on what it is
+    given."""
+    layer = torch.nn.Conv2d(parameters.shape[2], parameters.shape[2], 3, padding=1).requires_grad_(False)
+    torch.nn.init.dirac_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    sizes = [(-(-size[0] // s), -(-size[1] // s)) for s in STRIDES]
+    levels = parameters.split([h * w for h, w in sizes], 1)
+    return Controllers([x.transpose(1, 2).unflatten(2, hw) for x, hw in zip(levels, sizes)], layer)
+
+
+def predictions_of(logits: list, ltrb: list, centerness: list) -> Predictions:
+    """Level maps (B, C, H, W) as Predictions, without anything for masks."""
+    flat = [torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1) for maps in (logits, ltrb, centerness)]
+    locations = make_locations([x.shape[-2:] for x in logits], torch.device("cpu"))
+    return Predictions(flat[0], flat[1], flat[2].squeeze(-1), Controllers(logits, torch.nn.Identity()),
+                       torch.zeros(len(flat[0]), 16, *logits[0].shape[-2:]), locations)
+
+
+MASK_CONTROLLER = torch.zeros(16, 233)  # row c: a mask head that gives feature c, as relu(f) - relu(-f)
+for c in range(16):
+    w1, w2, w3 = torch.zeros(8, 18), torch.eye(8), torch.zeros(8)
+    w1[0, 2 + c], w1[1, 2 + c] = 1, -1
+    w3[0], w3[1] = 1, -1
+    MASK_CONTROLLER[c, :216] = torch.cat([w1.flatten(), w2.flatten(), w3])
+
+
+def made_up(images: list[list], size: tuple[int, int]) -> Predictions:
+    """Predictions of padded images from (box, class probability, mask logits at stride 8) of each instance.
+
+    Mask number c of an image is feature c. Each instance sits at the location of P3 nearest to its box's
+    centre, with centerness 1; the others say nothing.
+    """
+    locations = make_locations([(-(-size[0] // s), -(-size[1] // s)) for s in STRIDES], torch.device("cpu"))
+    batch, cells = len(images), len(locations.xy)
+    class_logits, ltrb = torch.full((batch, cells, 3), -30.0), torch.zeros(batch, cells, 4)
+    controllers, features = torch.zeros(batch, cells, 233), torch.zeros(batch, 16, size[0] // 8, size[1] // 8)
+    for b, instances in enumerate(images):
+        taken = locations.level != 0
+        for c, (box, probability, mask) in enumerate(instances):
+            box = torch.tensor(box, dtype=torch.float32)
+            distance = (locations.xy - (box[:2] + box[2:]) / 2).norm(dim=1)
+            row = torch.where(taken, torch.inf, distance).argmin()
+            taken[row] = True
+            ltrb[b, row] = torch.cat([locations.xy[row] - box[:2], box[2:] - locations.xy[row]]) / 8
+            class_logits[b, row, c % 3] = torch.logit(torch.tensor(float(probability)))
+            controllers[b, row], features[b, c] = MASK_CONTROLLER[c], mask
+    return Predictions(class_logits, ltrb, torch.full((batch, cells), 30.0), given_controllers(controllers, size),
+                       features, locations)
+
+
+def make_batch(boxes: list[list], size, teacher_size, padded) -> Batch:
+    """What pseudo_labels reads of a batch: boxes, sizes and the padded size of the student's images."""
+    boxes = [torch.tensor(b, dtype=torch.float32).reshape(-1, 4) for b in boxes]
+    count = len(boxes)
+    return Batch(images=torch.zeros(count, 3, *padded, dtype=torch.uint8), sizes=[size] * count,
+                 original_sizes=[size] * count, image_ids=list(range(count)), boxes=boxes,
+                 labels=[torch.zeros(len(b), dtype=torch.int64) for b in boxes], augmented=None,
+                 teacher_images=None, teacher_sizes=[teacher_size] * count, masks=None, skipped=[])
+
+
+def random_predictions(height: int, width: int, classes: int = 3, seed: int = 0) -> Predictions:
+    """Predictions of an untrained network that sees nothing anywhere, but would draw masks if it were asked."""
+    g = torch.Generator().manual_seed(seed)
+    locations = make_locations([(-(-height // s), -(-width // s)) for s in STRIDES], torch.device("cpu"))
+    n = len(locations.xy)
+    class_logits, controllers = torch.rand(1, n, classes, generator=g) - 9, torch.randn(1, n, 233, generator=g)
+    return Predictions(class_logits, torch.zeros(1, n, 4), torch.zeros(1, n),
+                       given_controllers(controllers, (height, width)),
+                       torch.randn(1, 16, height // 8, width // 8, generator=g), locations)
+
+
+# ---------------------------------------------------------------------------------------------------- data sets
+
+def noise_image(i: int, height: int, width: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(i).integers(1, 256, (height, width, 3), dtype=np.uint8))
+
+
+def write_set(folder, sizes=((20, 30), (30, 20), (20, 30)), annotations=None, categories=(3, 17, 90), **own):
+    """A COCO set of PNGs of the given (height, width), ids 10, 11, ...; -> (json path, image folder)."""
+    (folder / "images").mkdir(exist_ok=True)
+    images = []
+    for i, (height, width) in enumerate(sizes):
+        noise_image(i, height, width).save(folder / "images" / f"{i}.png")
+        images.append({"id": 10 + i, "file_name": f"{i}.png", "height": height, "width": width})
+    if annotations is None:
+        annotations = [annotation(1 + i, 10 + i, [2, 3, 10, 8], categories[0]) for i in range(len(sizes))]
+    content = {"images": images, "annotations": annotations,
+               "categories": [{"id": c, "name": f"class {c}"} for c in categories], **own}
+    (folder / "set.json").write_text(json.dumps(content))
+    return str(folder / "set.json"), str(folder / "images")
+
+
+def annotation(number, image_id, bbox, category_id=3, **more):
+    return {"id": number, "image_id": image_id, "bbox": bbox, "category_id": category_id, **more}
+
+
+def rle(mask: np.ndarray) -> dict:
+    encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": list(encoded["size"]), "counts": encoded["counts"].decode("ascii")}
+
+
+CATEGORIES = [{"id": 90, "name": "blue"}, {"id": 3, "name": "red"}, {"id": 17, "name": "green"}]
+CHANNEL = {3: 0, 17: 1, 90: 2}
+SIZES = [(64, 96), (96, 64), (64, 64), (64, 128), (128, 64)]  # (height, width); batches of them are padded
+
+
+def draw_dataset(folder: Path) -> tuple[Path, Path]:
+    """Five images, two objects each but for the last, which has none; annotation ids begin at 0."""
+    (folder / "val2017").mkdir(parents=True)
+    (folder / "annotations").mkdir()
+    images, annotations = [], []
+    for number, (height, width) in enumerate(SIZES):
+        pixels = np.zeros((height, width, 3), np.uint8)
+        images.append({"id": 100 + number, "file_name": f"{number}.png", "height": height, "width": width})
+        for k, category in enumerate([[3, 90], [17, 17], [3, 17], [90, 3], []][number]):
+            x, y, w, h = 5 + 30 * k, 4 + 7 * number, 20 + number, 12 + 4 * k
+            mask = np.zeros((height, width), bool)
+            mask[y:y + h, x:x + w] = True
+            mask[y, x + 3:x + w] = False  # not a rectangle: a mask is more than its box
+            pixels[mask, CHANNEL[category]] = 255 - 60 * k
+            annotations.append({"id": len(annotations), "image_id": 100 + number, "category_id": category,
+                                "bbox": [x, y, w, h], "segmentation": rle(mask), "area": int(mask.sum()),
+                                "iscrowd": 0})
+        Image.fromarray(pixels).save(folder / "val2017" / f"{number}.png")
+    path = folder / "annotations" / "instances_val2017.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": CATEGORIES}))
+    return path, folder / "val2017"
+
+
+def copy_set(drawn: Path, folder: Path, change=lambda content: None) -> Path:
+    """A copy of the drawn set whose training annotations were given to `change`."""
+    shutil.copytree(drawn, folder)
+    path = folder / "annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return folder
+
+
+def rewrite(path: Path, change) -> Path:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return path
+
+
+# --------------------------------------------------------------------------------------------------------- runs
+
+SMALL = ("--backbone r18-slim --channels 32 --backbone-weights none --min-size 64 --max-size 64 "
+         "--teacher-min-size 64 --teacher-max-size 64 --workers 0 --device cpu --batch-size 4 "
+         "--log-every 1").split()
+LOSSES = {"boxteacher": ("cls", "box", "centerness", "projection", "pairwise", "pixel", "affinity"),
+          "boxinst": ("cls", "box", "centerness", "projection", "pairwise"),
+          "condinst": ("cls", "box", "centerness", "mask")}
+
+
+def one_batch(annotations: CocoBoxes):
+    return TrainBatches(annotations, batch_size=4, min_sizes=[64], max_size=64, teacher_size=(64, 64))[0]
+
+
+def new_run(drawn: Path, out: Path, *options: str) -> tuple[Run, CocoBoxes]:
+    args = parse_arguments(["--data", str(drawn), "--out", str(out), *SMALL, *options])
+    annotations = CocoBoxes(drawn / "annotations/instances_train2017.json", drawn / "train2017")
+    return Run(args, annotations.classes, 0, 1, torch.device("cpu")), annotations
+
+
+def command(*argv) -> int:
+    """train.py in this process; its exit status."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        train.main([str(a) for a in argv])
+        return 0
+    except SystemExit as end:
+        return end.code
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def only_training(data: Path) -> list:
+    """Options for the training files of a set: nothing is evaluated then."""
+    return ["--train-json", data / "annotations/instances_train2017.json",
+            "--train-images", data / "train2017"]
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(out: Path) -> list[dict]:
+    """The lines of iterations, without what depends on the clock."""
+    return [{k: v for k, v in line.items() if not k.endswith("seconds")}
+            for line in metrics(out) if "loss" in line]
+
+
+def one_line_error(capsys) -> str:
+    """stderr, which must be one line that starts with "error:"."""
+    text = capsys.readouterr().err
+    assert text.startswith("error: ") and text.count("\n") == 1 and text.endswith("\n"), text
+    return text
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+# -------------------------------------------------------------------------------------------------- evaluate.py
+
+class Looker(torch.nn.Module):
+    """A network whose predictions are the images themselves."""
+
+    def forward(self, images, sizes):
+        return images
+
+
+def evaluation(checkpoint, dataset, *more) -> list[str]:
+    return ["--ckpt", str(checkpoint), "--val-json", str(dataset[0]), "--val-images", str(dataset[1]),
+            "--workers", "0", "--device", "cpu", *map(str, more)]
+
+
+def fails(arguments, capsys) -> str:
+    """Run main, which must end with status 1 and one line on stderr; returns that line."""
+    with pytest.raises(SystemExit) as exit:
+        evaluate.main(arguments)
+    captured = capsys.readouterr().err
+    assert exit.value.code == 1 and captured.count("\n") == 1 and captured.startswith("error: ")
+    return captured
