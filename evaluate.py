@@ -1,21 +1,18 @@
-"""COCO box and mask AP of a checkpoint (section 4 of the paper: "Experiments").
+"""COCO box and mask AP of a checkpoint (Sec. 4).
 
     python evaluate.py --ckpt runs/boxteacher-r50-coco/final.pt --data coco
     torchrun --nproc_per_node=8 evaluate.py --ckpt ... --results detections.json --metrics metrics.json
     python evaluate.py --ckpt ... --data cityscapes --cityscapes-results runs/for-cityscapes
     python evaluate.py --curves curves.png runs/boxinst-r50-coco runs/boxteacher-r50-coco
 
-`evaluate` runs the model over a set of images and returns detections in COCO's results format,
-`coco_metrics` gives their figures through pycocotools, `print_tables` shows them. train.py uses the same. What
-Cityscapes asks for beyond that is in tools/cityscapes_score.py, how well scores tell good masks from poor ones in quality.py.
+`evaluate` runs a model over a data set and returns its detections in COCO's results format, `coco_metrics` scores them
+with pycocotools, and `print_tables` prints the figures. train.py calls the same three.
 """
-
 import argparse
 import contextlib
-import json
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -25,14 +22,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import Batch, TestImages
-from formats.checkpoint import CheckpointError, load_model, test_size
-from formats.coco import CocoBoxes, datasets
+from formats.checkpoint import CheckpointError, load_model
+from formats.coco import CocoBoxes, datasets, ground_truth
 from formats.files import one_line_errors
 from formats.pictures import check_sizes
 from model import Instances, Predictions, find_instances
 from tools import cityscapes_score
-from tools.command_line import (AMP, DEVICE, go_together, not_negative, output_file, pick_amp, positive, probability,
-                                start_distributed, write_json)
+from tools.command_line import (AMP, RESCORE, go_together, input_size, model_options, output_file, pick_amp, positive,
+                                print_table, probability, rescored, start_distributed, write_json)
 from tools.curves import draw_curves
 from tools.draw import sheet, sheet_rows
 from tools.quality import matches, report
@@ -41,31 +38,30 @@ FIGURES = ["AP", "AP50", "AP75", "APs", "APm", "APl"]  # the first six numbers o
 
 
 def evaluate(model: torch.nn.Module, annotations: CocoBoxes, *, score_threshold: float = 0.05, rescore: bool = True,
-             **how) -> list[dict]:
-    """Detections of every image, in the images' order, in COCO's results format (see `coco_results`).
+             **options) -> list[dict]:
+    """The detections of all images, in the order of the images, in COCO's results format (see `coco_results`).
 
-    how: sizes, batches and device, see `over_images`.
+    options: sizes, batches and device, see `over_images`.
     """
     def detections(predictions: Predictions, batch: Batch) -> list[dict]:
         instances = find_instances(predictions, batch.sizes, batch.original_sizes, score_threshold, rescore)
         return [result for image_id, one in zip(batch.image_ids, instances)
                 for result in coco_results(image_id, one, annotations.classes)]
 
-    return over_images(model, annotations, "evaluate", detections, **how)
+    return over_images(model, annotations, "evaluate", detections, **options)
 
 
 @torch.no_grad()
 def over_images(model: torch.nn.Module, annotations: CocoBoxes, title: str,
-                  work: Callable[[Predictions, Batch], list], *, min_size: int = 800, max_size: int = 1333,
-                  batch_size: int = 1, workers: int = 2, device: torch.device | str = "cpu",
-                  amp_dtype: torch.dtype | None = None, progress: bool = True, worker_init_fn=None) -> list:
-    """What `work` makes of the model's predictions, in one list in the images' order; the model is in eval mode.
+                work: Callable[[Predictions, Batch], list], *, min_size: int = 800, max_size: int = 1333,
+                batch_size: int = 1, workers: int = 2, device: torch.device | str = "cpu",
+                amp_dtype: torch.dtype | None = None, progress: bool = True, worker_init_fn=None) -> list:
+    """Call `work` with the predictions of each batch, in eval mode, and join its lists in the order of the images.
 
-    `work` runs in a thread of its own, while the model looks at the next batch and no farther.
-    min_size and max_size are the input's shorter and longest side in pixels. Under torch.distributed each
-    process takes every world-th batch and all return the whole list. Whole batches are dealt out, because
-    an image's padding depends on its batch: so the number of processes does not change the results.
-    An image that cannot be decoded raises DataError.
+    min_size and max_size: shorter and longest side of the input, pixels. Under torch.distributed each process takes
+    every world_size-th batch, and all return the whole list. An image's padding depends on its batch, so whole batches
+    are dealt out: the number of processes does not change the results. Raises DataError for an image that cannot be
+    decoded.
     """
     device = torch.device(device)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -74,30 +70,22 @@ def over_images(model: torch.nn.Module, annotations: CocoBoxes, title: str,
     loader = DataLoader(TestImages(annotations, min_size, max_size), batch_sampler=batches,
                         collate_fn=TestImages.collate, num_workers=workers, worker_init_fn=worker_init_fn,
                         pin_memory=device.type == "cuda")
-    silent = True if rank or not progress else None  # None: silent only where stderr is no terminal
-    was_training = model.training
+    silent = True if rank or not progress else None  # None: silent unless stderr is a terminal
+    found, was_training = [], model.training
     model.eval()
-    found, working, threads = [], [], torch.get_num_threads()
     try:
-        # of one core: on a CPU the network has all of them, and must not wait for a second team of threads
-        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
-            for batch in tqdm(loader, desc=title, unit="batch", disable=silent):
-                batch = batch.to(device)
-                with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-                    predictions = model(batch.images, batch.sizes)
-                while working:
-                    found.append(working.pop().result())
-                working.append(thread.submit(work, predictions, batch))
-            while working:  # popped: an error keeps this function's variables, and through them would keep itself
-                found.append(working.pop().result())
+        for batch in tqdm(loader, desc=title, unit="batch", disable=silent):
+            batch = batch.to(device)
+            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+                predictions = model(batch.images, batch.sizes)
+            found.append(work(predictions, batch))
     finally:
-        torch.set_num_threads(threads)  # the thread's number has become that of all threads that start later
         model.train(was_training)
     return gather(found)
 
 
 def coco_results(image_id: int, instances: Instances, classes: list[dict]) -> list[dict]:
-    """One image's instances as COCO results: the data set's category ids, bbox xywh in pixels, RLE."""
+    """The instances of an image in COCO's results format: category ids of the data set, bbox xywh in pixels, RLE."""
     boxes = instances.boxes.double()
     boxes[:, 2:] -= boxes[:, :2]  # xyxy -> xywh
     rows = zip(instances.labels.tolist(), instances.scores.tolist(), boxes.tolist(), instances.rles)
@@ -106,7 +94,7 @@ def coco_results(image_id: int, instances: Instances, classes: list[dict]) -> li
 
 
 def gather(found: list[list]) -> list:
-    """The results of all batches in one list: batch k of process r is batch k·world_size + r of all."""
+    """Join the results of all batches: batch k of process r is batch k * world_size + r of all."""
     everyone = [found]
     if dist.is_initialized():
         everyone = [None] * dist.get_world_size()
@@ -115,28 +103,10 @@ def gather(found: list[list]) -> list:
             for batches in everyone if k < len(batches) for result in batches[k]]
 
 
-def ground_truth(json_path: str) -> COCO:
-    """The annotation file as pycocotools' COCO, with what files of boxes alone leave out filled in."""
-    with open(json_path, encoding="utf-8-sig") as file:
-        dataset = json.load(file)
-    dataset.setdefault("info", {})
-    dataset.setdefault("annotations", [])
-    for number, annotation in enumerate(dataset["annotations"], 1):
-        annotation["id"] = number  # COCOeval takes an object of id 0 for "no match", so ids are given anew
-        annotation.setdefault("iscrowd", 0)
-        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
-    coco = COCO()
-    coco.dataset = dataset
-    with contextlib.redirect_stdout(None):
-        coco.createIndex()
-    return coco
-
-
 def coco_metrics(json_path: str, results: list[dict]) -> dict:
-    """Figures in percent: {"bbox": {"AP", …, "APl"}, "segm": the same, "per_class": {name: {"bbox": AP, …}}}.
+    """Figures in percent: {"bbox": {"AP", ..., "APl"}, "segm": the same, "per_class": {name: {"bbox", "segm"}}}.
 
-    A figure is None where there is no ground truth (no large object, say); segm is None where an annotation
-    has no mask.
+    A figure is None without ground truth (no large object, say), and segm is None if an annotation has no mask.
     """
     truth = ground_truth(json_path)
     objects = truth.dataset["annotations"]
@@ -153,8 +123,8 @@ def coco_metrics(json_path: str, results: list[dict]) -> dict:
 
 
 def coco_figures(truth: COCO, results: list[dict], kind: str) -> tuple[dict, dict]:
-    """One run of COCOeval, kind "bbox" or "segm": (the six FIGURES, AP by category id), percent or None."""
-    # the mask's own area decides between APs, APm and APl; where a "bbox" is present loadRes takes the box's
+    """Run COCOeval for "bbox" or "segm". Returns the six FIGURES and the AP by category id, percent or None."""
+    # For masks, APs, APm and APl go by the area of the mask; if a result has a "bbox", loadRes takes that of the box.
     left_out = {"bbox": "segmentation", "segm": "bbox"}[kind]
     results = [{key: value for key, value in result.items() if key != left_out} for result in results]
     with contextlib.redirect_stdout(None):
@@ -170,22 +140,16 @@ def coco_figures(truth: COCO, results: list[dict], kind: str) -> tuple[dict, dic
 
 
 def percent(value: float) -> float | None:
-    """COCOeval writes -1 where there is no ground truth: None here."""
+    """COCOeval gives -1 without ground truth; here that is None."""
     return None if value < 0 else 100 * float(value)
 
 
 def print_tables(metrics: dict) -> None:
-    """Box table, mask table and the AP of each class, in percent, "-" where there is no figure."""
-    def cell(value):
-        return f"{'-':>7}" if value is None else f"{value:7.1f}"
-
-    for kind, title in [("bbox", "box"), ("segm", "mask")]:
-        print(f"{title:8}" + "".join(f"{name:>7}" for name in FIGURES))
-        print(" " * 8 + "".join(cell((metrics[kind] or {}).get(name)) for name in FIGURES))
-    width = max([len("class AP"), *map(len, metrics["per_class"])])
-    print(f"{'class AP':{width}}{'box':>7}{'mask':>7}")
-    for name, figures in metrics["per_class"].items():
-        print(f"{name:{width}}{cell(figures['bbox'])}{cell(figures['segm'])}")
+    """The box table, the mask table and the AP of each class, in percent."""
+    for kind, title in (("bbox", "box"), ("segm", "mask")):
+        print_table(title, FIGURES, {"": [(metrics[kind] or {}).get(name) for name in FIGURES]})
+    print_table("class AP", ("box", "mask"), {name: (figures["bbox"], figures["segm"])
+                                              for name, figures in metrics["per_class"].items()})
 
 
 def check_classes(checkpoint: str, info: dict, json_path: str, classes: list[dict]) -> None:
@@ -216,105 +180,108 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Box and mask AP of a checkpoint.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--ckpt", metavar="FILE", help="a checkpoint of this project, or one that was released by "
-        "BoxTeacher's authors or with AdelaiDet (BoxInst, CondInst)")
-    add("--curves", nargs="+", metavar=("FILE", "RUN"), help="in place of --ckpt: draw losses, label quality and AP of "
-        "these run folders over the iterations there (PNG)")
+    add("--ckpt", metavar="FILE", help="a checkpoint of this project, or one that BoxTeacher's authors or AdelaiDet "
+        "released (BoxTeacher, BoxInst, CondInst)")
+    add("--curves", nargs="+", metavar=("FILE", "RUN"), help="instead of --ckpt: draw the losses, label quality and AP "
+        "of these run folders over the iterations (PNG)")
     add("--data", default="coco", help="coco, cityscapes, shapes (under datasets/), or a folder in COCO layout")
-    add("--val-json", metavar="FILE", help="annotations in COCO format, in place of those of --data")
+    add("--val-json", metavar="FILE", help="annotations in COCO format, instead of those of --data")
     add("--val-images", metavar="DIR", help="the images of --val-json")
-    add("--weights", choices=["teacher", "student"], help="None: the teacher's where there are any")
-    add("--min-size", type=positive, metavar="PIXELS",
-        help="shorter side of the input; None: the checkpoint's test size, 800 where it states none")
-    add("--max-size", type=positive, metavar="PIXELS",
-        help="longest side of the input; None: the checkpoint's test size, 1333 where it states none")
-    add("--score-threshold", type=probability, default=0.05, help="detections below it are dropped (0 to 1)")
-    add("--rescore", choices=["auto", "on", "off"], default="auto",
-        help="report sqrt(detection score x mask probability); auto: on where the method is boxteacher")
-    add("--results", metavar="FILE", help="write the detections there, in COCO results format (JSON)")
-    add("--metrics", metavar="FILE", help="write all figures there, AP in percent (JSON)")
-    add("--cityscapes-results", metavar="DIR", help="write the detections there, in the format of Cityscapes' own "
-        "scripts, and give the AP of these too where the package cityscapesscripts is installed")
-    add("--sheet", metavar="FILE", help="draw boxes, predictions and ground truth there (PNG)")
-    add("--score-quality", metavar="FILE", help="correlate the scores of Table 5 with the IoU of the masks, and draw "
-        "one against the other there (PNG); looks at every image once more")
-    add("--sheet-count", type=positive, default=12, help="number of images on the sheet")
-    add("--device", **DEVICE)
+    model_options(add)
     add("--amp", **AMP)
     add("--batch-size", type=positive, default=1, help="images per forward pass of one process")
-    add("--workers", type=not_negative, default=2, help="loading processes of one process")
+    add("--score-threshold", type=probability, default=0.05, help="drop detections below it (0 to 1)")
+    add("--rescore", **RESCORE)
+    add("--results", metavar="FILE", help="write the detections there, in COCO results format (JSON)")
+    add("--metrics", metavar="FILE", help="write all figures there, AP in percent (JSON)")
+    add("--cityscapes-results", metavar="DIR", help="write the detections there in the format of Cityscapes' own "
+        "scripts, and report their AP too if the package cityscapesscripts is installed")
+    add("--sheet", metavar="FILE", help="draw boxes, predictions and ground truth there (PNG)")
+    add("--sheet-count", type=positive, default=12, help="number of images on the sheet")
+    add("--score-quality", metavar="FILE", help="correlate the scores of Table 5 with the IoU of the masks, and draw "
+        "one against the other there (PNG); runs the model a second time")
     args = parser.parse_args(argv)
     if (args.ckpt is None) == (args.curves is None):
         parser.error("one of --ckpt FILE and --curves FILE RUN... is needed")
     if args.curves and len(args.curves) < 2:
-        parser.error("argument --curves: expected FILE RUN..., the image to write and at least one run's folder")
+        parser.error("argument --curves: expected FILE RUN..., the figure to write and at least one run's folder")
     if args.curves and any((args.results, args.metrics, args.sheet, args.score_quality, args.cityscapes_results)):
-        parser.error("argument --curves: it evaluates nothing, so there is nothing else to write")
+        parser.error("argument --curves: nothing is evaluated, so no other output can be written")
     go_together(parser, args, "--val-json", "--val-images")
     return args
 
 
 def run(args: argparse.Namespace) -> None:
-    """The command line, once its values are known to make sense."""
-    if args.curves:
-        path, *runs = args.curves
-        output_file(path)
-        draw_curves(runs, path)
-        print(f"curves: {path}")
-        return
+    """Evaluate --ckpt. Everything that may be wrong with the options is found before the evaluation."""
     rank, _, device = start_distributed(args.device)
-    if rank == 0:  # before the work that a wrong name would lose
+    if rank == 0:
         for path in (args.results, args.metrics, args.sheet, args.score_quality):
             output_file(path)
     _, (json_path, image_dir) = datasets(args.data, val_json=args.val_json, val_images=args.val_images)
     model, info = load_model(args.ckpt, args.weights)
     annotations = CocoBoxes(json_path, image_dir, masks=args.score_quality is not None)
     check_classes(args.ckpt, info, json_path, annotations.classes)
+    rescore = rescored(args.rescore, info["method"])
+    min_size, max_size = input_size(args, info)
+    scripts = None
     if rank == 0:
         check_sizes(annotations)
         if args.cityscapes_results:
-            cityscapes_scripts = cityscapes_score.prepare(annotations, args.cityscapes_results)
-    rescore = info["method"] == "boxteacher" if args.rescore == "auto" else args.rescore == "on"
-    min_size, max_size = args.min_size or test_size(info)[0], args.max_size or test_size(info)[1]
-    if rank == 0:
+            scripts = cityscapes_score.prepare(annotations, args.cityscapes_results)
         print(f"{info['method']} {info['model']['backbone']}, {info['weights']}'s weights, scores "
               f"{'rescored by masks' if rescore else 'of the detector'}: {len(annotations)} images at "
               f"{min_size}/{max_size} pixels", flush=True)
-    how = dict(min_size=min_size, max_size=max_size, batch_size=args.batch_size, workers=args.workers, device=device,
-               amp_dtype=pick_amp(args.amp, device))
-    model.to(device)
-    results = evaluate(model, annotations, rescore=rescore, score_threshold=args.score_threshold, **how)
+
+    options = dict(min_size=min_size, max_size=max_size, batch_size=args.batch_size, workers=args.workers,
+                   device=device, amp_dtype=pick_amp(args.amp, device))
+    results = evaluate(model.to(device), annotations, rescore=rescore, score_threshold=args.score_threshold, **options)
+    pairs = None
     if args.score_quality:
-        rows = over_images(model, annotations, "score quality",
-                             lambda predictions, batch: matches(predictions, batch, args.score_threshold), **how)
+        pairs = over_images(model, annotations, "score quality",
+                            lambda predictions, batch: matches(predictions, batch, args.score_threshold), **options)
     if rank == 0:
-        write_json(args.results, results)
-        if not len(annotations.boxes):
-            print(f"{json_path} has no objects to compare with: no AP")
-        metrics = coco_metrics(json_path, results)
-        print_tables(metrics)
-        if args.score_quality:
-            metrics["score_quality"] = report(rows, args.score_quality)
-        write_json(args.metrics, metrics)
-        if args.cityscapes_results:
-            cityscapes_score.export(results, annotations, args.cityscapes_results)
-            if cityscapes_scripts:
-                print(f"cityscapesscripts scores {len(annotations)} images", flush=True)
-                figures = cityscapes_score.official_ap(cityscapes_scripts, annotations, args.cityscapes_results)
-                cityscapes_score.print_table(figures)
-                write_json(args.metrics, metrics | {"cityscapes": figures})
-        if args.sheet:
-            rows = sheet_rows(annotations, ground_truth(json_path), results, args.sheet_count)
-            sheet(rows, args.sheet, [c["name"] for c in annotations.classes])
-            print(f"sheet: {args.sheet}")
+        write_outputs(args, annotations, results, pairs, scripts)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def write_outputs(args: argparse.Namespace, annotations: CocoBoxes, results: list[dict], pairs: list | None,
+                  scripts: ModuleType | None) -> None:
+    """Print the tables and write the files that the options name.
+
+    pairs: of score and IoU, for --score-quality; scripts: those of Cityscapes, if they are installed.
+    """
+    write_json(args.results, results)
+    if not len(annotations.boxes):
+        print(f"{annotations.json_path} has no objects to compare with: no AP")
+    metrics = coco_metrics(annotations.json_path, results)
+    print_tables(metrics)
+    if args.score_quality:
+        metrics["score_quality"] = report(pairs, args.score_quality)
+    write_json(args.metrics, metrics)  # also if the scripts of Cityscapes fail
+    if args.cityscapes_results:
+        cityscapes_score.export(results, annotations, args.cityscapes_results)
+    if scripts is not None:
+        print(f"cityscapesscripts scores {len(annotations)} images", flush=True)
+        metrics["cityscapes"] = cityscapes_score.official_ap(scripts, annotations, args.cityscapes_results)
+        cityscapes_score.print_table(metrics["cityscapes"])
+        write_json(args.metrics, metrics)
+    if args.sheet:
+        rows = sheet_rows(annotations, ground_truth(annotations.json_path), results, args.sheet_count)
+        sheet(rows, args.sheet, [c["name"] for c in annotations.classes])
+        print(f"sheet: {args.sheet}")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     with one_line_errors():
-        run(args)
+        if args.curves:
+            path, *runs = args.curves
+            output_file(path)
+            draw_curves(runs, path)
+            print(f"curves: {path}")
+        else:
+            run(args)
 
 
 if __name__ == "__main__":

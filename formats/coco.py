@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
 
 from formats.files import UserError, warn
 
@@ -340,6 +341,23 @@ class CocoBoxes:
     def rle(self, i: int, box: int) -> dict:
         """The same as pycocotools' run lengths."""
         return {"size": self.size(i), "counts": self.rles[self.rle_offsets[box]:self.rle_offsets[box + 1]].tobytes()}
+
+
+def ground_truth(json_path: str) -> COCO:
+    """The annotation file as pycocotools' COCO, with the keys filled in that a file of boxes alone may lack."""
+    with open(json_path, encoding="utf-8-sig") as file:
+        dataset = json.load(file)
+    dataset.setdefault("info", {})
+    dataset.setdefault("annotations", [])
+    for number, annotation in enumerate(dataset["annotations"], 1):
+        annotation["id"] = number  # new ids from 1: COCOeval takes 0 for "no match"
+        annotation.setdefault("iscrowd", 0)
+        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+    coco = COCO()
+    coco.dataset = dataset
+    with contextlib.redirect_stdout(None):
+        coco.createIndex()
+    return coco
 
 
 def write_files(contents: dict[str, dict]) -> None:

@@ -93,7 +93,7 @@ def test_every_loss_has_a_panel():
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--curves", "a.png", "b", "--sheet", "c.png"], "nothing else to write"),
+    (["--curves", "a.png", "b", "--sheet", "c.png"], "nothing is evaluated"),
     ([], "one of --ckpt FILE and --curves"), (["--curves", "a.png"], "expected FILE RUN"),
     (["--curves", "a.png", "b", "--ckpt", "c.pt"], "one of --ckpt FILE and --curves")])
 def test_wrong_options_end_with_status_2(options, message, capsys):

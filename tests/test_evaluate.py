@@ -9,8 +9,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
-import weakref
 from pathlib import Path
 
 import numpy as np
@@ -225,31 +223,6 @@ def test_results_hold_category_ids_xywh_boxes_and_text_masks(dataset, perfect):
         assert set(result) == {"image_id", "category_id", "score", "bbox", "segmentation"}
         assert 0.7 < result["score"] < 0.9  # the scores of read_colours
     assert [r["image_id"] for r in results] == [100, 100, 101, 101, 102, 102, 103, 103]
-
-
-def test_a_image_is_worked_on_while_the_next_one_is_looked_at(dataset, perfect, monkeypatch):
-    """And no farther: at most two images are in memory, however long the work takes."""
-    looked, begun, alive, counts = [threading.Event() for _ in SIZES], iter(range(9)), [], []
-
-    class Counting(Looker):
-        def forward(self, images, sizes):
-            looked[len(counts)].set()
-            counts.append(sum(reference() is not None for reference in alive))
-            images = images.clone()
-            alive.append(weakref.ref(images))
-            return images
-
-    def slow(images, *args):
-        k = next(begun)
-        assert threading.current_thread() is not threading.main_thread()
-        assert k + 1 == len(SIZES) or looked[k + 1].wait(60)  # for ever, were the two not at the same time
-        return read_colours(images, *args)
-
-    expected = run_perfect(*dataset)
-    monkeypatch.setattr(evaluate, "find_instances", slow)
-    annotations = CocoBoxes(*dataset)
-    assert expected == evaluate.evaluate(Counting(), annotations, min_size=64, max_size=200, workers=0, progress=False)
-    assert len(counts) == len(SIZES) and max(counts) <= 2
 
 
 def test_evaluate_passes_its_options_on_and_restores_the_mode(dataset, monkeypatch):

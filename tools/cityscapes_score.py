@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from formats.cityscapes import CLASSES, IMAGE, INSTANCE_MAP
 from formats.coco import CocoBoxes, DataError
+from tools import command_line
 
 
 def prepare(annotations: CocoBoxes, folder: str) -> ModuleType | None:
@@ -116,7 +117,7 @@ def percent(value: float) -> float | None:
 
 
 def print_table(figures: dict) -> None:
-    """The answer of `official_ap`, "-" where there is no figure."""
-    print(f"{'Cityscapes':12}{'AP':>7}{'AP50':>7}")
-    for name, row in {"all": figures, **figures["per_class"]}.items():
-        print(f"{name:12}" + "".join(f"{'-':>7}" if row[key] is None else f"{row[key]:7.1f}" for key in ("AP", "AP50")))
+    """Print the figures of `official_ap`."""
+    columns = "AP", "AP50"
+    rows = {"all": figures, **figures["per_class"]}
+    command_line.print_table("Cityscapes", columns, {name: [row[c] for c in columns] for name, row in rows.items()})

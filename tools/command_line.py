@@ -1,13 +1,15 @@
-"""What the command lines share: argument types, device, precision, process group and the files to be written."""
+"""What the command lines share: argument types, device, precision, process group, output files and tables."""
 import argparse
 import datetime
 import json
 import math
 import os
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 
+from formats.checkpoint import test_size
 from formats.files import UserError, replacing
 
 # ------------------------------------------------------------------------------------------------ argument types
@@ -64,6 +66,30 @@ def pick_device(name: str) -> torch.device:
 DEVICE = dict(type=pick_device, default="auto", help="auto (CUDA if there is one), cpu, cuda, cuda:1")
 AMP = dict(choices=["auto", "off", "bf16", "fp16"], default="auto",
            help="mixed precision; auto: bf16 or else fp16 on CUDA, off on CPU")
+RESCORE = dict(choices=["auto", "on", "off"], default="auto",
+               help="report sqrt(detection score x mask probability); auto: on if the method is boxteacher")
+
+
+def model_options(add: Callable) -> None:
+    """Options of the programs that run a checkpoint; see `input_size` for two of them."""
+    add("--weights", choices=["teacher", "student"], help="None: the teacher's if there are any")
+    add("--min-size", type=positive, metavar="PIXELS",
+        help="shorter side of the input; None: the checkpoint's test size, or 800")
+    add("--max-size", type=positive, metavar="PIXELS",
+        help="longest side of the input; None: the checkpoint's test size, or 1333")
+    add("--device", **DEVICE)
+    add("--workers", type=not_negative, default=2, help="loading processes of one process")
+
+
+def input_size(args: argparse.Namespace, info: dict) -> tuple[int, int]:
+    """Shorter and longest side of the input, pixels: --min-size and --max-size, or the checkpoint's own."""
+    min_size, max_size = test_size(info)
+    return args.min_size or min_size, args.max_size or max_size
+
+
+def rescored(option: str, method: str) -> bool:
+    """Whether sqrt(d q) is reported (released.md, "Mask-aware score"), by --rescore and the checkpoint's method."""
+    return method == "boxteacher" if option == "auto" else option == "on"
 
 
 def go_together(parser: argparse.ArgumentParser, args: argparse.Namespace, *options: str) -> None:
@@ -104,7 +130,7 @@ def start_distributed(device: torch.device) -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
-# -------------------------------------------------------------------------------------------------- output files
+# --------------------------------------------------------------------------------------- output files and tables
 
 
 def output_file(path: str | None) -> None:
@@ -127,3 +153,11 @@ def write_json(path: str | None, content: list | dict) -> None:
     if path is not None:
         with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             json.dump(content, file)
+
+
+def print_table(title: str, columns: Sequence[str], rows: dict[str, Sequence[float | None]]) -> None:
+    """Print rows of figures below their columns, "-" for None."""
+    width = max(map(len, ["class AP", title, *rows]))
+    print(f"{title:{width}}" + "".join(f"{column:>7}" for column in columns))
+    for name, figures in rows.items():
+        print(f"{name:{width}}" + "".join(f"{'-':>7}" if x is None else f"{x:7.1f}" for x in figures))

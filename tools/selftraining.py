@@ -14,9 +14,9 @@ import argparse
 
 import numpy as np
 
-from evaluate import check_classes, ground_truth
+from evaluate import check_classes
 from formats.checkpoint import load_model, test_size
-from formats.coco import CocoBoxes, datasets
+from formats.coco import CocoBoxes, datasets, ground_truth
 from formats.files import one_line_errors
 from formats.pictures import check_sizes
 from tools.command_line import DEVICE, go_together, not_negative, output_file, positive, probability, write_json
