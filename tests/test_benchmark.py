@@ -1,30 +1,34 @@
-"""benchmark.py, measuring.py, growth.py: that the figures hang together. How large they are is for a person to judge,
-never for a test."""
-import argparse
+"""benchmark.py, tools/measuring.py and tools/growth.py: that the figures fit together. Whether they are good is for a
+person to judge, never for a test."""
 import json
 import math
 import subprocess
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import benchmark
-from helpers import random_predictions
-from tools import growth
+import boxteacher
 import losses
+from benchmark import with_planted_boxes, with_planted_masks
+from formats.coco import CocoBoxes
+from formats.files import UserError
+from helpers import random_predictions
 from masks import box_masks
-from benchmark import knowing
-from formats.coco import CocoBoxes, DataError
-from tools.measuring import Clock, made_up_data, many_annotations, medians, process_memory, tensor_peak
 from model import detect
+from tools import growth
+from tools.measuring import (Clock, imported_functions, made_up_data, many_annotations, medians, process_memory,
+                             tensor_peak)
 
 
 def test_parts_within_parts():
-    """Each part has its own time; together they are the whole."""
+    """A part does not contain the time of its inner parts; together they are the whole."""
     clock = Clock(torch.device("cpu"))
     now = iter([0.0, 1.0, 3.0, 4.0, 6.0, 10.0])
     clock.now = lambda: next(now)
@@ -37,7 +41,7 @@ def test_parts_within_parts():
 
 
 def test_threads_have_parts_of_their_own():
-    """What another thread does is no inner part of what this one has open, and its time is not taken from it."""
+    """What another thread does is no inner part of what this one has open."""
     clock = Clock(torch.device("cpu"))
     with clock.part("waiting"):
         def work():
@@ -47,6 +51,23 @@ def test_threads_have_parts_of_their_own():
         thread.start()
         thread.join()
     assert clock.seconds["waiting"] >= clock.seconds["work"] >= 0.02
+
+
+def test_watched_functions_are_timed_wherever_they_are_called_and_must_exist():
+    clock, module = Clock(torch.device("cpu")), types.ModuleType("module")
+    module.double = lambda x: 2 * x
+    with clock.watching({(module, "double"): "doubling"}):
+        assert module.double(3) == 6
+    assert list(clock.seconds) == ["doubling"]
+    with pytest.raises(AttributeError, match="halve"), clock.watching({(module, "halve"): "halving"}):
+        pass
+
+
+def test_imported_functions_are_those_of_the_projects_other_files():
+    found = imported_functions(boxteacher)
+    assert found[boxteacher, "detection_losses"] == "losses.py" and set(found.values()) >= {"assign.py", "teacher.py"}
+    names = {name for _, name in found}
+    assert not names & {"total_loss", "CondInst", "torch"}       # its own, a class, a module
 
 
 def test_tensors_are_counted_at_their_most():
@@ -65,22 +86,21 @@ def test_medians_take_turns_and_leave_the_first_round_out(monkeypatch):
     assert order == ["a"] * 4 and found == {"a": 1, "b": 10}
 
 
-def test_knowing_finds_the_boxes():
-    """What the network would have learnt: with it the detector finds every box that FCOS's targets give a location."""
+def test_planted_boxes_are_found():
+    """As if they had been learnt: the detector finds every box that has a location among FCOS's targets."""
     image, boxes = random_predictions(96, 128), torch.tensor([[16.0, 24, 72, 64], [80, 30, 110, 70]])
-    found = detect(knowing(image, [boxes], [torch.tensor([1, 2])]))
+    found = detect(with_planted_boxes(image, [boxes], [torch.tensor([1, 2])]))
     assert found.labels.tolist() == [1, 2] or found.labels.tolist() == [2, 1]
     assert torch.allclose(found.boxes[found.labels.argsort()], boxes, atol=1e-3)
 
 
-def test_drawing_draws_an_ellipse_into_each_box(monkeypatch):
+def test_a_planted_mask_is_an_ellipse_in_its_box():
     image, box = random_predictions(96, 128), torch.tensor([[16.0, 24, 80, 64]])
-    known = knowing(image, [box], [torch.tensor([1])])
-    monkeypatch.setattr(benchmark.model, "mask_logits", lambda *_: torch.randn(2, 24, 32))
-    clock = Clock(torch.device("cpu"))
-    masks = benchmark.drawing(clock, "part")(known, [detect(known).locations.repeat(2)[:2]]) > 0
-    assert (masks & ~box_masks(box, 24, 32)).sum() == 0 and (masks.sum((1, 2)) * 16 / (64 * 40)).tolist() == \
-        pytest.approx([math.pi / 4] * 2, abs=0.02)
+    planted, clock = with_planted_boxes(image, [box], [torch.tensor([1])]), Clock(torch.device("cpu"))
+    mask_logits = with_planted_masks(lambda *_: torch.randn(2, 24, 32), clock, "part")
+    masks = mask_logits(planted, [detect(planted).locations.repeat(2)[:2]]) > 0
+    assert (masks & ~box_masks(box, 24, 32)).sum() == 0
+    assert (masks.sum((1, 2)) * 16 / (64 * 40)).tolist() == pytest.approx([math.pi / 4] * 2, abs=0.02)
     assert list(clock.seconds) == ["part"]
 
 
@@ -101,14 +121,64 @@ def test_memory_of_a_process_is_its_own_and_its_part_of_the_shared():
     assert 50 < memory["private"] <= memory["proportional"]
 
 
-def test_the_dense_loss_on_pairs_is_the_same_one(tmp_path):
-    args = argparse.Namespace(device=torch.device("cpu"))
-    figures = benchmark.measure_mask_memory(args, tmp_path, (96, 128), 8)
-    assert figures["values"]["ours"] == pytest.approx(figures["values"]["dense"], rel=1e-5)
-    assert figures["share"] == figures["MiB"]["ours"] / figures["MiB"]["dense"] < 1 / 3
-    similar = benchmark.dense_similarity(image := torch.rand(1, 3, 64, 64) * 255)
-    for place, offset, colors in zip((4, 6, 7, 5), losses.OFFSETS, losses.similar_colors(image)):
-        assert torch.equal(losses.pair(similar[:, place], offset)[0].bool(), colors)      # (0, 2), (2, 0), (2, 2), ...
+# -------------------------------------------------------------------- the loss on pairs of cells beside its dense form
+
+
+def neighbours(x: torch.Tensor) -> torch.Tensor:
+    """(N, h, w) -> (N, 8, h, w): the 8 cells at distance 2, 0 outside the map."""
+    around = F.unfold(x[:, None], 3, padding=2, dilation=2).unflatten(1, (9, 1)).unflatten(3, x.shape[1:])[:, :, 0]
+    return torch.cat([around[:, :4], around[:, 5:]], 1)
+
+
+def dense_similarity(images: torch.Tensor, threshold: float = 0.3) -> torch.Tensor:
+    """losses.similar_colors for all 8 neighbours: (B, 8, h, w), 1 where similar, 0 elsewhere and outside the map."""
+    lab = losses.rgb_to_lab(F.avg_pool2d(images.float(), 4).floor())
+    others = neighbours(lab.flatten(0, 1)).unflatten(0, lab.shape[:2])                            # (B, 3, 8, h, w)
+    similar = torch.exp(-0.5 * (lab[:, :, None] - others).norm(dim=1)) >= threshold
+    return similar * neighbours(torch.ones_like(lab[:, 0]))
+
+
+def dense_pair_loss(logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """BoxInst's pairwise loss as in its released code: log-probabilities of both labels, unfolded, and the logarithm
+    of the sum of both cases. logits (K, h, w), weights (K, 8, h, w)."""
+    yes, no = F.logsigmoid(logits), F.logsigmoid(-logits)
+    both_yes, both_no = yes[:, None] + neighbours(yes), no[:, None] + neighbours(no)
+    return -(torch.logaddexp(both_yes, both_no) * weights).sum() / weights.sum()
+
+
+def test_four_offsets_are_the_eight_neighbours_in_a_third_of_the_memory():
+    torch.manual_seed(0)
+    h, w, boxes = 24, 32, 2
+    images = F.interpolate(torch.rand(2, 3, 3, 4) * 255, (4 * h, 4 * w), mode="bilinear")
+    inside = torch.zeros(boxes, h, w, dtype=torch.bool)
+    inside[0, 4:16, 2:20] = inside[1, 0:12, 10:32] = True
+    image, gt, valid = torch.arange(boxes), torch.arange(8) % boxes, torch.ones(2, h, w, dtype=torch.bool)
+    logits = torch.randn(8, h, w, requires_grad=True)
+    colors, similar, values = losses.similar_colors(images), dense_similarity(images), {}
+    for place, offset, same in zip((4, 6, 7, 5), losses.OFFSETS, colors):                  # (0, 2), (2, 0), (2, 2), ...
+        assert torch.equal(losses.pair(similar[:, place], offset)[0].bool(), same)
+
+    def ours():
+        weights = losses.pair_weights([c[image] for c in colors], inside, valid, image)
+        total, count = losses.weighted_pairs(losses.disagreement(logits), weights, gt)
+        values["ours"] = total.sum() / count.sum()
+        values["ours"].backward()
+
+    def dense():
+        values["dense"] = dense_pair_loss(logits, similar[image][gt] * inside[gt][:, None])
+        values["dense"].backward()
+
+    mib = {}
+    for work in (ours, dense):
+        logits.grad = None
+        mib[work] = tensor_peak(work, torch.device("cpu"))
+    assert values["ours"].item() == pytest.approx(values["dense"].item(), rel=1e-5)
+    assert mib[ours] < mib[dense] / 3
+    args = types.SimpleNamespace(device=torch.device("cpu"))
+    assert benchmark.measure_mask_memory(args, None, (4 * h, 4 * w), 8)["peak MiB"] == pytest.approx(mib[ours], rel=0.1)
+
+
+# ------------------------------------------------------------------------------------------------- the figures
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +192,8 @@ def figures(tmp_path_factory):
 
 def test_training_figures_hang_together(figures):
     of = figures["training"]
-    assert set(of["parts"]) == {"data wait", "teacher network", "labelling", "student network", "detection losses",
-                                "mask head", "mask losses", "backward", "optimiser", "EMA", "rest"}
+    assert set(of["parts"]) == {"data wait", "teacher network", "student network", "backward", "optimiser", "EMA",
+                                "rest", *imported_functions(boxteacher).values()}
     assert all(value > 0 for value in of["parts"].values())
     assert of["in Y"] == pytest.approx(of["seconds"] / of["Y"]) and of["peak MiB"] > 50
     assert 0 < of["share of convolutions"] == 1 - of["share outside the convolutions"] < 1 and of["TFLOP"] > 0
@@ -131,8 +201,10 @@ def test_training_figures_hang_together(figures):
 
 
 def test_the_other_figures(figures):
-    f = figures
+    f, parts = figures, {"network", "detections", "mask head", "pasting", "run lengths"}
     assert f["inference"]["detections"] > 3 and f["evaluation"]["detections"] > 12
+    assert set(f["inference"]["parts"]) == parts | {"rest"}
+    assert set(f["evaluation"]["parts"]) == parts | {"made-up masks", "loading and the rest", "COCOeval"}
     pasted = f["inference"]["seconds of pasting into an image of"]
     assert list(pasted) == ["32 x 48", "64 x 96", "128 x 192", "256 x 384"]
     # parts that overlap are more than the whole
@@ -148,22 +220,20 @@ def test_the_other_figures(figures):
 # --------------------------------------------------------------------------------------------------- growth
 
 
-def options(**changed) -> argparse.Namespace:
-    args = benchmark.parse_arguments(["--backbone", "r18", "--size", "64", "96", "--rounds", "1", "--instances", "3",
-                                      "--device", "cpu", "--batch-size", "1"])
-    return argparse.Namespace(**vars(args) | changed)
+OPTIONS = {"backbone": "r18", "size": [64, 96], "teacher_size": None, "batch_size": 1, "instances": 3, "amp": "auto",
+           "workers": 0, "rounds": 1, "device": "cpu", "compile": False}
 
 
 def test_a_point_of_a_curve_is_a_run_of_its_own():
-    one, two = (growth.step(options(), processes=n) for n in (1, 2))
+    one, two = (growth.measure_point(**OPTIONS, processes=n) for n in (1, 2))
     assert two["images a second"] == pytest.approx(2 / two["seconds"])
     assert one["images a second"] == pytest.approx(1 / one["seconds"]) and one["peak MiB"] > 10
-    with pytest.raises(DataError, match="invalid choice: 'r7'"):
-        growth.step(options(backbone="r7"))
+    with pytest.raises(UserError, match="invalid choice: 'r7'"):
+        growth.measure_point(**OPTIONS | {"backbone": "r7"})
 
 
 def test_growth(monkeypatch, tmp_path, capsys):
-    """Every curve changes its own option alone, and has the exponent of what was measured."""
+    """A curve changes one option only, and has the exponent of what was measured."""
     def run(command, **how):
         value = {name: command[command.index("--" + name) + 1] for name in ("instances", "size", "batch-size", "json")}
         processes = [word for word in command if word.startswith("--nproc")]
@@ -177,7 +247,7 @@ def test_growth(monkeypatch, tmp_path, capsys):
 
     seen = []
     monkeypatch.setattr(subprocess, "run", run)
-    found = growth.measure_growth(options(growth_instances=[2, 4, 16], growth_sizes=[64, 96], growth_batches=[1, 2]))
+    found = growth.measure_growth(OPTIONS, instances=[2, 4, 16], sizes=[64, 96], batches=[1, 2])
     assert seen == [(2, 64, 1, []), (4, 64, 1, []), (16, 64, 1, []), (3, 64, 1, []), (3, 96, 1, []), (3, 64, 1, []),
                     (3, 64, 2, []), (3, 64, 1, ["--nproc_per_node=1"]), (3, 64, 1, ["--nproc_per_node=2"])]
     assert {name: [row["x"] for row in curve["rows"]] for name, curve in found.items()} == {

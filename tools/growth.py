@@ -1,13 +1,11 @@
-"""How the cost of a training step grows with instances, image size, batch and processes, as numbers and one image.
+"""How the cost of a training step grows with instances, image size, batch and processes: numbers and a figure.
 
     python benchmark.py --growth growth.png
 
-Each point is a run of `benchmark.py --only step` in processes of its own: no point has the memory of another, and
-several processes need no other command than one. A curve's exponent is that of x ^ exponent, fitted to all its
-points: 1 where the cost follows x, 0 where it does not care. Processes have one thread each and the same number of
-images each, so that 0 is perfect there.
+Each point is a run of `benchmark.py --only step` in new processes, so that no point inherits the memory of another. A
+curve's exponent is that of the power of x that fits its points best: 1 if the cost is proportional to x, 0 if it does
+not depend on x. On the curve of processes each one has a thread and the same number of images, so 0 is perfect.
 """
-import argparse
 import json
 import os
 import subprocess
@@ -19,57 +17,61 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from formats.coco import DataError
+from formats.files import UserError, replacing
 from tools.curves import COLOURS, INK, axes, ticks
 
 BENCHMARK = Path(__file__).resolve().parents[1] / "benchmark.py"
 
 
-def measure_growth(args: argparse.Namespace) -> dict:
-    """{curve: {"rows": [{"x", "seconds", "peak MiB", ...}, ...], "exponents": {"seconds", "peak MiB"}}}"""
+OPTIONS = ("backbone", "size", "teacher_size", "batch_size", "instances", "amp", "workers", "rounds", "device")
+
+
+def measure_growth(options: dict, instances: list[int], sizes: list[int], batches: list[int]) -> dict:
+    """{curve: {"rows": [{"x", "seconds", "peak MiB", ...}, ...], "exponents": {"seconds", "peak MiB"}}}
+
+    options: those of benchmark.py (OPTIONS and compile) that a curve does not change, as plain values. instances: boxes
+    of an image; sizes: shorter sides, pixels; batches: images of a step.
+    """
     processes = [1, 2]
-    if args.device.type == "cuda":
+    if options["device"].startswith("cuda"):
         processes = [n for n in (1, 2, 4, 8) if n <= torch.cuda.device_count()]
-    curves = {"instances": [(n, {"instances": n}) for n in args.growth_instances],
-              "shorter side": [(n, {"size": [n, round(n * 4 / 3)]}) for n in args.growth_sizes],
-              "batch": [(n, {"batch_size": n}) for n in args.growth_batches],
+    curves = {"instances": [(n, {"instances": n}) for n in instances],
+              "shorter side": [(n, {"size": [n, round(n * 4 / 3)]}) for n in sizes],
+              "batch": [(n, {"batch_size": n}) for n in batches],
               "processes": [(n, {"processes": n}) for n in processes]}
     growth = {}
     for name, points in curves.items():
         rows = []
         for x, changed in points:
-            rows.append({"x": x} | step(args, **changed))
+            rows.append({"x": x} | measure_point(**options | changed))
             print(f"    {name} {x}: {rows[-1]['seconds']:.2f} s, {rows[-1]['peak MiB']:.0f} MiB, "
                   f"{rows[-1]['images a second']:.2f} images a second", flush=True)
         growth[name] = {"rows": rows, "exponents": {key: exponent(rows, key) for key in ("seconds", "peak MiB")}}
     return growth
 
 
-def step(args: argparse.Namespace, processes: int | None = None, **changed) -> dict:
-    """The figures of `--only step` with some options changed; in so many processes of a thread each, where given."""
-    setting = vars(args) | changed
-    device = str(args.device) if processes is None else args.device.type
+def measure_point(processes: int | None = None, **options) -> dict:
+    """The figures of `--only step` with these options. processes: start that many with torchrun, of one thread each."""
+    command, environment = [sys.executable], dict(os.environ)
+    if processes is not None:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        options["device"], environment["OMP_NUM_THREADS"] = options["device"].split(":")[0], "1"
     with tempfile.TemporaryDirectory() as folder:
         out = os.path.join(folder, "step.json")
-        command = [sys.executable]
-        if processes is not None:
-            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command += [str(BENCHMARK), "--only", "step", "--json", out, "--device", device]
-        for option in ("backbone", "size", "teacher_size", "batch_size", "instances", "amp", "workers", "rounds"):
-            value = setting[option]
-            if value is not None:
-                command += ["--" + option.replace("_", "-"), *map(str, value if isinstance(value, list) else [value])]
-        command += ["--compile"] * setting["compile"]
-        run = subprocess.run(command, capture_output=True, text=True,
-                             env=os.environ | ({} if processes is None else {"OMP_NUM_THREADS": "1"}))
+        command += [str(BENCHMARK), "--only", "step", "--json", out]
+        for name in OPTIONS:
+            if (value := options[name]) is not None:
+                command += ["--" + name.replace("_", "-"), *map(str, value if isinstance(value, list) else [value])]
+        command += ["--compile"] * options["compile"]
+        run = subprocess.run(command, capture_output=True, text=True, env=environment)
         if run.returncode:
             why = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
-            raise DataError(f"{' '.join(command)} failed: {why[-1]}")
+            raise UserError(f"{' '.join(command)} failed: {why[-1]}")
         return json.loads(Path(out).read_text())["step"]
 
 
 def exponent(rows: list[dict], key: str) -> float | None:
-    """Of the power of x that fits row[key] best, in logarithms; None for a single row."""
+    """Of the power of x that fits row[key] best, by least squares of logarithms; None for a single row."""
     if len(rows) < 2:
         return None
     return float(np.polyfit(np.log([row["x"] for row in rows]), np.log([row[key] for row in rows]), 1)[0])
@@ -84,7 +86,7 @@ def show_growth(growth: dict) -> None:
 
 
 def draw_growth(growth: dict, path: str) -> None:
-    """Write a PNG: a column for each curve, time above and memory below."""
+    """Write a PNG with a column for each curve, time above and memory below."""
     font, width, height = ImageFont.load_default(size=12), 280, 180
     canvas = Image.new("RGB", (len(growth) * (width + 90) + 10, 2 * (height + 90)), "white")
     draw = ImageDraw.Draw(canvas)
@@ -101,4 +103,5 @@ def draw_growth(growth: dict, path: str) -> None:
             draw.line(points, COLOURS[line], 2)
             for x, y in points:
                 draw.ellipse((x - 3, y - 3, x + 3, y + 3), COLOURS[line])
-    canvas.save(path, format="PNG")
+    with replacing(path) as temporary:
+        canvas.save(temporary, format="PNG")

@@ -1,13 +1,20 @@
-"""What benchmark.py measures with: a clock for parts of the work, memory, and made-up data."""
+"""What benchmark.py measures with: a clock for the parts of the work, memory, and made-up data."""
+import inspect
 import json
 import math
+import multiprocessing
+import re
+import resource
 import statistics
+import tempfile
 import threading
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import ModuleType
 from unittest.mock import patch
 
 import numpy as np
@@ -15,19 +22,18 @@ import torch
 import torchvision
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader
 
+from data import TrainBatches
 from formats.coco import CocoBoxes
 from tools.command_line import write_json
-
-CATEGORIES = [{"id": i, "name": f"class {i}"} for i in range(1, 81)]
-
 
 # -------------------------------------------------------------------------------------------------- seconds
 
 
 class Clock:
-    """Seconds by part. Parts may lie within one another: each has the time that no inner one has. Every thread has
-    its own; where two work at a time, the parts together are more than the whole."""
+    """Seconds by part. Parts may be nested: a part's time does not contain that of its inner parts. Nesting is by
+    thread; if two threads work at once, the parts together take longer than the whole."""
 
     def __init__(self, device: torch.device):
         self.device, self.seconds = device, defaultdict(float)
@@ -58,18 +64,25 @@ class Clock:
         return call
 
     @contextmanager
-    def watching(self, parts: dict[tuple, str], networks: dict[torch.nn.Module, str]):
-        """Time these functions and networks wherever they are called."""
+    def watching(self, parts: dict[tuple, str]):
+        """Time functions while the block runs. parts: (module, class or object, name of the function) -> part; raises
+        AttributeError for a function that does not exist."""
         with ExitStack() as stack:
             for (owner, name), part in parts.items():
                 stack.enter_context(patch.object(owner, name, self.timed(getattr(owner, name), part)))
-            for network, part in networks.items():
-                stack.enter_context(patch.object(network, "forward", self.timed(network.forward, part)))
             yield
 
 
+def imported_functions(module: ModuleType) -> dict[tuple[ModuleType, str], str]:
+    """(module, name) -> "file.py" for all functions that a module imports from the other files of its folder."""
+    folder = Path(module.__file__).parent
+    return {(module, name): f"{value.__module__}.py" for name, value in vars(module).items()
+            if inspect.isfunction(value) and value.__module__ != module.__name__
+            and (folder / f"{value.__module__}.py").exists()}
+
+
 def medians(rounds: int, device: torch.device, **works: Callable[[], object]) -> dict[str, float]:
-    """Seconds of each of `works`, taken in turn, after one round that does not count."""
+    """Median seconds of each of `works`, which take turns, after one round that does not count."""
     clock, seconds = Clock(device), {name: [] for name in works}
     for number in range(rounds + 1):
         for name, work in works.items():
@@ -83,9 +96,9 @@ def medians(rounds: int, device: torch.device, **works: Callable[[], object]) ->
 class Yardstick:
     """Y: a forward pass of torchvision's resnet50 (eval, float32, no gradients) over `batch_size` images of `size`.
 
-    In a process of its own, whose memory is that of a program that does nothing else: in ours Y came out anywhere
-    between 0.6 and 1.0 s on one machine. Half of a Y can go into fetching fresh memory for its large maps from the
-    system, or none where the process happens to hold memory that is free. It computes only while it is asked.
+    It is measured in another process that does nothing else, and computes only while this one waits. Up to half of Y is
+    fetching memory for large maps from the system, which a process that holds free memory is spared: within a training
+    run Y was anything between 0.6 and 1.0 s on one machine.
     """
 
     def __init__(self, batch_size: int, size: list[int], device: torch.device):
@@ -112,7 +125,7 @@ class Yardstick:
 
 
 def passes(pipe, shape: tuple[int, ...], device: str, threads: int) -> None:
-    """What the process of a Yardstick does: answer each message with the seconds of a pass."""
+    """The process of a Yardstick: answers each message with the seconds of a pass."""
     torch.set_num_threads(threads)
     network, clock = torchvision.models.resnet50(weights=None).eval().to(device), Clock(torch.device(device))
     images = torch.rand(shape, device=device)
@@ -129,27 +142,23 @@ def passes(pipe, shape: tuple[int, ...], device: str, threads: int) -> None:
 def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass  # no Linux: the peak is then that of the whole process
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> float:
-    """MiB: of the device's tensors, or of this process, since reset_peak."""
+    """MiB at the peak since reset_peak (since the process began, if this is not Linux): of the device's tensors, or of
+    this process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    try:
-        status = Path("/proc/self/status").read_text()
-        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
-    except OSError:
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20  # macOS: bytes
+    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1024
 
 
 def tensor_peak(work: Callable[[], object], device: torch.device) -> float:
-    """MiB of tensors that `work` holds at its most, above those from before it: to the byte, unlike a process's."""
+    """MiB of tensors that `work` holds at its peak, beyond those from before: exact, unlike a process's memory."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         reset_peak(device)
@@ -157,13 +166,16 @@ def tensor_peak(work: Callable[[], object], device: torch.device) -> float:
         return peak_memory(device) - before / 2 ** 20
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(trace))
+        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    held = np.cumsum([event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["ts"])])
     return float(held.max()) / 2 ** 20
 
 
 def process_memory(process: int | str = "self") -> dict[str, float]:
-    """MiB of a process (Linux): "private", of its own alone, and "proportional", with its part of what it shares."""
+    """MiB of a process (Linux): "private" memory, and "proportional", which adds its part of what it shares."""
     rows = [line.split() for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]]
     mib = {row[0].rstrip(":"): int(row[1]) / 1024 for row in rows}
     return {"private": mib["Private_Clean"] + mib["Private_Dirty"], "proportional": mib["Pss"]}
@@ -172,8 +184,12 @@ def process_memory(process: int | str = "self") -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------- data
 
 
+CATEGORIES = [{"id": i, "name": f"class {i}"} for i in range(1, 81)]
+
+
 def made_up_data(folder: Path, count: int, size: tuple[int, int], instances: int, seed: int = 0) -> CocoBoxes:
-    """JPEGs of smooth colours with `instances` boxes each, 16 pixels to half the image, in COCO's format."""
+    """A data set in COCO's format: JPEGs of smooth colours of `size` (height, width), each with `instances` boxes whose
+    sides are 16 pixels to half the image."""
     rng, (height, width) = np.random.default_rng(seed), size
     images, annotations = [], []
     for i in range(count):
@@ -193,8 +209,10 @@ def made_up_data(folder: Path, count: int, size: tuple[int, int], instances: int
 
 
 def many_annotations(folder: Path, count: int, instances: int = 7) -> Path:
-    """-> a COCO file in `folder` of `count` images, links to one small JPEG. Written piece by piece, so that this
-    process holds no more than before."""
+    """Write a COCO file of `count` images, all of them links to one small JPEG; returns its path.
+
+    It is written piece by piece, so that it does not raise this process's memory.
+    """
     Image.fromarray(np.full((48, 64, 3), 99, np.uint8)).save(folder / "0.jpg")
     for i in range(1, count):
         (folder / f"{i}.jpg").symlink_to("0.jpg")
@@ -204,10 +222,39 @@ def many_annotations(folder: Path, count: int, instances: int = 7) -> Path:
                             for i in range(count * instances)),
             "categories": CATEGORIES}
     with open(folder / "many.json", "w") as file:
-        for number, (name, of) in enumerate(rows.items()):
+        for number, (name, entries) in enumerate(rows.items()):
             file.write(("," if number else "{") + f'"{name}": [')
-            for i, row in enumerate(of):
-                file.write("," * (i > 0) + json.dumps(row))
+            for i, entry in enumerate(entries):
+                file.write("," * (i > 0) + json.dumps(entry))
             file.write("]")
         file.write("}")
     return folder / "many.json"
+
+
+def measure_annotations(folder: Path, count: int) -> dict:
+    """Seconds and MiB to load the boxes of `count` images. Then, with 0, 2 and 4 workers that make batches, the MiB of
+    all processes and of a worker alone, after a tenth of the batches and after all."""
+    path, before = many_annotations(folder, count), process_memory()["private"]
+    clock = Clock(torch.device("cpu"))
+    with clock.part("load"):
+        annotations = CocoBoxes(path, folder)
+    figures = {"images": len(annotations), "boxes": len(annotations.boxes), "load seconds": clock.seconds["load"],
+               "MiB before": before, "MiB after": process_memory()["private"],
+               "MiB of arrays": sum(x.nbytes for x in vars(annotations).values() if hasattr(x, "nbytes")) / 2 ** 20}
+    batches = TrainBatches(annotations, batch_size=32, min_sizes=[48], max_size=64, teacher_size=(48, 64))
+    steps = min(len(annotations) // 32, 1000)
+    for workers in (0, 2, 4):
+        found = figures[f"MiB with {workers} workers"] = {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of more workers than cores; it is memory that counts here
+            loader = iter(DataLoader(batches, batch_size=None, sampler=range(steps), num_workers=workers,
+                                     collate_fn=TrainBatches.collate))
+        for number in range(1, steps - 10):  # a worker ends after its last batch
+            next(loader)
+            if number in (steps // 10, steps - 11):
+                children = [process_memory(worker.pid) for worker in multiprocessing.active_children()]
+                found[f"all, batch {number}"] = sum(m["proportional"] for m in (process_memory(), *children))
+                if workers:
+                    found[f"one worker, batch {number}"] = statistics.mean(m["private"] for m in children)
+        del loader
+    return figures
