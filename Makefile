@@ -1,13 +1,13 @@
-# make demo   a small BoxTeacher learns masks from the boxes of drawn shapes and is evaluated: 12 minutes on 2 CPU cores
-# make test   the tests
-# make experiments   the methods and ablations of the paper on drawn shapes, 3 seeds each: hours; goes on where stopped
-# All make .venv and install requirements.txt first, where that is missing or older.
+# make demo          trains a small BoxTeacher on the boxes of drawn shapes and evaluates it: 12 minutes on 2 CPU cores
+# make test          runs the tests
+# make experiments   compares the paper's methods and ablations on drawn shapes, 3 seeds each: hours; resumes if stopped
+# Each first creates .venv, or updates it after a change of requirements.txt.
 
 PYTHON ?= python3
 PY := .venv/bin/python
 READY := .venv/.installed
 DEMO := runs/demo
-# bfloat16 pays on CPUs that compute in it and is slow on others
+# bfloat16 is faster only on CPUs with instructions for it
 AMP := $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo bf16 || echo off)
 
 .PHONY: demo test experiments
