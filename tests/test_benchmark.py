@@ -3,7 +3,6 @@ person to judge, never for a test."""
 import json
 import math
 import subprocess
-import threading
 import time
 import types
 from pathlib import Path
@@ -38,19 +37,6 @@ def test_parts_within_parts():
         with clock.part("inner"):
             pass
     assert clock.seconds == {"outer": 6.0, "inner": 4.0}
-
-
-def test_threads_have_parts_of_their_own():
-    """What another thread does is no inner part of what this one has open."""
-    clock = Clock(torch.device("cpu"))
-    with clock.part("waiting"):
-        def work():
-            with clock.part("work"):
-                time.sleep(0.02)
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join()
-    assert clock.seconds["waiting"] >= clock.seconds["work"] >= 0.02
 
 
 def test_watched_functions_are_timed_wherever_they_are_called_and_must_exist():
@@ -207,8 +193,7 @@ def test_the_other_figures(figures):
     assert set(f["evaluation"]["parts"]) == parts | {"made-up masks", "loading and the rest", "COCOeval"}
     pasted = f["inference"]["seconds of pasting into an image of"]
     assert list(pasted) == ["32 x 48", "64 x 96", "128 x 192", "256 x 384"]
-    # parts that overlap are more than the whole
-    assert sum(f["evaluation"]["parts"].values()) > 0.95 * f["evaluation"]["seconds"]
+    assert sum(f["evaluation"]["parts"].values()) == pytest.approx(f["evaluation"]["seconds"], rel=0.05)
     assert len(f["data"]) == 6
     for title, values in f["data"].items():
         assert set(values) == {"bare", "none", "weak", "strong", "strong-blur"}, title

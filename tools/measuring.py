@@ -7,7 +7,6 @@ import re
 import resource
 import statistics
 import tempfile
-import threading
 import time
 import warnings
 from collections import defaultdict
@@ -32,12 +31,11 @@ from tools.command_line import write_json
 
 
 class Clock:
-    """Seconds by part. Parts may be nested: a part's time does not contain that of its inner parts. Nesting is by
-    thread; if two threads work at once, the parts together take longer than the whole."""
+    """Seconds by part. Parts may be nested: a part's time does not contain that of its inner parts."""
 
     def __init__(self, device: torch.device):
         self.device, self.seconds = device, defaultdict(float)
-        self.lock, self.thread = threading.Lock(), threading.local()
+        self.inner = []  # for each open part, the seconds of its inner parts so far
 
     def now(self) -> float:
         if self.device.type == "cuda":
@@ -46,16 +44,15 @@ class Clock:
 
     @contextmanager
     def part(self, name: str):
-        start, inner = self.now(), vars(self.thread).setdefault("inner", [])
-        inner.append(0.0)
+        start = self.now()
+        self.inner.append(0.0)
         try:
             yield
         finally:
-            took = self.now() - start
-            with self.lock:
-                self.seconds[name] += took - inner.pop()
-            if inner:
-                inner[-1] += took
+            seconds = self.now() - start
+            self.seconds[name] += seconds - self.inner.pop()
+            if self.inner:
+                self.inner[-1] += seconds
 
     def timed(self, function: Callable, name: str) -> Callable:
         def call(*args, **kwargs):
