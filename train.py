@@ -37,7 +37,7 @@ from formats import checkpoint
 from formats.checkpoint import CheckpointError
 from formats.coco import NAMES, CocoBoxes, category_problems, datasets, raise_first
 from formats.files import UserError
-from formats.pictures import check_sizes
+from formats.pictures import check_sizes, undecodable_limit
 from model import CondInst, build_model
 from recipe import RECIPES, learning_rate, make_plan, parse_arguments, ramp_factor
 from tools.command_line import output_file, pick_amp, start_distributed
@@ -275,11 +275,11 @@ class StopSignals:
 
 
 def check_skipped(batches: list[Batch], broken: set[str], images: int) -> None:
-    """Name each undecodable image once; TrainingError when there are more than 1 % (at least 10), or 100."""
+    """Name each undecodable image once. Raises TrainingError beyond `undecodable_limit`."""
     for note in {note for batch in batches for note in batch.skipped} - broken:
         print(f"warning: {note}; another image takes its place", file=sys.stderr, flush=True)
         broken.add(note)
-    if len(broken) > min(100, max(10, images // 100)):
+    if len(broken) > undecodable_limit(images):
         raise TrainingError(f"{len(broken)} images cannot be decoded, the last: {note}")
 
 

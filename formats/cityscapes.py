@@ -1,10 +1,9 @@
-"""Cityscapes: its annotations as COCO files (paper Sec. 4.3, Table 8).
+"""Cityscapes' instance maps to COCO annotation files (paper: Sec. 4.3, Table 8).
 
     python data.py cityscapes datasets/cityscapes
 
-ROOT is the folder into which leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of cityscapes-dataset.com were
-unpacked. `write_cityscapes` adds ROOT/annotations/instances_{train,val}2017.json and nothing else: the images stay
-in ROOT/leftImg8bit/{train,val}/CITY/, and `coco.datasets` looks for them there wherever a folder has a leftImg8bit.
+ROOT is the folder in which leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of cityscapes-dataset.com were
+unpacked. Only ROOT/annotations/instances_{train,val}2017.json are added: the images stay in leftImg8bit/SPLIT/CITY/.
 """
 import os
 from pathlib import Path
@@ -17,19 +16,17 @@ from tqdm import tqdm
 from formats.coco import DataError, write_files
 from formats.pictures import read_header
 
-# the eight classes that are scored as objects; their category ids are Cityscapes' label ids
+# the eight classes that are scored as instances; category ids are Cityscapes' label ids
 CLASSES = [{"id": 24, "name": "person"}, {"id": 25, "name": "rider"}, {"id": 26, "name": "car"},
            {"id": 27, "name": "truck"}, {"id": 28, "name": "bus"}, {"id": 31, "name": "train"},
            {"id": 32, "name": "motorcycle"}, {"id": 33, "name": "bicycle"}]
 LABELS = {row["id"] for row in CLASSES}
-LAST_LABEL = 33                                                         # of all that Cityscapes knows
-IMAGE, INSTANCE_MAP = "_leftImg8bit.png", "_gtFine_instanceIds.png"   # what follows CITY/CITY_SEQUENCE_FRAME
+LAST_LABEL = 33                                                         # the highest of all labels
+IMAGE, INSTANCE_MAP = "_leftImg8bit.png", "_gtFine_instanceIds.png"   # after CITY/CITY_SEQUENCE_FRAME
 
 
 def write_cityscapes(root: str) -> None:
-    """Write the annotation files of both splits of ROOT; an earlier pair is replaced.
-
-    Raises DataError; nothing is written before both splits have been read without one."""
+    """Write the annotation files of train and val, after both have been read. Raises DataError."""
     contents = {split: read_split(Path(root), split) for split in ("train", "val")}
     folder = os.path.join(root, "annotations")
     paths = {split: os.path.join(folder, f"instances_{split}2017.json") for split in contents}
@@ -41,8 +38,9 @@ def write_cityscapes(root: str) -> None:
 
 
 def read_split(root: Path, split: str) -> dict:
-    """The content of a split's COCO file. Ids count from 1: images by sorted path, annotations by image and
-    instance id. Raises DataError."""
+    """The content of a split's COCO file. Ids count from 1, in the order of paths and of instance ids.
+
+    Raises DataError."""
     images, annotations = [], []
     for name in tqdm(paired_names(root, split), f"reading {split}", unit="image", disable=None):
         image = root / "leftImg8bit" / split / (name + IMAGE)
@@ -55,7 +53,7 @@ def read_split(root: Path, split: str) -> dict:
 
 
 def paired_names(root: Path, split: str) -> list[str]:
-    """Sorted CITY/CITY_SEQUENCE_FRAME that have an image and an instance map. Raises DataError where one is alone."""
+    """Sorted CITY/CITY_SEQUENCE_FRAME of images and instance maps. Raises DataError if one lacks the other."""
     kinds = {"image": (root / "leftImg8bit" / split, IMAGE),
              "instance map": (root / "gtFine" / split, INSTANCE_MAP)}
     found = {}
@@ -65,43 +63,43 @@ def paired_names(root: Path, split: str) -> list[str]:
                             f"gtFine_trainvaltest.zip of cityscapes-dataset.com in {root}")
         found[kind] = {path.relative_to(folder).as_posix().removesuffix(ending) for path in folder.glob("*/*" + ending)}
     for kind, other in (("image", "instance map"), ("instance map", "image")):
-        alone = sorted(found[kind] - found[other])
-        if alone:
+        unpaired = sorted(found[kind] - found[other])
+        if unpaired:
             (folder, ending), (other_folder, _) = kinds[kind], kinds[other]
-            raise DataError(f"{len(alone)} of {len(found[kind])} {kind}s of {folder} have no {other} in "
-                            f"{other_folder}, the first: {alone[0] + ending}")
+            raise DataError(f"{len(unpaired)} of {len(found[kind])} {kind}s of {folder} have no {other} in "
+                            f"{other_folder}, the first: {unpaired[0] + ending}")
     if not found["image"]:
-        raise DataError(f"{kinds['image'][0]} holds no image CITY/*{IMAGE}")
+        raise DataError(f"{kinds['image'][0]} contains no image CITY/*{IMAGE}")
     return sorted(found["image"])
 
 
 def read_map(path: Path, image_path: Path, size: tuple[int, int]) -> np.ndarray:
-    """(height, width) of instance ids, checked against the `size` of its image. Raises DataError."""
+    """Instance ids (height, width), of the `size` of their image. Raises DataError."""
     try:
         with Image.open(path) as image:
             mode, ids = image.mode, np.asarray(image)
     except Exception as error:
         raise DataError(f"instance map {path} cannot be read: {str(error) or type(error).__name__}") from None
     if mode != "L" and not mode.startswith("I"):
-        raise DataError(f"instance map {path} is an image of mode {mode}, not one of whole numbers (8 or 16 bits)")
+        raise DataError(f"instance map {path} has mode {mode}, not integers of 8 or 16 bits")
     if ids.shape != size:
         raise DataError(f"instance map {path} is {ids.shape[1]} x {ids.shape[0]} pixels (width x height), "
                         f"its image {image_path} is {size[1]} x {size[0]}")
     highest = int(ids.max())
     if label_of(highest) > LAST_LABEL:
-        raise DataError(f"instance map {path} holds the id {highest}, of no label of Cityscapes (0 to {LAST_LABEL})")
+        raise DataError(f"instance map {path} contains the id {highest}, not of a label from 0 to {LAST_LABEL}")
     return ids
 
 
 def label_of(instance: int) -> int:
-    """An object's id is its label x 1000 + a number; what has no objects, or several in one, has the label itself."""
+    """The label of an instance id: label x 1000 + number, or the label itself for stuff and for groups."""
     return instance // 1000 if instance >= 1000 else instance
 
 
 def annotate(ids: np.ndarray) -> list[dict]:
-    """COCO annotations of instance ids (height, width), by rising id, without ids of their own.
+    """COCO annotations, still without ids, of the instance ids (height, width) in rising order.
 
-    An id that is the plain label of one of the CLASSES marks objects that nobody could tell apart: COCO's crowd."""
+    A plain label of one of the CLASSES marks a group whose objects could not be told apart: COCO's crowd."""
     ids, annotations = np.asfortranarray(ids), []            # RLE runs down the columns
     for instance in np.unique(ids).tolist():
         label = label_of(instance)

@@ -1,9 +1,8 @@
-"""COCO-format annotation files: found, checked, kept as flat arrays, and written.
+"""COCO annotation files: found (`datasets`), checked, read into flat arrays (`CocoBoxes`) and written (`write_files`).
 
-`datasets` says where the files are, `CocoBoxes` reads one, `write_files` writes some. Whatever is wrong with a file is
-one line of text: which file, which ids, what to do. Functions named `..._problems` yield all such texts, for `python
-data.py check` (check.py); to read a file is to raise the first as a DataError. Boxes are xyxy in pixels, sizes (height,
-width). Learning from boxes never looks at `segmentation`; only `masks=True` does.
+The functions named `..._problems` yield everything that is wrong with a file, one line each, with the file, the ids and
+what to do: check.py prints them all, reading raises the first as a DataError. Boxes are xyxy in pixels, sizes (height,
+width). `segmentation` is read only with `masks=True`, never for learning from boxes.
 """
 import contextlib
 import gc
@@ -16,9 +15,9 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from formats.files import UserError, warn
+from formats.files import UserError, replacing, warn
 
-# the 80 classes of COCO: their ids go to 90, with gaps
+# the 80 classes of COCO; their ids go up to 90, with gaps
 COCO_NAMES = (
     "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "
     "parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, "
@@ -30,16 +29,20 @@ COCO_NAMES = (
 COCO_IDS = sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
 COCO_CLASSES = [{"id": number, "name": name} for number, name in zip(COCO_IDS, COCO_NAMES)]
 
-NAMES = ("coco", "cityscapes", "shapes")      # data sets that are looked for under datasets/
+# Where the images of a split are. Another data set that --data finds by its name in datasets/ is one line here ...
+NAMES = {"coco": "{split}2017", "shapes": "{split}2017", "cityscapes": "leftImg8bit/{split}"}
+# ... and another layout of folders, told by the first of these that exists, is one here; "" is the folder itself.
+LAYOUTS = {"leftImg8bit": "leftImg8bit/{split}", "train2017": "{split}2017", "JPEGImages": "", "images": "",
+           "train/images": ""}
 
 GET_DATA = ("put train2017/, val2017/ and annotations/ of cocodataset.org into datasets/coco, "
-            "or make the small set: python data.py shapes datasets/shapes; "
-            "or the files of Cityscapes: python data.py cityscapes datasets/cityscapes; "
-            "or those of Pascal VOC or YOLO labels of your own: python data.py voc DIR, python data.py yolo DIR")
+            "or draw the small set: python data.py shapes datasets/shapes; "
+            "or convert Cityscapes: python data.py cityscapes datasets/cityscapes; "
+            "or labels in the layout of Pascal VOC or YOLO: python data.py voc DIR, python data.py yolo DIR")
 
 
 class DataError(UserError):
-    """Something is wrong with the data."""
+    """A mistake in the data, as one line for the user."""
 
 
 class UndecodableImage(DataError):
@@ -47,9 +50,9 @@ class UndecodableImage(DataError):
 
 
 def datasets(data: str, train_json=None, train_images=None, val_json=None, val_images=None):
-    """-> ((train_json, train_images), (val_json, val_images)), the paths of `data`: coco, cityscapes, shapes or
-    a folder in COCO layout, or one of other layout with annotation files added (see `image_folder`). Files given
-    one by one win."""
+    """The files of `data`, one of NAMES or a folder: ((train_json, train_images), (val_json, val_images)), paths.
+
+    Paths that are given replace those."""
     root = os.path.join("datasets", data) if data in NAMES else data
     return ((train_json or os.path.join(root, "annotations", "instances_train2017.json"),
              train_images or image_folder(data, root, "train")),
@@ -58,23 +61,18 @@ def datasets(data: str, train_json=None, train_images=None, val_json=None, val_i
 
 
 def image_folder(data: str, root: str, split: str) -> str:
-    """Where the images of a split are: COCO's folder, or where Cityscapes, Pascal VOC and YOLO have them.
-
-    `data.py cityscapes`, `voc` and `yolo` leave images in their place; the file names of the last two begin there."""
-    if data == "cityscapes" or os.path.isdir(os.path.join(root, "leftImg8bit")):
-        return os.path.join(root, "leftImg8bit", split)
-    if data not in NAMES and not os.path.isdir(os.path.join(root, "train2017")) and any(
-            os.path.isdir(os.path.join(root, *folder)) for folder in (["JPEGImages"], ["images"], ["train", "images"])):
-        return root
-    return os.path.join(root, f"{split}2017")
+    """The folder that the file names of a split are relative to."""
+    layouts = (layout for folder, layout in LAYOUTS.items() if os.path.isdir(os.path.join(root, folder)))
+    layout = NAMES[data] if data in NAMES else next(layouts, "{split}2017")
+    return os.path.join(root, layout.format(split=split)) if layout else root
 
 
 def first_five(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def named(path: str, kind: str, rows: list, bad: list[int], why: str) -> Iterator[str]:
-    """The text that `bad`, places in `rows`, are broken, if there are any; names the first five."""
+def line_about(path: str, kind: str, rows: list, bad: list[int], why: str) -> Iterator[str]:
+    """One line about the rows at the indices `bad`, with the ids of the first five; none if all are good."""
     def name(i):
         has_id = isinstance(rows[i], dict) and "id" in rows[i]
         return f"id {rows[i]['id']!r:.40}" if has_id else f"entry {i}"
@@ -88,11 +86,11 @@ def raise_first(problems: Iterable[str]) -> None:
 
 
 def is_integer(value) -> bool:
-    return type(value) is int and -2**63 <= value < 2**63        # to isinstance True is an integer too
+    return type(value) is int and -2**63 <= value < 2**63        # isinstance(True, int) is True
 
 
 def is_box(box) -> bool:
-    # Compared, not asked whether it is finite: NaN fails, and so does an integer too large for a float.
+    # comparing instead of math.isfinite also rejects an integer that is too large for a float
     return (type(box) is list and len(box) == 4
             and all(type(v) in (int, float) and -1e30 < v < 1e30 for v in box))
 
@@ -102,11 +100,11 @@ def is_side(value) -> bool:
 
 
 def is_name(value) -> bool:
-    return type(value) is str and value != "" and not re.search(r"[\ud800-\udfff]", value)   # half a pair of surrogates
+    return type(value) is str and value != "" and not re.search(r"[\ud800-\udfff]", value)   # half of a surrogate pair
 
 
 def is_inside(name) -> bool:
-    # \udc80 to \udcff stand for bytes of a file's name that are no UTF-8, other halves of pairs for nothing.
+    # \udc80 to \udcff stand for the bytes of a file name that is not UTF-8; other lone surrogates stand for nothing
     return (type(name) is str and name != "" and not os.path.isabs(name) and ".." not in re.split(r"[/\\]", name)
             and not re.search(r"[\ud800-\udc7f\udd00-\udfff]", name))
 
@@ -114,25 +112,26 @@ def is_inside(name) -> bool:
 FORMS = {"id": (is_integer, "an integer"), "image_id": (is_integer, "an integer"),
          "category_id": (is_integer, "an integer"), "name": (is_name, "a text"),
          "width": (is_side, "a positive integer"), "height": (is_side, "a positive integer"),
-         "file_name": (is_inside, "a path inside the folder of images: absolute, with '..' or no text"),
+         "file_name": (is_inside, "a relative path without '..'"),
          "bbox": (is_box, "a list of 4 finite numbers")}
 KEYS = {"images": ("id", "file_name", "width", "height"), "categories": ("id", "name"),
         "annotations": ("id", "image_id", "category_id", "bbox")}
 
 
 def read_coco(path: str) -> dict[str, list[dict]]:
-    """A COCO file, checked: its `images`, `annotations`, `categories` have all their KEYS in the right form
-    and an id of their own, and every annotation a known image and category. Raises DataError."""
+    """The content of a COCO file, checked: KEYS in their FORMS, unique ids, and no annotation of an unknown image or
+    category. Raises DataError."""
     content = load_json(path)
     raise_first(content_problems(path, content))
     return content
 
 
 def load_json(path: str):
-    """What a COCO file holds, unchecked. COCO's test images come without annotations: then there are none.
+    """The content of a JSON file, unchecked; COCO's files of test images get an empty list of annotations.
+
     Raises DataError."""
     try:
-        with open(path, encoding="utf-8-sig") as file:  # editors of some systems begin a file with a mark
+        with open(path, encoding="utf-8-sig") as file:  # some editors put a byte order mark first
             content = json.load(file)
     except FileNotFoundError:
         raise DataError(f"annotation file {path} is missing; {GET_DATA}") from None
@@ -146,53 +145,55 @@ def load_json(path: str):
 
 
 def content_problems(path: str, content) -> Iterator[str]:
-    """Everything by which the content of a JSON file is none of a COCO annotation file, list by list."""
+    """Everything that keeps the content of a JSON file from being that of a COCO annotation file."""
     lists = {kind: content.get(kind) for kind in KEYS} if isinstance(content, dict) else {"images": None}
     for kind, rows in lists.items():
         if isinstance(rows, list):
             yield from row_problems(path, kind, rows)
         else:
-            yield f"{path} has no list '{kind}': it is not a COCO annotation file"
+            yield f"{path} has no list '{kind}', so it is not a COCO annotation file"
     if all(isinstance(rows, list) for rows in lists.values()):
         for key, kind in (("image_id", "images"), ("category_id", "categories")):
             known = {number for _, number in integers(lists[kind], "id")}
             unknown = [i for i, number in integers(lists["annotations"], key) if number not in known]
-            yield from named(path, "annotations", lists["annotations"], unknown, f"have an unknown {key}")
+            yield from line_about(path, "annotations", lists["annotations"], unknown, f"have an unknown {key}")
 
 
 def integers(rows: list, key: str) -> list[tuple[int, int]]:
-    """(place, value) of the rows of which `key` is an integer."""
+    """(index, value) of the rows whose `key` is an integer."""
     return [(i, row[key]) for i, row in enumerate(rows) if type(row) is dict and is_integer(row.get(key))]
 
 
 def row_problems(path: str, kind: str, rows: list) -> Iterator[str]:
-    """What is wrong with one list of a COCO file. A row that breaks a rule is not asked what builds on that rule."""
+    """What is wrong with one list of a COCO file. Rows that break a rule are left out of the rules that build on it."""
     objects = [i for i, row in enumerate(rows) if type(row) is dict]
-    yield from named(path, kind, rows, [i for i, row in enumerate(rows) if type(row) is not dict], "are no objects")
+    others = [i for i, row in enumerate(rows) if type(row) is not dict]
+    yield from line_about(path, kind, rows, others, "are not objects")
     for key in KEYS[kind]:
         right, form = FORMS[key]
-        yield from named(path, kind, rows, [i for i in objects if key not in rows[i]], f"have no '{key}'")
-        yield from named(path, kind, rows, [i for i in objects if key in rows[i] and not right(rows[i][key])],
-                         f"have a '{key}' that is not {form}")
+        yield from line_about(path, kind, rows, [i for i in objects if key not in rows[i]], f"have no '{key}'")
+        invalid = [i for i in objects if key in rows[i] and not right(rows[i][key])]
+        yield from line_about(path, kind, rows, invalid, f"have an invalid '{key}': not {form}")
     ids = integers(rows, "id")
     first = {number: i for i, number in reversed(ids)}
-    yield from named(path, kind, rows, [i for i, number in ids if first[number] != i], "have the id of another one")
+    copies = [i for i, number in ids if first[number] != i]
+    yield from line_about(path, kind, rows, copies, "have the id of an earlier one")
     if not rows and kind != "annotations":
         yield f"{path} has no {kind}"
 
 
 def image_problems(path: str, images: list[dict], image_dir: str) -> Iterator[str]:
-    """Whether the folder or some of the images are missing."""
+    """Whether the image folder or images in it are missing."""
     if not os.path.isdir(image_dir):
         yield f"image folder {image_dir} is missing; {GET_DATA}"
         return
     try:
-        # One listing of the folder instead of a question an image: the folder may be on a network.
-        there = {entry.name for entry in os.scandir(image_dir)}
+        # one listing instead of a lookup per image: the folder may be on a network
+        listed = {entry.name for entry in os.scandir(image_dir)}
     except OSError as error:
         yield f"image folder {image_dir} cannot be read: {error.strerror}"
         return
-    missing = [row for row in images if row["file_name"] not in there
+    missing = [row for row in images if row["file_name"] not in listed
                and not os.path.exists(os.path.join(image_dir, row["file_name"]))]
     if missing:
         ids = first_five([f"id {row['id']}" for row in missing[:6]])
@@ -201,52 +202,50 @@ def image_problems(path: str, images: list[dict], image_dir: str) -> Iterator[st
 
 
 def category_problems(path: str, classes: list[dict], val_path: str, val_classes: list[dict]) -> Iterator[str]:
-    """Whether the files to train and to evaluate on, of `classes` as in CocoBoxes, do not go together."""
+    """Whether the files to train and to evaluate on differ in their `classes` (see CocoBoxes)."""
     if classes != val_classes:
         yield f"{val_path} has other categories than {path}: both must list the same ids and names"
 
 
 def compressed_rle(path: str, annotation: dict, size: tuple[int, int]) -> bytes:
-    """Counts of the compressed RLE of an annotation's `segmentation`: polygons, none at all (an empty list: an empty
-    mask), or RLE, compressed or not.
-
-    Raises DataError, also where an RLE has another size than its image."""
+    """Counts of the compressed RLE of an annotation's `segmentation`: polygons, an RLE, compressed or not, or an empty
+    list, which is an empty mask. `size` is the image's. Raises DataError."""
     segmentation = annotation.get("segmentation")
     try:
         if segmentation == []:
             segmentation = {"size": size, "counts": [size[0] * size[1]]}
         if not segmentation:
-            raise ValueError("there is none, and masks are needed")
+            raise ValueError("it is missing, and masks are needed")
         if isinstance(segmentation, list):
             return coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))["counts"]
         counts, plain = segmentation["counts"], isinstance(segmentation["counts"], list)
         if tuple(segmentation["size"]) != size or plain and sum(counts) != size[0] * size[1]:
             raise ValueError("the RLE has another size than the image")
         return coco_mask.frPyObjects(segmentation, *size)["counts"] if plain else counts.encode()
-    except Exception as error:            # pycocotools raises what it trips over, plain Exception among it
+    except Exception as error:            # pycocotools raises anything, down to plain Exception
         why = str(error).split("\n")[0]
         raise DataError(f"{path}: annotation id {annotation['id']}: no usable segmentation: {why}") from None
 
 
 def positions(values: list[int], ids: np.ndarray) -> np.ndarray:
-    """Where in `ids` each of the values stands; all do."""
+    """The index in `ids` of each value; all are among them."""
     order = np.argsort(ids)
     return order[np.searchsorted(ids, np.array(values, np.int64), sorter=order)]
 
 
 def packed(strings: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """-> the n strings in one uint8 array, and the (n+1,) offsets of each in it."""
+    """n strings as one uint8 array and their offsets in it (n+1,)."""
     return np.frombuffer(b"".join(strings), np.uint8), np.cumsum([0, *map(len, strings)])
 
 
 def clipped(annotations: list[dict], sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Boxes within their images, `sizes` (all,2) -> (all,4) float64 xyxy; (all,) bool, those of crowds; (all,)
-    bool, others of under 1 px."""
+    """Boxes clipped to their images of `sizes` (m,2): (m,4) float64 xyxy, and as (m,) bool the crowds and the others
+    that are under 1 pixel wide or high."""
     xywh = np.array([row["bbox"] for row in annotations], np.float64).reshape(-1, 4)
     limits = sizes[:, ::-1]
     low, high = np.clip(xywh[:, :2], 0, limits), np.clip(xywh[:, :2] + xywh[:, 2:], 0, limits)
     crowd = np.array([bool(row.get("iscrowd")) for row in annotations], bool)
-    small = (high - low < 1 - 1e-6).any(1) & ~crowd              # (0.4 + 1) - 0.4 is a little under 1
+    small = (high - low < 1 - 1e-6).any(1) & ~crowd              # (0.4 + 1) - 0.4 is slightly under 1
     return np.concatenate([low, high], 1), crowd, small
 
 
@@ -258,9 +257,9 @@ def small_problems(path: str, annotations: list[dict], small: np.ndarray) -> Ite
 
 
 @contextlib.contextmanager
-def uncollected():
-    """Python's collector of cycles rests: there are none among the rows of a file, and to go through a million of them
-    again and again is a fifth of the time that they take to read."""
+def no_garbage_collection():
+    """Parsed rows contain no cycles, yet Python would search a million of them again and again: without it 100,000
+    images with 700,000 boxes are read in 4.4 instead of 6.6 s."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -273,16 +272,17 @@ def uncollected():
 class CocoBoxes:
     """A COCO-format annotation file as flat arrays: n images, m boxes.
 
-    image_ids (n,) int64; sizes (n,2) int32, (height, width) of the files; boxes (m,4) float32 xyxy, pixels of
-    the file, clipped to it; labels (m,) int64 from 0, label i being classes[i], {"id", "name"}, sorted by id;
-    offsets (n+1,): image i has the boxes offsets[i] to offsets[i+1]; rows (m,): where in the file's list of
-    annotations a box stands. With `masks` their masks too: `mask`; a box whose `segmentation` is an empty list has
-    an empty one, with a warning.
-    Crowd boxes are left out; those under 1 px after the clipping too, with a warning. Raises DataError.
+    image_ids (n,) int64; sizes (n,2) int32, (height, width); boxes (m,4) float32 xyxy in pixels of the image, clipped
+    to it; labels (m,) int64, label i being classes[i], {"id", "name"}, sorted by id; offsets (n+1,): image i has the
+    boxes offsets[i] to offsets[i+1]; rows (m,): the index of a box in the file's list of annotations.
 
-    Arrays, since a Python object for each box would be copied into every worker that as much as counts it."""
+    Leaves out crowds and, with a warning, boxes under 1 pixel. With `masks`, `mask` and `rle` give the mask of a box.
+    Raises DataError.
 
-    @uncollected()
+    Flat arrays: touching a Python object changes its reference count, which copies its memory page into every worker.
+    """
+
+    @no_garbage_collection()
     def __init__(self, json_path: str, image_dir: str, masks: bool = False):
         self.json_path, self.image_dir = str(json_path), str(image_dir)
         content = read_coco(self.json_path)
@@ -310,14 +310,14 @@ class CocoBoxes:
                 [compressed_rle(self.json_path, annotations[i], self.size(image[i])) for i in kept])
 
     def _check_masks(self, annotations: list[dict]) -> None:
-        """Warns of empty masks: dice is constant against them, so their boxes teach a box alone. Raises DataError where
-        all are empty."""
+        """Warns of empty masks: the dice loss is constant for them, so such an annotation trains a box and no mask.
+        Raises DataError if all are empty."""
         empty = [str(row["id"]) for row in annotations if row.get("segmentation") == []]
         if empty and len(empty) == len(annotations):
-            raise DataError(f"{self.json_path}: all {len(empty)} boxes have an empty segmentation: there are no masks")
+            raise DataError(f"{self.json_path}: all {len(empty)} boxes have an empty segmentation: no mask to learn")
         if empty:
             warn(f"{self.json_path}: {len(empty)} of {len(annotations)} boxes have an empty segmentation: "
-                 f"learnt as boxes alone (annotation id {first_five(empty)})")
+                 f"they train boxes and no masks (annotation id {first_five(empty)})")
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -330,16 +330,16 @@ class CocoBoxes:
         return os.path.join(self.image_dir, os.fsdecode(name))
 
     def image_boxes(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """-> boxes (G,4) xyxy in pixels of the file, labels (G,) of image i."""
-        own = slice(self.offsets[i], self.offsets[i + 1])
-        return self.boxes[own], self.labels[own]
+        """Boxes (G,4) xyxy in pixels of the file and labels (G,) of image i."""
+        boxes = slice(self.offsets[i], self.offsets[i + 1])
+        return self.boxes[boxes], self.labels[boxes]
 
     def mask(self, i: int, box: int) -> np.ndarray:
-        """(height, width) uint8, 0 or 1: the mask of box number `box` of all m, one of image i."""
+        """The mask of image i's box with index `box` in `boxes`: (height, width) uint8, 0 or 1."""
         return coco_mask.decode(self.rle(i, box))
 
     def rle(self, i: int, box: int) -> dict:
-        """The same as pycocotools' run lengths."""
+        """The mask as pycocotools' run lengths."""
         return {"size": self.size(i), "counts": self.rles[self.rle_offsets[box]:self.rle_offsets[box + 1]].tobytes()}
 
 
@@ -361,19 +361,12 @@ def ground_truth(json_path: str) -> COCO:
 
 
 def write_files(contents: dict[str, dict]) -> None:
-    """Write COCO files, {path: content}, each under a temporary name first: all are written before one is replaced.
-
-    Raises DataError."""
+    """Write COCO files, {path: content}. None is replaced before all are written. Raises DataError."""
     try:
-        for path, content in contents.items():
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path + ".tmp", "w", encoding="utf-8") as file:
-                json.dump(content, file)
-        for path in contents:
-            os.replace(path + ".tmp", path)
+        with contextlib.ExitStack() as replacements:
+            for path, content in contents.items():
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(replacements.enter_context(replacing(path)), "w", encoding="utf-8") as file:
+                    json.dump(content, file)
     except OSError as error:
         raise DataError(f"cannot write annotation file {path}: {error.strerror}") from None
-    finally:
-        for path in contents:
-            with contextlib.suppress(OSError):
-                os.remove(path + ".tmp")

@@ -1,4 +1,4 @@
-"""The command line behind `python data.py shapes | cityscapes | voc | yolo | check`."""
+"""The command line of `python data.py shapes | cityscapes | voc | yolo | check`."""
 import argparse
 import sys
 
@@ -11,28 +11,26 @@ from formats.yolo import write_yolo
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Data sets for training and evaluation.")
+    parser = argparse.ArgumentParser(description="Make, convert and check data sets.")
     commands = parser.add_subparsers(dest="command", required=True)
-    shapes = commands.add_parser("shapes", help="write the embedded data set of drawn shapes, in COCO layout",
+    shapes = commands.add_parser("shapes", help="draw the small data set shapes, in COCO layout",
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    shapes.add_argument("dir", metavar="DIR", help="folder to make, for example datasets/shapes")
-    shapes.add_argument("--train", type=int, default=3000, metavar="N", help="images to train on")
-    shapes.add_argument("--val", type=int, default=200, metavar="N", help="images to evaluate on")
+    shapes.add_argument("dir", metavar="DIR", help="new folder, for example datasets/shapes")
+    shapes.add_argument("--train", type=int, default=3000, metavar="N", help="number of training images")
+    shapes.add_argument("--val", type=int, default=200, metavar="N", help="number of images to evaluate on")
     shapes.add_argument("--size", type=int, default=128, metavar="S", help="side of an image, pixels")
-    shapes.add_argument("--seed", type=int, default=0, metavar="S", help="another one choices another set")
-    cityscapes = commands.add_parser("cityscapes", help="write COCO annotation files for Cityscapes")
-    cityscapes.add_argument("root", metavar="ROOT", help="folder that holds leftImg8bit and gtFine; the files go into "
-                            "its sub-folder annotations")
-    for command, layout in (("voc", "Pascal VOC's layout: Annotations, JPEGImages, ImageSets"),
-                            ("yolo", "YOLO's layout: images, labels, classes.txt or data.yaml (needs PyYAML)")):
-        convert = commands.add_parser(command, help=f"write COCO annotation files for a folder in {layout}")
-        convert.add_argument("root", metavar="DIR", help="the folder; the files go into its sub-folder annotations")
-    check = commands.add_parser("check", help="say what is wrong with a data set; exit status 1 where training would "
+    shapes.add_argument("--seed", type=int, default=0, metavar="S", help="seed: each draws a different set")
+    for command, layout in (("cityscapes", "Cityscapes: leftImg8bit, gtFine"),
+                            ("voc", "a folder in Pascal VOC's layout: Annotations, JPEGImages, ImageSets"),
+                            ("yolo", "a folder in YOLO's layout: images, labels, classes.txt or data.yaml (needs "
+                                     "PyYAML)")):
+        convert = commands.add_parser(command, help=f"write COCO annotation files for {layout}")
+        convert.add_argument("root", metavar="DIR", help="the folder; the files are written to DIR/annotations")
+    check = commands.add_parser("check", help="list what is wrong with a data set; exit status 1 if training would "
                                 "fail")
-    check.add_argument("paths", nargs="+", metavar="DIR_OR_JSON", help="a folder as --data of train.py takes it, or an "
-                       "annotation file in COCO format")
-    check.add_argument("--images", metavar="DIR", help="folder of the images of an annotation file, where they are "
-                       "not beside it")
+    check.add_argument("paths", nargs="+", metavar="DIR_OR_JSON", help="a data set as --data of train.py takes it, or "
+                       "a COCO annotation file")
+    check.add_argument("--images", metavar="DIR", help="image folder of an annotation file, if it is not beside it")
     return parser.parse_args(argv)
 
 

@@ -114,13 +114,13 @@ def test_sizes_are_positive_integers(tmp_path, key, value):
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../1.png", "a/../../1.png", "a\\..\\1.png", "", 7, None])
 def test_file_names_stay_in_the_folder(tmp_path, name):
-    reading(tmp_path, "id 11", "file_name", "inside the folder",
+    reading(tmp_path, "id 11", "file_name", "relative path without",
             change=lambda content: content["images"][1].update(file_name=name))
 
 
 @pytest.mark.parametrize("kind, number", [("images", 10), ("annotations", 1), ("categories", 3)])
 def test_ids_are_unique(tmp_path, kind, number):
-    reading(tmp_path, f"1 of 3 {kind}", "id of another", f"id {number}",
+    reading(tmp_path, f"1 of 3 {kind}", "id of an earlier", f"id {number}",
             change=lambda content: content[kind][2].update(id=number))
 
 
