@@ -1,13 +1,14 @@
-"""The comparisons of Tables 3 to 7 on drawn shapes, over seeds, by one command (results: EXPERIMENTS.md).
+"""The comparisons of Tables 3 to 7 on drawn shapes, over several seeds (results: EXPERIMENTS.md).
 
-    python -m tools.experiments                              every row, seeds 1 2 3; goes on where it was stopped
-    python -m tools.experiments --seeds 4 5 6                the same on other seeds
+    python -m tools.experiments                              every row, seeds 1 2 3; continues where it was stopped
+    python -m tools.experiments --seeds 4 5 6                the same with other seeds
     python -m tools.experiments --rows boxinst boxteacher    some rows
-    python -m tools.experiments --table                      train nothing, print the table of what is there
+    python -m tools.experiments --table                      train nothing, print the table of the finished runs
 
-A run is train.py with RECIPE and the options of RUNS, in OUT/seed<N>/<run>, evaluated twice: with the detector's
-scores and with those rescored by the masks, so that rescoring is not mistaken for learning. Runs go side by side,
-each on its share of the CPU cores. OUT/recipe.json keeps what they were made with: others do not mix with them.
+A run is train.py with RECIPE and the options of RUNS, in OUT/seed<N>/<run>. It is evaluated twice, with the scores of
+the detector and with scores rescored by the masks, so that rescoring is not mistaken for learning. Runs go side by
+side, each on its share of the CPU cores. OUT/recipe.json holds their recipe, so that runs of different recipes do not
+end up in one table.
 """
 import argparse
 import json
@@ -24,19 +25,19 @@ from typing import NamedTuple
 from formats.coco import datasets
 from formats.files import UserError, one_line_errors
 from formats.shapes import write_shapes
-from tools.command_line import positive
+from tools.command_line import AMP, not_negative, positive
 
 PROJECT = Path(__file__).resolve().parents[1]
 RECIPE = ("--backbone r18-slim --backbone-weights none --channels 64 --min-size 128 --max-size 128 "
           "--teacher-min-size 160 --teacher-max-size 160 --batch-size 8 --optimizer adamw --lr-decay cosine "
           "--clip-grad 10 --ema 0.99 --workers 0 --log-every 50 --measure-labels").split()
-START = "--method boxinst --iters 2000 --lr 2e-3".split()  # what ImageNet's weights are elsewhere: all begin with it
-FROM_START = "--iters 600 --lr 1e-3 --warmup 50 --ramp 1".split()  # there are masks already: no ramp
+START = "--method boxinst --iters 2000 --lr 2e-3".split()  # every run starts from it, as from ImageNet elsewhere
+FROM_START = "--iters 600 --lr 1e-3 --warmup 50 --ramp 1".split()  # the masks are good from the first step: no ramp
 RUNS = {
     "start": START,
     "condinst": "--method condinst".split(),
     "boxinst": "--method boxinst --average".split(),
-    "self-training": "--method condinst".split(),  # from the masks that `boxinst` of the same seed gives
+    "self-training": "--method condinst".split(),  # from the masks of `boxinst` of the same seed
     "boxteacher": [],
     "bce": "--pixel-loss bce --lambda-affinity 0".split(),
     "avg": "--pixel-loss avg --lambda-affinity 0".split(),
@@ -49,8 +50,10 @@ RUNS = {
 
 
 class Row(NamedTuple):
+    """A row of the table: which weights of which run it evaluates."""
+
     run: str
-    weights: str  # of its final checkpoint: teacher or student
+    weights: str  # teacher or student
     title: str
 
 
@@ -75,23 +78,22 @@ ROWS = {
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Experiments:
-    """The folders, and the scripts that are running."""
+    """The runs in a folder, and the programs that are training and evaluating them."""
 
     def __init__(self, args: argparse.Namespace):
         self.out, self.amp, self.eval_every = Path(args.out), args.amp, args.eval_every
         (self.train_json, self.train_images), (self.val_json, self.val_images) = datasets(args.data)
-        threads = max(1, cores() // args.jobs)
-        self.environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        self.environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores() // args.jobs))}
         self.stopped, self.running, self.lock = False, set(), threading.RLock()
 
-    def python(self, folder: Path, script: str, *options) -> None:
-        """Run a program of this project, its output at the end of folder/log.txt; UserError where it fails."""
-        command = [sys.executable, "-m", script, *map(str, options)]
+    def python(self, folder: Path, program: str, *options) -> None:
+        """Run a program of this project and append its output to folder/log.txt. Raises UserError if it fails."""
+        command = [sys.executable, "-m", program, *map(str, options)]
         with self.lock:
             if self.stopped:
                 raise UserError("stopped")
@@ -99,25 +101,24 @@ class Experiments:
             with (folder / "log.txt").open("a") as log:
                 print("$", " ".join(command), file=log, flush=True)
                 process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self.environment,
-                                           cwd=PROJECT,
-                                           start_new_session=True)  # Ctrl-C reaches it through `stop` alone, once
+                                           cwd=PROJECT, start_new_session=True)  # Ctrl-C reaches it by `stop` only
             self.running.add(process)
         status = process.wait()
         self.running.discard(process)
         if status:
-            raise UserError(f"{script} ended with status {status}; see {folder / 'log.txt'}")
+            raise UserError(f"{program} ended with status {status}; see {folder / 'log.txt'}")
 
     def stop(self, number: int, frame) -> None:
-        """On SIGINT or SIGTERM: begin nothing more, and ask the scripts to end; train.py saves first."""
+        """On SIGINT or SIGTERM: start no further program and terminate the running ones; train.py saves first."""
         with self.lock:
             self.stopped = True
         for process in list(self.running):
             process.terminate()
 
     def check_recipe(self) -> None:
-        """Write OUT/recipe.json, or refuse to mix runs that were made in different ways."""
-        recipe = json.loads(json.dumps({"amp": self.amp, "train": str(self.train_json), "recipe": RECIPE,
-                                        "from start": FROM_START, "runs": RUNS}))
+        """Write OUT/recipe.json. Raises UserError if the runs that are there had another recipe."""
+        recipe = {"amp": self.amp, "train": str(self.train_json), "recipe": RECIPE, "from start": FROM_START,
+                  "runs": RUNS}
         path = self.out / "recipe.json"
         if path.exists():
             old = json.loads(path.read_text())
@@ -132,7 +133,7 @@ class Experiments:
         return self.out / f"seed{seed}" / run
 
     def complete(self, run: str, seed: int, needed: list[Future]) -> None:
-        """Train a run to its end (train.py goes on with what is there), then evaluate each of its rows."""
+        """When the `needed` runs are done, train a run to its end and evaluate its rows, unless that has been done."""
         for future in needed:
             future.result()
         folder, annotations = self.folder(run, seed), self.train_json
@@ -145,7 +146,7 @@ class Experiments:
         validation = ["--val-json", self.val_json, "--val-images", self.val_images]
         if not (folder / "final.pt").exists():
             start = [] if run == "start" else ["--init", self.folder("start", seed) / "final.pt", *FROM_START]
-            # named file by file, nothing is evaluated in the run, unless asked for: that follows
+            # with --train-json train.py evaluates only if --val-json is given too
             evaluation = [*validation, "--eval-every", self.eval_every] if self.eval_every else []
             self.python(folder, "train", "--train-json", annotations, "--train-images", self.train_images,
                         *evaluation, *RECIPE, *start, *RUNS[run], "--seed", seed, "--amp", self.amp, "--out", folder)
@@ -165,13 +166,13 @@ class Experiments:
         return json.loads(self.metrics(row, seed, rescore).read_text())
 
     def all(self, rows: list[str], seeds: list[int], jobs: int) -> None:
-        """All runs, `jobs` at a time; where some fail the others go on, then the first failure is raised."""
+        """Do all runs, `jobs` at a time. If some fail the others continue, then the first error is raised."""
         needs = {run: ["start"] for run in RUNS if run != "start"} | {"self-training": ["boxinst"], "start": []}
         wanted = {ROWS[row].run for row in rows} | {"start"} | ({"boxinst"} if "self-training" in rows else set())
         futures = {}
         before = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         with ThreadPoolExecutor(jobs) as pool:
-            for run in RUNS:  # one that waits for another is always behind it: no deadlock
+            for run in RUNS:  # a run comes after those that it needs: no deadlock
                 for seed in seeds:
                     if run in wanted:
                         needed = [futures[other, seed] for other in needs[run]]
@@ -188,11 +189,11 @@ class Experiments:
 
 
 def table(experiments: Experiments, rows: list[str], seeds: list[int]) -> str:
-    """Markdown: a line for each row that has results, mean and standard deviation over its seeds.
+    """A Markdown table with a line for each row that has results: mean and standard deviation over the seeds.
 
-    "over BoxInst" is the difference of mask AP within a seed, where both runs began with the same weights. "label
-    IoU" and "student IoU" are of training boxes in the last logged iterations: the teacher's masks, and the
-    student's on the boxes that got one (all boxes, where no teacher labels).
+    "over BoxInst" is the difference of mask AP within a seed, where both runs started from the same weights. "label
+    IoU" and "student IoU" are of the training boxes in the last logged iterations: of the teacher's masks, and of the
+    student's masks for the boxes that got one (without a teacher, for all boxes).
     """
     columns = ("seeds", "mask AP", "over BoxInst", "AP50", "AP75", "mask AP, rescored", "box AP", "label IoU",
                "student IoU")
@@ -215,7 +216,7 @@ def table(experiments: Experiments, rows: list[str], seeds: list[int]) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """Mean ± standard deviation of a sample."""
+    """Mean ± standard deviation of a sample, as text."""
     if not values:
         return "–"
     text = f"{statistics.mean(values):.1f}"
@@ -223,7 +224,7 @@ def spread(values: list[float]) -> str:
 
 
 def last_line(path: Path) -> dict:
-    """The last logged iterations of a run."""
+    """The last line of a run's metrics.jsonl with losses."""
     lines = map(json.loads, path.read_text().splitlines())
     return [line for line in lines if "eval" not in line][-1]
 
@@ -233,20 +234,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                                      "shapes.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="of " + ", ".join(ROWS))
-    add("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N",
+    add("--seeds", nargs="+", type=not_negative, default=[1, 2, 3], metavar="N",
         help="of weights, order and augmentation")
-    add("--table", action="store_true", help="train nothing, print the table of what is there")
-    add("--out", default="runs/experiments", metavar="DIR", help="where the runs are")
-    add("--data", default="shapes", help="shapes (under datasets/, drawn there where missing), or a folder in COCO "
-        "layout, with masks")
+    add("--table", action="store_true", help="train nothing, print the table of the finished runs")
+    add("--out", default="runs/experiments", metavar="DIR", help="folder of the runs")
+    add("--data", default="shapes", help="shapes (under datasets/, drawn if missing), or a folder in COCO layout, with "
+        "masks")
     add("--eval-every", type=positive, metavar="N", help="iterations between evaluations within a run, for curves of "
-        "AP, which is rescored for boxteacher and of the averaged weights for boxinst; None: no such evaluations")
-    add("--jobs", type=positive, default=cores(), help="runs side by side; take few where they share a GPU")
-    add("--amp", default="off", choices=["auto", "off", "bf16", "fp16"], help="of training, as in train.py")
+        "AP (rescored for boxteacher, of the averaged weights for boxinst); None: no such evaluations")
+    add("--jobs", type=positive, default=cores(), help="runs side by side; take few if they share a GPU")
+    add("--amp", **AMP | {"default": "off"})
     args = parser.parse_args(argv)
     args.rows, args.seeds = list(dict.fromkeys(args.rows)), list(dict.fromkeys(args.seeds))
-    if min(args.seeds) < 0:
-        parser.error("argument --seeds: a seed is 0 or more")
     return args
 
 
@@ -261,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             if not args.table:
                 experiments.all(args.rows, args.seeds, args.jobs)
-        finally:  # a run that failed does not hide the others
+        finally:  # the table shows the other runs if one fails
             print(table(experiments, args.rows, args.seeds))
 
 
