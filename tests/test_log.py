@@ -1,4 +1,4 @@
-"""log.py: what a line of metrics.jsonl says, the same in TensorBoard, and sheets of masks that change nothing."""
+"""tools/log.py: lines of metrics.jsonl, the same figures in TensorBoard, and sheets, which must not change the run."""
 import json
 import os
 import random
@@ -12,16 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from helpers import SMALL, command, copy_set, metrics, new_run, one_line_error, only_training, same
-from tools import log
-from tools import draw
 from formats.checkpoint import load
 from formats.coco import CocoBoxes
-from tools.log import Log, draw_sheet, sheet_images
-from model import Instances
+from helpers import SMALL, command, copy_set, metrics, new_run, one_line_error, only_training, same
 from masks import encode
+from model import Instances
 from teacher import PseudoLabels
+from tools import draw, log
 from tools.draw import GAP, HEADER, PANEL
+from tools.log import Log, draw_sheet, sheet_images
 
 CELL = PANEL + GAP
 
@@ -69,7 +68,7 @@ def test_only_the_first_process_writes(tmp_path):
 
 
 def read_scalars(out: Path) -> dict[str, dict[int, float]]:
-    """What TensorBoard shows of a run: tag -> step -> value. No step may be there twice."""
+    """What TensorBoard shows of a run: tag -> step -> value. No step may appear twice."""
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = event_accumulator.EventAccumulator(str(out / "tensorboard")).Reload()
     found = {tag: [(x.step, x.value) for x in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
@@ -78,7 +77,7 @@ def read_scalars(out: Path) -> dict[str, dict[int, float]]:
 
 
 def flat(lines: list[dict]) -> dict[str, dict[int, float]]:
-    """The figures of metrics.jsonl as `read_scalars` has them."""
+    """The figures of metrics.jsonl in the form of `read_scalars`."""
     found = {}
     for line in lines:
         groups = line.get("eval") or {"train": {k: v for k, v in line.items() if k != "iter"}}
@@ -91,7 +90,7 @@ def flat(lines: list[dict]) -> dict[str, dict[int, float]]:
     return found
 
 
-def test_tensorboard_shows_what_metrics_jsonl_says_after_a_resume_too(drawn, warm, tmp_path):
+def test_tensorboard_shows_the_figures_of_metrics_jsonl_also_after_a_resume(drawn, warm, tmp_path):
     pytest.importorskip("tensorboard")
     out = tmp_path / "out"
     options = ["--data", drawn, "--out", out, *SMALL, "--init", warm, "--iters", 4, "--eval-every", 2,
@@ -103,7 +102,7 @@ def test_tensorboard_shows_what_metrics_jsonl_says_after_a_resume_too(drawn, war
             "per_class/star/segm"} <= scalars.keys()
     assert scalars["train/loss"].keys() == {1, 2, 3, 4} and scalars["segm/AP"].keys() == {2, 4}
 
-    # as if the process had been killed before the last checkpoint; other figures tell the second time from the first
+    # as if the process had been killed before the last checkpoint; the resumed run has other figures
     (out / "final.pt").unlink()
     (out / "previous.pt").replace(out / "last.pt")
     assert load(out / "last.pt")["iteration"] == 2
@@ -114,18 +113,17 @@ def test_tensorboard_shows_what_metrics_jsonl_says_after_a_resume_too(drawn, war
     assert pixel[1] == before[1] and pixel[3] == pytest.approx(4 * before[3], rel=1e-4) and pixel[3] > 0
 
 
-def test_without_its_package_tensorboard_is_one_line_and_nothing_is_written(drawn, tmp_path, capsys,
-                                                                            monkeypatch):
+def test_without_its_package_tensorboard_is_an_error_of_one_line(drawn, tmp_path, capsys, monkeypatch):
     for name in [name for name in sys.modules if re.match(r"(torch\.utils\.)?tensorboard\b", name)]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "tensorboard", None)                      # what `import` takes for not installed
+    monkeypatch.setitem(sys.modules, "tensorboard", None)                      # for `import`: not installed
     options = [*only_training(drawn), "--out", tmp_path / "out", *SMALL, "--iters", 1]
     assert command(*options, "--tensorboard") == 1
     assert "pip install tensorboard" in one_line_error(capsys) and list(tmp_path.iterdir()) == []
     assert command(*options) == 0 and not (tmp_path / "out/tensorboard").exists()
 
 
-# --------------------------------------------------------------------------------------------------- images
+# --------------------------------------------------------------------------------------------------- sheets
 
 
 def sheet_size(images: int, columns: int) -> tuple[int, int]:
@@ -156,7 +154,7 @@ def panel(image: np.ndarray, column: int) -> np.ndarray:
 
 @pytest.mark.parametrize("method", ["boxteacher", "boxinst", "condinst"])
 def test_a_sheet_shows_what_the_model_has_learnt(drawn, warm, tmp_path, method):
-    """Before: boxes. After 30 steps: fills too."""
+    """At first only boxes, after 30 steps masks too."""
     start, annotations = new_run(drawn, tmp_path, "--method", method)
     later, _ = new_run(drawn, tmp_path, "--method", method, "--init", str(warm))
     before, after = (drawn_by(run, annotations, tmp_path / "x.png") for run in (start, later))
@@ -171,7 +169,7 @@ def test_a_sheet_shows_what_the_model_has_learnt(drawn, warm, tmp_path, method):
 
 
 def test_masks_are_drawn_where_they_are(drawn, tmp_path, monkeypatch):
-    """One box of 32 x 32 pixels in the middle, enlarged by 5, with a mask in its left half or with none."""
+    """One box of 32 x 32 pixels in the middle, enlarged 5 times, with a mask in its left half or with none."""
     def change(content):
         content["images"] = content["images"][:1]
         content["annotations"] = [content["annotations"][0] | {"image_id": 1, "bbox": [16, 16, 32, 32]}]
@@ -204,7 +202,7 @@ def test_masks_are_drawn_where_they_are(drawn, tmp_path, monkeypatch):
     assert len(rows) and 50 < rows.min() <= rows.max() < 80
 
 
-def test_true_masks_have_a_panel_where_there_are_any(drawn, warm, tmp_path):
+def test_true_masks_have_a_panel_if_the_data_set_has_them(drawn, warm, tmp_path):
     for number, options in enumerate((["--method", "condinst"], ["--measure-labels"])):
         out = tmp_path / str(number)
         assert command(*only_training(drawn), "--out", out, *SMALL, "--init", warm, "--iters", 1, *options) == 0
@@ -213,7 +211,7 @@ def test_true_masks_have_a_panel_where_there_are_any(drawn, warm, tmp_path):
         assert (panel(np.asarray(image), 2) != panel(np.asarray(image), 1)).any()
 
 
-def test_a_sheet_has_as_many_panels_as_there_are_things_to_see(tmp_path):
+def test_a_sheet_has_three_panels_only_with_true_masks(tmp_path):
     image, boxes = torch.full((3, 64, 64), 100, dtype=torch.uint8), torch.tensor([[8.0, 8, 40, 40]])
     masks = torch.zeros(1, 64, 64, dtype=torch.bool)
     masks[0, 8:40, 8:40] = True
@@ -229,8 +227,8 @@ def test_a_sheet_has_as_many_panels_as_there_are_things_to_see(tmp_path):
     assert GAP + CELL <= differs.min() <= differs.max() < GAP + CELL + PANEL      # of the middle panel's title
 
 
-def test_drawing_changes_nothing_of_a_run(drawn, warm, tmp_path):
-    """Trained from scratch batch norms have averages, which a forward pass in training mode would move."""
+def test_drawing_does_not_change_the_run(drawn, warm, tmp_path):
+    """A network trained from scratch has batch-norm averages, which a forward pass in training mode would update."""
     for every in (1, 100):
         assert command(*only_training(drawn), "--out", tmp_path / str(every), *SMALL, "--init", warm, "--iters", 4,
                        "--augment", "strong", "--eval-every", every) == 0
@@ -259,7 +257,7 @@ def test_images_are_evenly_spaced_over_those_with_boxes():
     assert chosen([0, 1, 1] * 50)[:2] == [1, 22] and chosen([0, 1, 1] * 50)[-1] == 149
 
 
-def test_a_image_that_cannot_be_read_is_left_out(drawn, tmp_path, capsys):
+def test_an_image_that_cannot_be_read_is_left_out(drawn, tmp_path, capsys):
     def change(content):
         content["images"] = content["images"][:3]
         content["annotations"] = [a for a in content["annotations"] if a["image_id"] <= 3]
