@@ -1,10 +1,10 @@
-"""How runs went, as one image: losses, label quality and AP over the iterations, a colour for each run.
+"""Training curves of several runs in one figure: losses, label quality and AP over the iterations. Not in the paper.
 
     python evaluate.py --curves curves.png runs/boxinst-r50-coco runs/boxteacher-r50-coco
 
-Reads metrics.jsonl, which train.py writes. A panel for each quantity that some run has. AP is that of train.py's own
-evaluations: rescored by the masks for BoxTeacher, of the averaged weights where there are any. `axes` is also what
-quality.py draws on. Not from the paper.
+The curves are read from the metrics.jsonl of each run. There is a panel for each quantity that some run has, and a
+colour for each run. AP is that of train.py's evaluations: rescored by the masks for BoxTeacher, of the averaged weights
+if the run averages. tools/quality.py and tools/growth.py draw on `axes` too.
 """
 import json
 import math
@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from formats.files import UserError, replacing
 
-# title, key of a line of metrics.jsonl (of its evaluation, where it is a pair)
+# title, and the key of a line of metrics.jsonl; a pair is a key of the line's evaluation
 PANELS = (("mask AP", ("segm", "AP")), ("box AP", ("bbox", "AP")), ("IoU of pseudo masks", "label_iou"),
           ("IoU of the student's masks", "student_iou"), ("class loss", "loss_cls"), ("box loss", "loss_box"),
           ("centerness loss", "loss_centerness"), ("projection loss", "loss_projection"),
@@ -25,14 +25,14 @@ COLOURS = ((30, 90, 200), (210, 70, 40), (40, 150, 70), (150, 80, 190), (200, 14
 INK, GRID = (40, 40, 46), (226, 226, 230)
 WIDTH, HEIGHT = 270, 170                  # of a panel's axes, pixels
 LEFT, TOP, RIGHT, BOTTOM = 56, 34, 16, 34  # around them
-PER_LINE = 4                              # panels beside each other
+PER_LINE = 4                              # panels side by side
 LEGEND = 24                               # height of a line of the legend
 
 
 def draw_curves(runs: list[str], path: str) -> None:
-    """Write the PNG. Raises UserError for more runs than COLOURS, no readable metrics.jsonl, or nothing to draw."""
+    """Write the PNG. Raises UserError for more runs than COLOURS, an unreadable metrics.jsonl, or nothing to draw."""
     if len(runs) > len(COLOURS):
-        raise UserError(f"{len(runs)} runs are too many to be told apart in one image: name at most {len(COLOURS)}")
+        raise UserError(f"{len(runs)} runs are too many to tell apart in one figure: name at most {len(COLOURS)}")
     lines = [read_metrics(run) for run in runs]
     panels = [(title, [series(of_run, key) for of_run in lines]) for title, key in PANELS]
     panels = [(title, curves) for title, curves in panels if any(curves)]
@@ -57,16 +57,16 @@ def draw_curves(runs: list[str], path: str) -> None:
 
 
 def read_metrics(run: str) -> list[dict]:
-    """The lines of a run's metrics.jsonl; the last one is left out where a running process has not finished it."""
+    """The lines of a run's metrics.jsonl, without a last one that is not finished yet. Raises UserError."""
     path, lines = Path(run) / "metrics.jsonl", []
     try:
         rows = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; a run's folder is wanted") from None
+        raise UserError(f"{path}: {error.strerror}; name the folder of a run") from None
     for number, row in enumerate(rows, 1):
         try:
             line = json.loads(row)
-            series([line], "iter"), series([line], ("segm", "AP"))  # it has an iteration; an evaluation is one
+            series([line], "iter"), series([line], ("segm", "AP"))  # fail for anything but a line of a log
             lines.append(line)
         except (ValueError, TypeError, KeyError, AttributeError):
             if number < len(rows):
@@ -75,7 +75,7 @@ def read_metrics(run: str) -> list[dict]:
 
 
 def series(lines: list[dict], key: str | tuple[str, str]) -> list[tuple[int, float]]:
-    """(iteration, value) of each line that has the value."""
+    """(iteration, value) of each line with this key."""
     if isinstance(key, str):
         points = [(line["iter"], line.get(key)) for line in lines]
     else:
@@ -85,10 +85,10 @@ def series(lines: list[dict], key: str | tuple[str, str]) -> list[tuple[int, flo
 
 def draw_panel(canvas: Image.Image, left: int, top: int, title: str, curves: list[list[tuple[int, float]]],
                last: int, font: ImageFont.FreeTypeFont) -> None:
-    """One quantity of all runs, from iteration 0 to `last`, its axes' upper left corner at (left, top)."""
+    """Draw one quantity of all runs, from iteration 0 to `last`. (left, top): upper left corner of the axes, pixels."""
     values = np.array([y for curve in curves for _, y in curve])
     low, high = values.min(), values.max()
-    if title.endswith("loss"):  # a first value far off would flatten the rest
+    if title.endswith("loss"):  # an outlier at the start would flatten the rest
         high = max(np.quantile(values, 0.98), *(curve[-1][1] for curve in curves if curve))
     x_ticks, y_ticks = ticks(0, last), ticks(low, high)
     low, high = min(low, y_ticks[0]), max(high, y_ticks[-1])
@@ -105,7 +105,7 @@ def draw_panel(canvas: Image.Image, left: int, top: int, title: str, curves: lis
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """About five round numbers from `low` or just below it to `high` or just above it."""
+    """About five round numbers that span `low` to `high`."""
     if high - low < 1e-9:
         low, high = low - 0.5, high + 0.5
     rough = (high - low) / 4
@@ -116,7 +116,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 def axes(canvas: Image.Image, left: int, top: int, width: int, height: int, x_ticks: list[tuple[float, str]],
          y_ticks: list[tuple[float, str]], x_label: str, y_label: str, font: ImageFont.FreeTypeFont) -> None:
-    """A frame with a grid, numbers and labels. A tick is a place, 0 at the left or bottom to 1, and its text."""
+    """Draw a frame with grid, numbers and labels. A tick is a position from 0 (left, bottom) to 1, and its text."""
     draw, bottom = ImageDraw.Draw(canvas), top + height
     for place, text in x_ticks:
         x = int(left + place * width + 0.5)

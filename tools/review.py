@@ -1,7 +1,7 @@
-"""The review page of predict.py --boxes: one HTML file, the least certain masks first, for a person to go through.
+"""The review page of predict.py --boxes: one HTML file for a person to go through, the least certain masks first.
 
-It holds its images itself and asks nothing of the network, so it opens from disk and can be sent to somebody. Every
-name that comes from a file is escaped: an annotation file must not be able to put anything but text on the page.
+The pictures are inside the file, and it loads nothing from elsewhere, so it opens from disk and can be sent to someone.
+Names from files are escaped: an annotation file can put nothing but text on the page.
 """
 import base64
 import html
@@ -22,7 +22,7 @@ from tools.draw import fill_mask, outline_mask
 from tools.label import ASSIGNED, PROMPTED, Labels
 
 SIDES = (190, 320)  # the longer side of a cut-out lies between these, pixels
-LISTED = 20_000     # boxes below --min-score that the page names without an image
+LISTED = 20_000     # boxes below --min-score that the page lists without a picture, at most
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -56,38 +56,38 @@ li {{ overflow-wrap: anywhere; }}
 </html>
 """
 
-FIGURE = """<figure>{image}<figcaption><span class="score">{score:.2f}</span><b>{name}</b><br>{source}, box {id}<br>
+FIGURE = """<figure>{picture}<figcaption><span class="score">{score:.2f}</span><b>{name}</b><br>{source}, box {id}<br>
 {file}</figcaption></figure>"""
 
 
 def write_review(annotations: CocoBoxes, labels: Labels, ids: list, links: list[tuple[str, str]], path: str,
                  count: int, min_score: float) -> None:
-    """Write the page with the `count` masks of the lowest scores.
+    """Write the page with the `count` lowest-scored masks, and a list of further boxes below min_score.
 
-    ids: of the annotation of each box; links: for each image its name and its drawing, relative to the page.
+    ids: of the annotation of each box. links: for each image its name and the path of its drawing from the page.
     """
     order = np.argsort(labels.scores, kind="stable")
     shown, low = order[:count].tolist(), int((labels.scores < min_score).sum())
-    image = (np.searchsorted(annotations.offsets, np.arange(len(order)), side="right") - 1).tolist()
-    images = cut_outs(annotations, labels, shown, image)
+    image_of = (np.searchsorted(annotations.offsets, np.arange(len(order)), side="right") - 1).tolist()
+    pictures = cut_outs(annotations, labels, shown, image_of)
 
     def described(k: int) -> dict[str, str]:
         return {"name": escaped(annotations.classes[annotations.labels[k]]["name"]), "id": escaped(ids[k]),
                 "source": labels.sources[k] or "no mask", "score": float(labels.scores[k]),
-                "file": escaped(links[image[k]][0])}
+                "file": escaped(links[image_of[k]][0])}
 
     figures = []
     for k in shown:
-        inside = f'<span class="none">{escaped("the image cannot be read")}</span>'
-        if images[k]:
-            inside = (f'<a href="{quote(os.fsencode(links[image[k]][1]))}"><img alt="{described(k)["name"]}" '
-                      f'loading="lazy" src="data:image/jpeg;base64,{images[k]}"></a>')
-        figures.append(FIGURE.format(image=inside, **described(k)))
-    summary = (f"{len(order)} boxes: {labels.sources.count(ASSIGNED)} masks were found by the detector, "
-               f"{labels.sources.count(PROMPTED)} by asking at the box, {labels.sources.count(None)} boxes have none. "
-               f"Half of the scores are above {np.median(labels.scores) if len(order) else 0:.2f}. "
+        inside = '<span class="none">the image cannot be read</span>'
+        if pictures[k]:
+            inside = (f'<a href="{quote(os.fsencode(links[image_of[k]][1]))}"><img alt="{described(k)["name"]}" '
+                      f'loading="lazy" src="data:image/jpeg;base64,{pictures[k]}"></a>')
+        figures.append(FIGURE.format(picture=inside, **described(k)))
+    found, prompted, none = map(labels.sources.count, (ASSIGNED, PROMPTED, None))
+    summary = (f"{len(order)} boxes: {found} masks were found by the detector, {prompted} by prompting at the box, "
+               f"{none} boxes have none. Half of the scores are above {np.median(labels.scores) if len(order) else 0:.2f}. "
                + f"{low} are below {min_score:g}: these masks were left out of the file. " * bool(low)
-               + f"Here are the lowest {len(shown)}; an image leads to the whole one.")
+               + f"Below are the lowest {len(shown)}. Click a picture to see the whole image.")
     rest = [described(k) for k in order[len(shown):max(low, len(shown))][:LISTED].tolist()]
     lines = "\n".join(f"<li>{one['score']:.2f} {one['name']}, box {one['id']}, {one['file']}</li>" for one in rest)
     rest = f"<h1>Left out as well</h1>\n<ol>\n{lines}\n</ol>\n" if rest else ""
@@ -96,22 +96,22 @@ def write_review(annotations: CocoBoxes, labels: Labels, ids: list, links: list[
 
 
 def escaped(text) -> str:
-    """Text for a page: what would be markup is not, and half a surrogate pair, which UTF-8 has not, is a mark."""
+    """Text without markup; half a surrogate pair, which UTF-8 cannot hold, becomes a question mark."""
     return html.escape(str(text).encode("utf-8", "replace").decode("utf-8"))
 
 
 def cut_outs(annotations: CocoBoxes, labels: Labels, boxes: list[int], image_of: list[int]) -> dict[int, str]:
-    """Box number -> JPEG of its surroundings with mask and box, in base64; "" where its image cannot be read."""
+    """For each of the numbered boxes the JPEG of its surroundings, in base64; "" if its image cannot be read."""
     found = dict.fromkeys(boxes, "")
     by_image = {}
     for k in boxes:
         by_image.setdefault(image_of[k], []).append(k)
-    for i, own in by_image.items():
+    for i, of_image in by_image.items():
         try:
             image = load_image(annotations.path(i), annotations.size(i))
         except UndecodableImage:
             continue
-        for k in own:
+        for k in of_image:
             buffer = io.BytesIO()
             cut_out(image, annotations.boxes[k], labels.rles[k]).save(buffer, "JPEG", quality=85)
             found[k] = base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -119,7 +119,7 @@ def cut_outs(annotations: CocoBoxes, labels: Labels, boxes: list[int], image_of:
 
 
 def cut_out(image: Image.Image, box: np.ndarray, rle: dict | None) -> Image.Image:
-    """The box (4,) xyxy of an image and a fifth of it around, enlarged or reduced to SIDES, mask and box drawn."""
+    """Crop a box (4,) xyxy and a margin of a fifth from an image, resize it to SIDES and draw mask and box over it."""
     x0, y0, x1, y1 = box.tolist()
     margin = max(6, 0.2 * max(x1 - x0, y1 - y0))
     frame = [int(max(0, x0 - margin)), int(max(0, y0 - margin)),
