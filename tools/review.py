@@ -85,7 +85,8 @@ def write_review(annotations: CocoBoxes, labels: Labels, ids: list, links: list[
         figures.append(FIGURE.format(picture=inside, **described(k)))
     found, prompted, none = map(labels.sources.count, (ASSIGNED, PROMPTED, None))
     summary = (f"{len(order)} boxes: {found} masks were found by the detector, {prompted} by prompting at the box, "
-               f"{none} boxes have none. Half of the scores are above {np.median(labels.scores) if len(order) else 0:.2f}. "
+               f"{none} boxes have none. "
+               f"Half of the scores are above {np.median(labels.scores) if len(order) else 0:.2f}. "
                + f"{low} are below {min_score:g}: these masks were left out of the file. " * bool(low)
                + f"Below are the lowest {len(shown)}. Click a picture to see the whole image.")
     rest = [described(k) for k in order[len(shown):max(low, len(shown))][:LISTED].tolist()]
