@@ -42,6 +42,7 @@ import model
 import teacher
 import train
 from assign import fcos_targets
+from backbone import make_backbone
 from data import AUGMENTATIONS, COMPILED_STRIDE, STRIDE, Batch, TrainBatches, view
 from formats.files import one_line_errors
 from formats.pictures import as_rgb
@@ -133,7 +134,8 @@ class Training:
         self.args = training_arguments(options)
         self.args.device = args.device
         annotations = made_up_data(folder, 2 * args.batch_size * world_size, tuple(args.size), args.instances)
-        with patch.object(train.checkpoint, "load_backbone", lambda *_: ({}, False)):  # random weights, frozen norms
+        random = make_backbone(args.backbone, frozen=True).state_dict()
+        with patch.object(train, "load_backbone", lambda *_: (random, False)):  # frozen norms without a download
             self.run = train.Run(self.args, annotations.classes, rank, world_size, args.device)
         batches = TrainBatches(annotations, batch_size=self.args.batch_size, min_sizes=self.args.min_size,
                                max_size=self.args.max_size, teacher_size=tuple(teacher_size), rank=rank,

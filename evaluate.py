@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data import Batch, TestImages
-from formats.checkpoint import CheckpointError, load_model
+from formats.checkpoint import check_classes
 from formats.coco import CocoBoxes, datasets, ground_truth
 from formats.files import one_line_errors
 from formats.pictures import check_sizes
-from model import Instances, Predictions, find_instances
+from model import Instances, Predictions, find_instances, load_model
 from tools import cityscapes_score
 from tools.command_line import (AMP, RESCORE, go_together, input_size, model_options, output_file, pick_amp, positive,
                                 print_table, probability, rescored, start_distributed, write_json)
@@ -150,30 +150,6 @@ def print_tables(metrics: dict) -> None:
         print_table(title, FIGURES, {"": [(metrics[kind] or {}).get(name) for name in FIGURES]})
     print_table("class AP", ("box", "mask"), {name: (figures["bbox"], figures["segm"])
                                               for name, figures in metrics["per_class"].items()})
-
-
-def check_classes(checkpoint: str, info: dict, json_path: str, classes: list[dict]) -> None:
-    """CheckpointError where the checkpoint's classes (ids and names, in order) are not the data set's.
-
-    A released checkpoint of other classes than COCO's does not name them: then their number must be the same.
-    """
-    trained, number = info["classes"], info["model"]["num_classes"]
-    if trained is None:
-        if number != len(classes):
-            raise CheckpointError(f"checkpoint {checkpoint} was trained for {number} classes; {json_path} has "
-                                  f"{len(classes)}")
-        return
-    ours, theirs = ([f"{c['id']} {c['name']}" for c in some] for some in (trained, classes))
-    if ours == theirs:
-        return
-
-    def only(some, others):
-        extra = [c for c in some if c not in others]
-        shown = ", ".join(extra[:5]) + ", …" * (len(extra) > 5)
-        return f"{len(some)}, of them only there: {shown or 'none'}"
-
-    raise CheckpointError(f"checkpoint {checkpoint} was trained for other classes: "
-                          f"it has {only(ours, theirs)}; {json_path} has {only(theirs, ours)}")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -27,6 +27,8 @@ from torchvision.ops import batched_nms
 
 from backbone import BatchNorm, make_backbone
 from data import canvas_of, padded, pixels, resized_size, view
+from formats import checkpoint
+from formats.checkpoint import CheckpointError
 from formats.pictures import as_rgb, load_image
 from masks import aligned_bilinear, decode, paste_masks
 
@@ -400,10 +402,42 @@ def predict(model: CondInst, images: Tensor, sizes: list[tuple[int, int]], origi
     return find_instances(model(images, sizes), sizes, original_sizes, score_threshold, rescore)
 
 
-# ------------------------------------------------------------------------------------- for programs of one's own
+# ---------------------------------------------------------------------------------------- a trained model
 
 
-# Below it most objects are false; by whether scores are rescored: q is above 0.5, so sqrt(d q) is the larger one.
+def load_model(path: str | os.PathLike, weights: str | None = None) -> tuple[CondInst, dict]:
+    """The model of a checkpoint, ours or a released one, with the weights of "teacher", "student", or None: the
+    teacher's if there are any.
+
+    Returns (model in eval mode on the CPU, the rest of the checkpoint: classes, method, config, iteration, ..., and
+    which "weights" these are). Raises CheckpointError.
+    """
+    state = checkpoint.load(path, PIXEL_STD)
+    weights = weights or ("teacher" if state["teacher"] is not None else "student")
+    if state[weights] is None:
+        raise CheckpointError(f"{path} holds no teacher (method {state['method']}); use --weights student")
+    info = {key: value for key, value in state.items() if key not in ("student", "teacher", *checkpoint.RESUME_ONLY)}
+    return restore(path, state, weights).eval(), info | {"weights": weights}
+
+
+def restore(path: str | os.PathLike, state: dict, weights: str) -> CondInst:
+    """The network of a checkpoint's `state` with its "teacher" or "student" weights. CheckpointError: not a match."""
+    try:
+        model = build_model(**state["model"])
+        checkpoint.load_weights(model, state[weights])
+    except Exception as error:  # a file that was damaged or made by another version may hold anything
+        raise CheckpointError(f"{path}: the {weights}'s weights do not fit the model it names: "
+                              f"{checkpoint.first_line(error)}") from None
+    return model
+
+
+def test_size(info: dict) -> tuple[int, int]:
+    """The shorter and the longest side at which a checkpoint is tested, pixels: COCO's unless it states others."""
+    config = info["config"] or {}
+    return config.get("test_min_size") or 800, config.get("test_max_size") or 1333
+
+
+# Below these most objects are false. With rescoring the threshold is higher: q > 0.5 makes sqrt(d q) larger than d.
 SCORE_THRESHOLD = {False: 0.3, True: 0.6}
 
 
@@ -415,17 +449,16 @@ def confident(instances: Instances, score: float) -> Instances:
 
 
 class Predictor:
-    """A trained model that takes images: what `load` gives. classes: the name of each label."""
+    """What `load` returns: a trained model that takes images. classes: the name of each label."""
 
     def __init__(self, network: CondInst, classes: list[str], size: tuple[int, int], rescore: bool):
         self.network, self.classes, self.size, self.rescore = network, classes, size, rescore
 
     def predict(self, image, score_threshold: float | None = None) -> Instances:
-        """The instances of one image whose score, as it is reported, is at least score_threshold (None: 0.6 where
-        scores are rescored, else 0.3).
+        """The instances of one image whose reported score is at least score_threshold (None: SCORE_THRESHOLD).
 
-        image: a file's path, a Pillow image (both turned as their EXIF says), or an array or tensor (height, width,
-        3), uint8 RGB.
+        image: a file's path, a Pillow image (both turned as their EXIF orientation requires), or an array or tensor
+        (height, width, 3), uint8 RGB.
         """
         if isinstance(image, (str, os.PathLike)):
             image = load_image(os.fspath(image))
@@ -443,12 +476,8 @@ class Predictor:
         return confident(found[0], score_threshold)
 
 
-def load(ckpt, device: str = "cpu", weights: str | None = None) -> Predictor:
-    """A trained model from a checkpoint of this project, or a released one, as in evaluate.py.
-
-    weights: "teacher" or "student"; None: the teacher's where there are any. Raises CheckpointError.
-    """
-    from formats.checkpoint import load_model, test_size  # which builds on this file
+def load(ckpt: str | os.PathLike, device: str = "cpu", weights: str | None = None) -> Predictor:
+    """A trained model from a checkpoint; see load_model."""
     network, info = load_model(ckpt, weights)
     classes = info["classes"] or [{"name": str(label)} for label in range(network.num_classes)]
     return Predictor(network.to(device), [c["name"] for c in classes], test_size(info), info["method"] == "boxteacher")

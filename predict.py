@@ -20,11 +20,10 @@ from tqdm import tqdm
 
 from data import Sample, pixels, readable_batches, resized_size, view
 from evaluate import coco_results
-from formats.checkpoint import load_model, test_size
 from formats.coco import CocoBoxes, DataError, UndecodableImage
 from formats.files import one_line_errors, replacing, warn
 from formats.pictures import check_sizes, find_images, load_image
-from model import SCORE_THRESHOLD, CondInst, confident, predict
+from model import SCORE_THRESHOLD, CondInst, confident, load_model, predict, test_size
 from tools.command_line import (AMP, DEVICE, go_together, not_negative, output_file, pick_amp, positive, probability,
                                 write_json)
 from tools.draw import corners, draw_instances, stack

@@ -36,9 +36,10 @@ from evaluate import coco_metrics, evaluate, print_tables
 from formats import checkpoint
 from formats.checkpoint import CheckpointError
 from formats.coco import NAMES, CocoBoxes, category_problems, datasets, raise_first
-from formats.files import UserError
+from formats.files import UserError, warn
 from formats.pictures import check_sizes, undecodable_limit
-from model import CondInst, build_model
+from formats.released import read_backbone, summary
+from model import PIXEL_STD, CondInst, build_model
 from recipe import RECIPES, learning_rate, make_plan, parse_arguments, ramp_factor
 from tools.command_line import output_file, pick_amp, start_distributed
 from tools.log import Log, draw_sheet, summary_writer
@@ -125,20 +126,20 @@ class Run:
         # weights to go on from or to start with, and the conventions of the network that they are made for
         state, start, backbone = None if args.fresh else checkpoint.load_latest(self.out), None, None
         if state is None and args.init:
-            start = checkpoint.load(args.init)
+            start = checkpoint.load(args.init, PIXEL_STD)
         elif state is None and args.backbone_weights != "none":
-            backbone, self.spec["stride_in_1x1"] = checkpoint.load_backbone(args.backbone, args.backbone_weights)
+            backbone, self.spec["stride_in_1x1"] = load_backbone(args.backbone, args.backbone_weights)
         its = (state or start or {"model": {}})["model"]
         self.spec |= {key: its[key] for key in ("mask_channels", "stride_in_1x1") if key in its}
 
         torch.manual_seed(args.seed)
         self.model = build_model(**self.spec)
         if start is not None:
-            checkpoint.initialise(self.model, classes, start, args.init)
+            initialise(self.model, classes, start, args.init)
             if rank == 0:
                 print(f"starts from {args.init} (method {start['method']})")
         elif backbone is not None:
-            self.model.backbone.load_state_dict(backbone, strict=False)
+            start_backbone(self.model.backbone, backbone, args.backbone, args.backbone_weights)
         self.model.to(device).train()
         averaged = args.method == "boxteacher" or args.average
         self.teacher = teacher_module.make_teacher(self.model) if averaged else None
@@ -227,6 +228,48 @@ class Run:
                             self.out / "last.pt", self.out / "previous.pt")
         if self.world_size > 1:
             dist.barrier()
+
+
+def initialise(model: CondInst, classes: list[dict], state: dict, path: str | Path) -> None:
+    """--init: start `model` from a checkpoint's `state`, without its class layer if the classes differ.
+
+    Any other difference is a CheckpointError that names the first parameter.
+    """
+    weights, spec = state["teacher"] or state["student"], state["model"]
+    if state["classes"] != classes:
+        weights = {name: w for name, w in weights.items() if not name.startswith("head.class_logits.")}
+    try:
+        checkpoint.load_weights(model, weights, may_lack=r"head\.class_logits\..+")
+    except ValueError as error:
+        options = (f"--backbone {spec['backbone']} --channels {spec['channels']} "
+                   + ("without --backbone-weights none" if spec["frozen"] else "--backbone-weights none"))
+        raise CheckpointError(f"{path} does not fit this model: it was made with {options} (the first difference: "
+                              f"{error})") from None
+    if state["classes"] != classes:
+        warn(f"{path} " + ("does not name its classes" if state["classes"] is None else "was trained for other classes")
+             + ": its class layer is left out")
+
+
+def load_backbone(name: str, source: str) -> tuple[dict, bool]:
+    """--backbone-weights: a backbone's weights and its stride_in_1x1, see read_backbone; prints what is left out.
+
+    Whatever is wrong with a download or a file is a CheckpointError.
+    """
+    try:
+        weights, stride_in_1x1, dropped = read_backbone(name, source, PIXEL_STD)
+    except Exception as error:  # the file may be anything
+        raise CheckpointError(f"--backbone-weights {source}: {checkpoint.first_line(error)}") from None
+    if dropped and os.environ.get("RANK", "0") == "0":
+        print(f"--backbone-weights {source}: left out {'; '.join(summary(dropped))}")
+    return weights, stride_in_1x1
+
+
+def start_backbone(backbone: nn.Module, weights: dict, name: str, source: str) -> None:
+    """Load what `load_backbone` read. No such file has the offsets of deformable convolutions or Swin's last norms."""
+    try:
+        checkpoint.load_weights(backbone, weights, may_lack=r"norms\..+|.+\.offset\.\w+")
+    except ValueError as error:
+        raise CheckpointError(f"--backbone-weights {source}: it does not hold the weights of {name}: {error}") from None
 
 
 def run_evaluation(run: Run, log: Log, annotations: CocoBoxes) -> None:

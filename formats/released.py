@@ -1,24 +1,19 @@
 """Weights that others trained, in our names: released checkpoints, and ImageNet weights for the backbones.
 
-    read              a file onto the CPU, running nothing that it holds
     read_checkpoint   BoxTeacher's, and AdelaiDet's BoxInst and CondInst -> a checkpoint like our own (checkpoint.py)
     read_backbone     torchvision's, detectron2's MSRA ResNets, the Swin authors' -> a state dict of backbone.py
 
-The released programs differ from ours in more than names. What becomes of it:
+The released programs differ from ours in more than names:
 
-    pixels are BGR less their mean   ours are RGB, divided by a standard deviation too: the first convolution is turned
-                                     round and multiplied by it, which makes it the same function (`fold_pixels`)
-    ResNets of MSRA halve the map in the first 1x1 convolution, not in the 3x3        build_model's stride_in_1x1
-    CondInst's mask branch has 8 channels, not 16                                     build_model's mask_channels
-    BoxTeacher reports sqrt(detection score x mask quality), the others the former    "method", read by evaluate.py
+    BGR pixels less their mean         the first convolution is changed to read ours (`fold_pixels`)
+    MSRA's ResNets halve the map in the first 1x1 convolution, not in the 3x3            stride_in_1x1 of build_model
+    CondInst's mask branch has 8 channels, not 16                                        mask_channels of build_model
+    BoxTeacher reports sqrt(detection score x mask quality), the others the first alone  "method", read by evaluate.py
 
-Every key of a file finds its place in the network or is one that we know we can do without (UNUSED); any other, like a
-missing or misshapen one, is an error that names it.
+A key that has no name of ours and is not UNUSED is an error here. Whether the renamed weights fit a network shows when
+they are loaded (checkpoint.load_weights).
 """
-import _codecs
-import pickle
 import re
-import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -27,111 +22,8 @@ import torch
 import torchvision
 from torch import Tensor
 
-from backbone import make_backbone
 from formats.coco import COCO_CLASSES
-from model import PIXEL_STD, build_model
-
-# ------------------------------------------------------------------------------------------------- reading files
-
-class PickledType:
-    """Stands for numpy's dtype in a pickle: numbers of up to 8 bytes and nothing else."""
-
-    def __init__(self, code: str, *_):
-        if not re.fullmatch(r"[biuf][1248]", str(code)):
-            raise ValueError(f"only arrays of numbers are admitted, not of {ascii(code):.40}")
-        self.code = str(code)
-
-    def __setstate__(self, state: tuple) -> None:
-        if state[1] not in ("<", ">", "|", "="):
-            raise ValueError("an array has no byte order")
-        self.code = state[1] + self.code
-
-
-class PickledArray:
-    """Stands for numpy's array in a pickle."""
-
-    def __init__(self, *_):
-        self.array = np.zeros(0)
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, kind, fortran, data = state
-        self.array = array_of(data, kind, shape, "F" if fortran else "C")
-
-
-def array_of(data: bytes | str, kind: PickledType, shape: tuple = (), order: str = "C") -> np.ndarray:
-    data = data.encode("latin1") if isinstance(data, str) else data  # str: written by Python 2
-    array = np.frombuffer(data, kind.code).reshape(shape, order=order)
-    return array.astype(array.dtype.newbyteorder("="))
-
-
-def latin1(text: str, encoding: str) -> bytes:  # how protocol 2 writes bytes
-    return text.encode("latin1")
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads numpy arrays and plain containers; anything else that a pickle might call is refused.
-
-    Arrays are put together here: numpy's own unpickling trusts a file's word about memory.
-    """
-
-    PARTS = {"ndarray": PickledArray, "dtype": PickledType, "_reconstruct": PickledArray,
-             "scalar": lambda kind, data: array_of(data, kind)[()],
-             "_frombuffer": lambda data, kind, shape, order: array_of(data, kind, shape, order), "encode": latin1,
-             "bytes": bytes}
-
-    def find_class(self, module: str, name: str):
-        places = ("numpy", "_codecs", "__builtin__", "builtins")
-        if module.split(".")[0] not in places or name not in self.PARTS:
-            raise ValueError(f"it wants to run {ascii(module + '.' + name):.80}; only arrays are admitted")
-        return self.PARTS[name]
-
-
-def unpacked(content):
-    """The same with PickledArray replaced by arrays."""
-    if isinstance(content, dict):
-        return {key: unpacked(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [unpacked(value) for value in content]
-    return content.array if isinstance(content, PickledArray) else content
-
-
-def read(path: str | Path):
-    """The content of a .pth or .pt (PyTorch) or .pkl (detectron2's arrays) file. Raises ValueError, which says why not.
-
-    weights_only=True: PyTorch builds tensors and plain types, and here numpy's arrays and numbers, which released files
-    hold here and there. Nothing else in a file is run.
-    """
-    if Path(path).is_dir():
-        raise ValueError("it is a folder: name a file in it")
-    try:
-        with open(path, "rb") as file:
-            start = file.read(1)
-            file.seek(0)
-            if start in (b"", b"<"):
-                raise ValueError("it is empty" if start == b"" else "it is a web page, not what was to be downloaded")
-            return read_arrays(file) if str(path).endswith(".pkl") else read_torch(file)
-    except (FileNotFoundError, ValueError):
-        raise
-    except Exception as error:  # torch and pickle raise many kinds for a damaged or foreign file
-        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))  # torch's name for what a pickle wants to call
-        if foreign:
-            raise ValueError(f"it wants to run {foreign[1]}; only arrays are admitted") from None
-        raise ValueError(f"it is truncated, or something else ({type(error).__name__}: {error})") from None
-
-
-def read_arrays(file):
-    return unpacked(ArrayUnpickler(file, encoding="latin1").load())
-
-
-def read_torch(file):
-    parts = {"ndarray": np.ndarray, "dtype": np.dtype, "_reconstruct": np.zeros(1).__reduce__()[0],
-             "scalar": np.float64().__reduce__()[0], "encode": _codecs.encode}
-    admitted = [(part, f"{place}.{name}") for name, part in parts.items()
-                for place in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "_codecs")]
-    admitted += {type(np.dtype(kind)) for kind in "?bhilqBHILQefd"}
-    with warnings.catch_warnings(), torch.serialization.safe_globals(admitted):
-        warnings.simplefilter("ignore")  # of what a foreign file might be: the error says enough
-        return torch.load(file, map_location="cpu", weights_only=True)
+from formats.pickled import read
 
 
 def tensors(state: dict) -> dict[str, Tensor]:
@@ -151,60 +43,59 @@ def tensors(state: dict) -> dict[str, Tensor]:
 
 # --------------------------------------------------------------------------------------------------------- names
 
-# Pattern of our name of a parameter or buffer, theirs for it. Within a checkpoint the backbone's follow
-# `backbone.bottom_up.`, and are named as in a file of ImageNet weights.
+# Their names (patterns) -> ours. In a checkpoint the backbone's begin with `backbone.bottom_up.`; after that, and in a
+# file of ImageNet weights, they are those of DETECTRON2 or SWIN.
 TORCHVISION = [
-    (r"body\.stem\.0\.(.+)", r"conv1.\1"),
-    (r"body\.stem\.1\.(.+)", r"bn1.\1"),
-    (r"body\.c([2-5])\.(.+)", lambda m: f"layer{int(m[1]) - 1}.{m[2]}"),
-    (r"(features\..+)", r"\1"),
+    (r"conv1\.(.+)", r"body.stem.0.\1"),
+    (r"bn1\.(.+)", r"body.stem.1.\1"),
+    (r"layer([1-4])\.(.+)", lambda m: f"body.c{int(m[1]) + 1}.{m[2]}"),
+    (r"(.+)", r"\1"),                     # Swin's, and a backbone's that you have added, are the same
 ]
 DETECTRON2 = [
-    (r"body\.stem\.0\.weight", r"stem.conv1.weight"),
-    (r"body\.stem\.1\.(.+)", r"stem.conv1.norm.\1"),
-    (r"body\.c(\d)\.(\d+)\.conv(\d)\.weight", r"res\1.\2.conv\3.weight"),
-    (r"body\.c(\d)\.(\d+)\.conv2\.offset\.(.+)", r"res\1.\2.conv2_offset.\3"),
-    (r"body\.c(\d)\.(\d+)\.bn(\d)\.(.+)", r"res\1.\2.conv\3.norm.\4"),
-    (r"body\.c(\d)\.(\d+)\.downsample\.0\.weight", r"res\1.\2.shortcut.weight"),
-    (r"body\.c(\d)\.(\d+)\.downsample\.1\.(.+)", r"res\1.\2.shortcut.norm.\3"),
+    (r"stem\.conv1\.weight", r"body.stem.0.weight"),
+    (r"stem\.conv1\.norm\.(\w+)", r"body.stem.1.\1"),
+    (r"res([2-5])\.(\d+)\.conv([123])\.weight", r"body.c\1.\2.conv\3.weight"),
+    (r"res([2-5])\.(\d+)\.conv2_offset\.(\w+)", r"body.c\1.\2.conv2.offset.\3"),
+    (r"res([2-5])\.(\d+)\.conv([123])\.norm\.(\w+)", r"body.c\1.\2.bn\3.\4"),
+    (r"res([2-5])\.(\d+)\.shortcut\.weight", r"body.c\1.\2.downsample.0.weight"),
+    (r"res([2-5])\.(\d+)\.shortcut\.norm\.(\w+)", r"body.c\1.\2.downsample.1.\3"),
 ]
-SWIN = [  # ours counts patches, stages and mergings: features 0, 1 3 5 7 and 2 4 6
-    (r"features\.0\.0\.(.+)", r"patch_embed.proj.\1"),
-    (r"features\.0\.2\.(.+)", r"patch_embed.norm.\1"),
-    (r"features\.([1357])\.(\d+)\.mlp\.([03])\.(.+)",
-     lambda m: f"layers.{int(m[1]) // 2}.blocks.{m[2]}.mlp.fc{int(m[3]) // 3 + 1}.{m[4]}"),
-    (r"features\.([1357])\.(.+)", lambda m: f"layers.{int(m[1]) // 2}.blocks.{m[2]}"),
-    (r"features\.([246])\.(.+)", lambda m: f"layers.{int(m[1]) // 2 - 1}.downsample.{m[2]}"),
-    (r"norms\.(\d)\.(.+)", lambda m: f"norm{int(m[1]) + 1}.{m[2]}"),
+SWIN = [  # ours numbers patches, stages and mergings in one row: features 0, then 1 3 5 7 and 2 4 6
+    (r"patch_embed\.proj\.(\w+)", r"features.0.0.\1"),
+    (r"patch_embed\.norm\.(\w+)", r"features.0.2.\1"),
+    (r"layers\.([0-3])\.blocks\.(\d+)\.mlp\.fc([12])\.(\w+)",
+     lambda m: f"features.{2 * int(m[1]) + 1}.{m[2]}.mlp.{3 * int(m[3]) - 3}.{m[4]}"),
+    (r"layers\.([0-3])\.blocks\.(.+)", lambda m: f"features.{2 * int(m[1]) + 1}.{m[2]}"),
+    (r"layers\.([0-2])\.downsample\.(.+)", lambda m: f"features.{2 * int(m[1]) + 2}.{m[2]}"),
+    (r"norm([123])\.(\w+)", lambda m: f"norms.{int(m[1]) - 1}.{m[2]}"),
 ]
 BOTTOM_UP = "backbone.bottom_up."
 CHECKPOINT = [
-    (r"backbone\.(body.+)", lambda m: BOTTOM_UP + their_name(m[1], DETECTRON2)),
-    (r"backbone\.(.+)", lambda m: BOTTOM_UP + their_name(m[1], SWIN)),
-    (r"fpn\.(lateral|output)\.(\d)\.(.+)", lambda m: f"backbone.fpn_{m[1]}{int(m[2]) + 3}.{m[3]}"),
-    (r"fpn\.(p[67]\..+)", r"backbone.top_block.\1"),
-    (r"head\.class_tower\.(.+)", r"proposal_generator.fcos_head.cls_tower.\1"),
-    (r"head\.box_tower\.(.+)", r"proposal_generator.fcos_head.bbox_tower.\1"),
-    (r"head\.class_logits\.(.+)", r"proposal_generator.fcos_head.cls_logits.\1"),
-    (r"head\.ltrb\.(.+)", r"proposal_generator.fcos_head.bbox_pred.\1"),
-    (r"head\.centerness\.(.+)", r"proposal_generator.fcos_head.ctrness.\1"),
-    (r"head\.scales\.(\d)", r"proposal_generator.fcos_head.scales.\1.scale"),
-    (r"head\.(controller\..+)", r"\1"),
-    (r"mask_branch\.output\.(.+)", r"mask_branch.tower.4.\1"),
-    (r"(mask_branch\..+)", r"\1"),
+    (r"backbone\.bottom_up\.(.+)", lambda m: (name := our_name(m[1], DETECTRON2 + SWIN)) and "backbone." + name),
+    (r"backbone\.fpn_(lateral|output)([345])\.(\w+)", lambda m: f"fpn.{m[1]}.{int(m[2]) - 3}.{m[3]}"),
+    (r"backbone\.top_block\.(p[67]\.\w+)", r"fpn.\1"),
+    (r"proposal_generator\.fcos_head\.cls_tower\.(.+)", r"head.class_tower.\1"),
+    (r"proposal_generator\.fcos_head\.bbox_tower\.(.+)", r"head.box_tower.\1"),
+    (r"proposal_generator\.fcos_head\.cls_logits\.(\w+)", r"head.class_logits.\1"),
+    (r"proposal_generator\.fcos_head\.bbox_pred\.(\w+)", r"head.ltrb.\1"),
+    (r"proposal_generator\.fcos_head\.ctrness\.(\w+)", r"head.centerness.\1"),
+    (r"proposal_generator\.fcos_head\.scales\.\d\.scale", r"head.scales"),
+    (r"(controller\.(weight|bias))", r"head.\1"),
+    (r"mask_branch\.tower\.4\.(\w+)", r"mask_branch.output.\1"),
+    (r"(mask_branch\.(refine\.[0-2]|tower\.[0-3])\..+)", r"\1"),
 ]
 
 
-def their_name(name: str, table: list) -> str:
-    """What they call our `name`, by the first pattern that fits; without one, the same."""
-    for pattern, replacement in table:
-        match = re.fullmatch(pattern, name)
+def our_name(key: str, table: list) -> str | None:
+    """What we call their `key`, by the first pattern that fits; None where none does."""
+    for pattern, name in table:
+        match = re.fullmatch(pattern, key)
         if match:
-            return replacement(match) if callable(replacement) else match.expand(replacement)
-    return name
+            return name(match) if callable(name) else match.expand(name)
+    return None
 
 
-# What we know we can do without. Pattern of a whole key: what it is.
+# What no network of ours needs. Pattern of a whole key: what it is.
 UNUSED = {
     r"mask_branch\.(seg_head|logits)\..+": "the semantic branch, of use in training only",
     r"mask_head\.sizes_of_interest|backbone\.bottom_up\..+\.relative_position_index": "a constant",
@@ -231,55 +122,49 @@ def caffe2_name(key: str) -> str:
     return f"res{block[1]}.{block[2]}.{parts[block[3]]}.{leaves.get(block[4], block[4])}" if block else key
 
 
-def translate(weights: dict[str, Tensor], table: list, expected: dict[str, Tensor], unused: dict[str, str],
-              optional: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Their `weights` under our names, which are those of `expected`; and the keys that were dropped, with the reason.
+def translate(weights: dict[str, Tensor], table: list,
+              unused: dict[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Their `weights` under our names; and the keys that were dropped, with the reason.
 
-    Raises ValueError naming the key where one is missing (unless our name of it matches `optional`, and all such are),
-    has another shape, or has no place in the network and is none of `unused`.
+    Keys that share a name are parts of one vector, in the order of the keys. Raises ValueError for an unknown key.
     """
-    ours, rest = {}, dict(weights)
-    skip = re.compile(optional)
-    if any(skip.fullmatch(name) and their_name(name, table) in weights for name in expected):
-        skip = re.compile("")
-    for name, parameter in expected.items():
-        key = their_name(name, table)
-        if key in rest:
-            ours[name] = rest.pop(key)
-            if ours[name].shape != parameter.shape:
-                raise ValueError(f"{key} has the shape {tuple(ours[name].shape)} instead of {tuple(parameter.shape)}")
-        elif not skip.fullmatch(name):
-            raise ValueError(f"{key} {tuple(parameter.shape)} is missing")
-    dropped = {key: next((why for pattern, why in unused.items() if re.fullmatch(pattern, key)), None) for key in rest}
-    for key, why in dropped.items():
-        if why is None:
+    parts, dropped = {}, {}
+    for key in sorted(weights):
+        reason = next((reason for pattern, reason in unused.items() if re.fullmatch(pattern, key)), None)
+        name = our_name(key, table)
+        if reason is not None:
+            dropped[key] = reason
+        elif name is not None:
+            parts.setdefault(name, []).append(weights[key])
+        else:
             raise ValueError(f"{key} has no place in this network")
+    ours = {name: values[0] if len(values) == 1 else torch.cat([value.flatten() for value in values])
+            for name, values in parts.items()}
     return ours, dropped
 
 
 def summary(dropped: dict[str, str]) -> list[str]:
-    """One line a kind of key that was dropped: how many, numbers in them as *, and why."""
+    """One line for each kind of dropped key: how many, the key with its numbers as *, the reason."""
     found = Counter((re.sub(r"\d+", "*", key), why) for key, why in dropped.items())
     return [f"{n} x {key}: {why}" for (key, why), n in found.items()]
 
 
-def fold_pixels(weights: dict[str, Tensor], prefix: str = "") -> None:
-    """Make a backbone that reads BGR less the mean read RGB less the mean over PIXEL_STD: the same function, in place.
-
-    The means are the same three numbers here and there.
-    """
+def fold_pixels(weights: dict[str, Tensor], pixel_std: tuple, prefix: str = "") -> None:
+    """Change a backbone that reads BGR less the mean, in place: it now reads RGB less the mean over pixel_std, which
+    makes it the same function. The means are the same three numbers here and there."""
     for first in (prefix + "body.stem.0.weight", prefix + "features.0.0.weight"):
-        if first in weights:
-            weights[first] = weights[first].flip(1) * torch.tensor(PIXEL_STD).view(3, 1, 1)
+        if first in weights and weights[first].dim() == 4 and weights[first].shape[1] == 3:
+            weights[first] = weights[first].flip(1) * torch.tensor(pixel_std).view(3, 1, 1)
 
 
 # ---------------------------------------------------------------------------------------- released checkpoints
 
 
-def read_checkpoint(content) -> dict:
-    """The content of a released checkpoint as one of our own (see checkpoint.py); "dropped": keys left out, and why.
+def read_checkpoint(content, pixel_std: tuple) -> dict:
+    """The content of a released checkpoint as one of our own (see checkpoint.py), for a network whose pixels are
+    divided by pixel_std. "dropped": the keys left out, and why.
 
-    Raises ValueError naming the key that is missing, misshapen or unknown.
+    Raises ValueError naming the key where one is unknown, or where one that shows the kind of network is missing.
     """
     weights = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not any("fcos_head" in str(key) for key in weights):
@@ -308,7 +193,7 @@ def read_checkpoint(content) -> dict:
               "iteration": finished_iterations(content, parts["student"]), "dropped": {}}
     for part, its in parts.items():
         try:
-            result[part], dropped = (None, {}) if its is None else released_network(its, spec)
+            result[part], dropped = (None, {}) if its is None else released_network(its, pixel_std)
         except ValueError as error:
             raise ValueError(str(error) if single else f"{part}: {error}") from None
         result["dropped"] |= dropped if single else {f"{part}.{key}": why for key, why in dropped.items()}
@@ -352,28 +237,23 @@ def finished_iterations(content: dict, weights: dict[str, Tensor]) -> int | None
     return int(counter.nan_to_num()) if counter is not None and counter.numel() == 1 else None
 
 
-def released_network(weights: dict[str, Tensor], spec: dict) -> tuple[dict[str, Tensor], dict[str, str]]:
+def released_network(weights: dict[str, Tensor], pixel_std: tuple) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A released network's state dict under our names, and the keys that were dropped, with the reason."""
-    with torch.device("meta"):
-        expected = build_model(**spec).state_dict()
-    levels = len(expected.pop("head.scales"))  # theirs is one parameter a level
-    expected |= {f"head.scales.{level}": torch.empty(1, device="meta") for level in range(levels)}
-    ours, dropped = translate(weights, CHECKPOINT, expected, UNUSED)
-    ours["head.scales"] = torch.cat([ours.pop(f"head.scales.{level}") for level in range(levels)])
-    fold_pixels(ours, "backbone.")
+    ours, dropped = translate(weights, CHECKPOINT, UNUSED)
+    fold_pixels(ours, pixel_std, "backbone.")
     return ours, dropped
 
 
 # -------------------------------------------------------------------------------------------- ImageNet backbones
 
 
-def read_backbone(name: str, source: str) -> tuple[dict[str, Tensor], bool, dict[str, str]]:
+def read_backbone(name: str, source: str | Path, pixel_std: tuple) -> tuple[dict[str, Tensor], bool, dict[str, str]]:
     """Weights for make_backbone(name, frozen=True), its stride_in_1x1, and keys left out. source: file or "imagenet".
 
     "imagenet" is torchvision's, downloaded. Files: a state dict of torchvision; detectron2's R-50.pkl and
-    R-101.pkl of MSRA; the Swin authors' .pth, which is used as BoxTeacher uses it, on BGR less its mean. Missing
-    may be what no such file has: the offsets of deformable convolutions, the norms of Swin's outputs.
-    Raises OSError where there is no file or no download, ValueError where the weights do not fit.
+    R-101.pkl of MSRA; the Swin authors' .pth, which is used as BoxTeacher uses it, on BGR less its mean. None of them
+    has the offsets of deformable convolutions or the norms of Swin's outputs.
+    Raises OSError if there is no file or no download, ValueError if it holds no weights of a backbone.
     """
     content = download(name) if source == "imagenet" else read(source)
     weights, author = content, None
@@ -388,20 +268,15 @@ def read_backbone(name: str, source: str) -> tuple[dict[str, Tensor], bool, dict
 
     detectron2 = any(key.startswith("stem.conv1.") for key in weights)
     swin = any(key.startswith("patch_embed.") for key in weights)
-    table = DETECTRON2 if detectron2 else SWIN if swin else TORCHVISION
     for key in [key for key in weights if key.endswith("norm.weight") and detectron2]:
         # MSRA merged the statistics into weight and bias: mean 0 and variance 1 (with the eps of the batch norm) remain
         weights.setdefault(key.replace("norm.weight", "norm.running_mean"), torch.zeros_like(weights[key]))
         weights.setdefault(key.replace("norm.weight", "norm.running_var"), torch.ones_like(weights[key]) - 1e-5)
-    with torch.device("meta"):
-        expected = make_backbone(name, frozen=True).state_dict()
-    try:
-        weights, dropped = translate(weights, table, expected, UNUSED_OF_IMAGENET, r"norms\..+|.+\.offset\.\w+")
-    except ValueError as error:
-        raise ValueError(f"it does not hold the weights of {name}: {error}") from None
-    msra = detectron2 and author != "torchvision"  # whose weights detectron2 has under its own names, too
+    weights, dropped = translate(weights, DETECTRON2 if detectron2 else SWIN if swin else TORCHVISION,
+                                 UNUSED_OF_IMAGENET)
+    msra = detectron2 and author != "torchvision"  # detectron2 has torchvision's weights under its own names, too
     if msra or swin:
-        fold_pixels(weights)
+        fold_pixels(weights, pixel_std)
     return weights, msra and name in ("r50", "r101"), dropped
 
 

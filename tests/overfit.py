@@ -24,10 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
 from assign import fcos_targets
-from formats.checkpoint import load_model
 from formats.coco import CocoBoxes
 from data import TestImages
-from model import mask_logits
+from model import load_model, mask_logits
 from masks import decode, paste_masks
 
 IMAGES = (81, 394, 502, 525891)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from formats.checkpoint import CheckpointError, load_model
+from formats.checkpoint import CheckpointError
 from helpers import SMALL, metrics, only_training
+from model import load_model
 
 PROJECT = Path(__file__).resolve().parent.parent
 NETWORK = '''

@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from formats import checkpoint
 import train
-from formats.checkpoint import CheckpointError, initialise, load, load_latest, load_model, save
+from formats import checkpoint
+from formats.checkpoint import CheckpointError, load, load_latest, save
 from helpers import SMALL, command, losses_of, metrics, new_run, one_batch, one_line_error, only_training, same
-from model import build_model
+from model import PIXEL_STD, build_model, load_model
+from tools.checkpoint import convert, describe
+from train import initialise
 
 CLASSES = [{"id": 3, "name": "cat"}, {"id": 17, "name": "dog"}]
 
@@ -81,13 +83,14 @@ def unusable_files(folder: Path) -> dict[str, str]:
                       "code.pkl": "wants to run", "code.pt": "wants to run",
                       "foreign.pt": "no checkpoint of this project",
                       "list.pt": "no checkpoint of this project", "folder.pt": "it is a folder",
-                      "empty.pt": "its 'model' is not as it should be", "text_as_teacher.pt": "its 'teacher' is not",
+                      "empty.pt": "its 'model' is missing or damaged",
+                      "text_as_teacher.pt": "its 'teacher' is missing or damaged",
                       "no_weights.pt": "student's weights do not fit", "unknown.pt": "do not fit the model it names"}
 
 
 def test_files_that_are_no_checkpoints_are_one_line_and_run_no_code(tmp_path):
     for name, part in unusable_files(tmp_path).items():
-        for use in (load_model, lambda path: checkpoint.describe(path, load(path))):
+        for use in (load_model, lambda path: describe(path, load(path, PIXEL_STD))):
             with pytest.raises(CheckpointError) as error:
                 use(tmp_path / name)
             message = str(error.value)
@@ -124,7 +127,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     save(tiny(1), tmp_path / "a.pt")
     monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("unexpected pos")))
     with pytest.raises(CheckpointError, match="cannot write .*unexpected pos"):
-        checkpoint.convert(load(tmp_path / "a.pt"), str(tmp_path / "b.pt"))
+        convert(load(tmp_path / "a.pt"), str(tmp_path / "b.pt"))
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 

@@ -11,10 +11,10 @@ import evaluate
 import predict
 import train
 from backbone import BACKBONES
-from formats import checkpoint, commands
+from formats import commands
 from formats.checkpoint import load
 from helpers import SMALL, command, losses_of, same
-from tools import experiments, selftraining
+from tools import checkpoint, experiments, selftraining
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -28,10 +28,10 @@ def overfit_arguments(options: list[str]) -> None:
 PARSERS = {"train.py": train.parse_arguments, "evaluate.py": evaluate.parse_arguments,
            "predict.py": predict.parse_arguments, "data.py": commands.parse_arguments,
            "benchmark.py": benchmark.parse_arguments, "tools.selftraining": selftraining.parse_arguments,
-           "tools.experiments": experiments.parse_arguments, "formats.checkpoint": checkpoint.parse_arguments,
+           "tools.experiments": experiments.parse_arguments, "tools.checkpoint": checkpoint.parse_arguments,
            "tests/overfit.py": overfit_arguments, "tests/released_files.py": lambda options: None}
 TORCHRUN = re.compile(r"torchrun( --[a-z_]+=\S+)+ ")
-OURS = re.compile(r"python ((tests/)?\w+\.py|-m (formats|tools)\.\w+)( (?!--help)|$)")
+OURS = re.compile(r"python ((tests/)?\w+\.py|-m tools\.\w+)( (?!--help)|$)")
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 

@@ -24,7 +24,8 @@ def test_other_errors_pass():
 
 
 def test_an_error_of_a_loading_process_is_its_last_line():
-    traceback = "Caught UserError in DataLoader worker process 0.\nTraceback ...\nformats.files.UserError: a.json: empty\n"
+    traceback = ("Caught UserError in DataLoader worker process 0.\nTraceback ...\n"
+                 "formats.files.UserError: a.json: empty\n")
     assert str(UserError(traceback)) == "a.json: empty"
 
 

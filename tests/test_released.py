@@ -10,16 +10,17 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 
-from formats import checkpoint
 import evaluate
 import train
 from backbone import BACKBONES, DeformConv, WindowAttention, make_backbone
-from formats.checkpoint import CheckpointError, load, load_model, save
+from formats.checkpoint import FORMAT, CheckpointError, load, load_weights, save
 from formats.coco import COCO_CLASSES
+from formats.pickled import read
+from formats.released import CHECKPOINT, our_name, read_backbone, read_checkpoint
 from helpers import relative_error
-from model import PIXEL_MEAN, build_model, predict
-from formats.released import read, read_backbone, read_checkpoint
+from model import PIXEL_MEAN, PIXEL_STD, build_model, load_model, predict
 from released_files import BOTTOM_UP, LAYOUTS, SWIN_B, deformable, network, released
+from tools import checkpoint
 from weights import picture as image_of
 
 
@@ -144,7 +145,7 @@ def test_a_bare_state_dict_and_the_old_file_format_load_as_well(r50, tmp_path, w
     content = without_prefix(r50)
     path = tmp_path / "old.pth"
     torch.save(content if wrapped else content["model"], path, _use_new_zipfile_serialization=False)
-    state = load(path)
+    state = load(path, PIXEL_STD)
     assert (state["method"], state["teacher"], state["iteration"]) == ("boxinst", None, 0)
 
 
@@ -155,39 +156,45 @@ def test_numbers_of_numpy_and_half_precision_are_admitted(r50, tmp_path):
     bias = "controller.bias"
     weights[bias] = weights[bias].numpy()
     torch.save({"model": weights, "best": np.float64(32.6), "order": np.arange(3)}, tmp_path / "a.pth")
-    state = load(tmp_path / "a.pth")
-    expected = read_checkpoint(content)["student"]
+    state = load(tmp_path / "a.pth", PIXEL_STD)
+    expected = read_checkpoint(content, PIXEL_STD)["student"]
     assert all(x.dtype in (torch.float32, torch.int64) for x in state["student"].values())
     assert max(relative_error(x, expected[name]) for name, x in state["student"].items()) < 2e-3
 
 
 @pytest.mark.parametrize("layout", ["boxteacher_r50", "boxteacher_swin_b"])
 def test_every_key_counts(layout):
-    """A key that is left out, misshapen or unknown is named; those known to be of no use may be absent."""
+    """A key that is left out, misshapen or unknown is named, by its name or by ours; those of no use may be absent."""
     content = released(layout)["model"]
-    dropped = set(read_checkpoint({"model": content})["dropped"])
+    state = read_checkpoint({"model": content}, PIXEL_STD)
+    dropped = set(state["dropped"])
+    with torch.device("meta"):
+        model = build_model(**state["model"])
     keys = [key for key in content if key.startswith("student.")]
     for key in keys[::29] + [key for key in keys if "bottom_up" not in key][::9]:
         rest = {k: v for k, v in content.items() if k != key}
         if key in dropped:
-            assert key not in read_checkpoint({"model": rest})["dropped"]
+            assert key not in read_checkpoint({"model": rest}, PIXEL_STD)["dropped"]
             continue
         for wrong in (rest, content | {key: torch.zeros(2, 3, 5, 7, 9)}):
-            with pytest.raises(ValueError, match=key.removeprefix("student.").replace(".", "[.]")) as error:
-                read_checkpoint({"model": wrong})
-            assert "missing" in str(error.value) or "(2, 3, 5, 7, 9)" in str(error.value)
+            theirs = key.removeprefix("student.")
+            with pytest.raises(ValueError) as error:
+                load_weights(model, read_checkpoint({"model": wrong}, PIXEL_STD)["student"])
+            message = str(error.value)
+            assert theirs in message or our_name(theirs, CHECKPOINT) in message
+            assert "missing" in message or "has the shape" in message
     for extra in ("student.backbone.bottom_up.res6.0.conv1.weight", "teacher.mask_branch.tower.5.weight", "pixel_mean"):
         with pytest.raises(ValueError, match=extra.split(".", 1)[-1]):
-            read_checkpoint({"model": content | {extra: torch.zeros(3)}})
+            read_checkpoint({"model": content | {extra: torch.zeros(3)}}, PIXEL_STD)
     with pytest.raises(ValueError, match="no array of numbers"):
-        read_checkpoint({"model": content | {keys[0]: "text"}})
+        read_checkpoint({"model": content | {keys[0]: "text"}}, PIXEL_STD)
 
 
 def test_backbones_that_we_do_not_have_are_named(r50):
     content = without_prefix(r50)["model"]
     shallow = {key: value for key, value in content.items() if ".res4.5." not in key}
     with pytest.raises(ValueError, match="backbone is none of r50, r101, r101-dcn, swin-t, swin-s and swin-b"):
-        read_checkpoint({"model": shallow})
+        read_checkpoint({"model": shallow}, PIXEL_STD)
 
 
 # ------------------------------------------------------------------------------------------------ bad files
@@ -267,8 +274,47 @@ class PointerType:
 
 def test_a_pickle_cannot_reach_into_memory(tmp_path):
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(Crafted()))
-    with pytest.raises(ValueError, match="only arrays of numbers"):
-        read(tmp_path / "a.pkl")
+    torch.save(Crafted(), tmp_path / "a.pth")
+    for name in ("a.pkl", "a.pth"):
+        with pytest.raises(ValueError, match="only arrays of numbers"):
+            read(tmp_path / name)
+
+
+class Flags:
+    """The type of a number, declared to be a pointer to an object."""
+
+    def __reduce__(self):
+        return np.dtype, ("f8", False, True), (3, "<", None, None, None, -1, -1, 63)
+
+
+def array(shape: tuple, kind, data: bytes):
+    """What a pickle has of an array, with whatever it says of its shape and type."""
+    class Described:
+        def __reduce__(self):
+            return (*np.zeros(1).__reduce__()[:2], (1, shape, kind, False, data))
+    return Described()
+
+
+def test_a_pickle_does_not_decide_what_is_memory(tmp_path):
+    """Sizes and types are those of the bytes in the file."""
+    class Bytes:
+        def __reduce__(self):
+            return bytes, (10 ** 12,)
+
+    for suffix in (".pkl", ".pth"):
+        def written(content) -> str:
+            if suffix == ".pkl":
+                (tmp_path / "a.pkl").write_bytes(pickle.dumps(content))
+            else:
+                torch.save(content, tmp_path / "a.pth")
+            return read(tmp_path / f"a{suffix}")
+
+        plain = written(array((1,), Flags(), np.float64(2.5).tobytes()))
+        assert plain.tolist() == [2.5] and plain.dtype == np.float64 and not plain.dtype.hasobject
+        for wrong in (array((10 ** 12,), np.dtype("f8"), b"8" * 8), array((2 ** 32, 2 ** 32), np.dtype("f8"), b""),
+                      array((-1, 0), np.dtype("f8"), b""), array((2,), np.dtype("f8"), "text"), Bytes()):
+            with pytest.raises(ValueError):
+                written(wrong)
 
 
 def test_odd_keys_and_values_are_one_line(r50, tmp_path):
@@ -279,14 +325,14 @@ def test_odd_keys_and_values_are_one_line(r50, tmp_path):
                        ({"controller.bias": np.zeros(233, np.longdouble)}, "not"),
                        ({"head.weight": torch.zeros(1)}, "head.weight has no place"),
                        ({"controller.bias_momentum": torch.zeros(1)}, "bias_momentum has no place"),
-                       ({"proposal_generator.fcos_head.cls_logits.weight": torch.zeros(80, 0, 3, 3)}, "cannot be")):
+                       ({"proposal_generator.fcos_head.cls_logits.weight": torch.zeros(80, 0, 3, 3)}, "not fit the")):
         torch.save({"model": weights | more}, tmp_path / "a.pth")
         with pytest.raises(CheckpointError, match=part) as error:
-            load(tmp_path / "a.pth")
+            load_model(tmp_path / "a.pth")
         assert str(error.value).isprintable() and str(tmp_path / "a.pth") in str(error.value)
     teacher = {key: value for key, value in r50["model"].items() if key.startswith("teacher.")}
     with pytest.raises(ValueError, match="teacher alone"):
-        read_checkpoint({"model": teacher})
+        read_checkpoint({"model": teacher}, PIXEL_STD)
 
 
 def test_the_classes_of_coco(coco_mini):
@@ -319,7 +365,7 @@ def naive_deformable(x, offset_mask, weight, stride):
 def test_a_deformable_block_from_the_released_keys_by_hand():
     """res3.0 of R-101-DCN: offsets, modulation, and the stride in the 3x3."""
     weights = network("boxteacher_r101_3x", deformable)
-    state = read_checkpoint({"model": weights})
+    state = read_checkpoint({"model": weights}, PIXEL_STD)
     model = build_model(**state["model"]).eval()
     model.load_state_dict(state["student"])
 
@@ -415,8 +461,8 @@ def test_msra_weights_are_those_of_a_released_network(r50, tmp_path, names):
     else:
         arrays = {key.removeprefix(BOTTOM_UP): value.numpy() for key, value in backbone.items()}
         path.write_bytes(pickle.dumps({"model": arrays, "__author__": "MSRA", "matching_heuristics": True}))
-    state, stride_in_1x1, _ = read_backbone("r50", path)
-    expected = read_checkpoint({"model": weights | backbone})["student"]
+    state, stride_in_1x1, _ = read_backbone("r50", path, PIXEL_STD)
+    expected = read_checkpoint({"model": weights | backbone}, PIXEL_STD)["student"]
     assert stride_in_1x1
     assert set(state) == {name.removeprefix("backbone.") for name in expected if name.startswith("backbone.")}
     assert all(torch.equal(value, expected["backbone." + name]) for name, value in state.items())
@@ -427,7 +473,7 @@ def test_torchvisions_weights_in_detectron2s_names_keep_torchvisions_conventions
               if key.startswith(BOTTOM_UP)}
     arrays |= {"stem.fc.weight": np.zeros((1000, 2048), np.float32), "stem.fc.bias": np.zeros(1000, np.float32)}
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "torchvision"}))
-    state, stride_in_1x1, dropped = read_backbone("r50", tmp_path / "R-50.pkl")
+    state, stride_in_1x1, dropped = read_backbone("r50", tmp_path / "R-50.pkl", PIXEL_STD)
     assert dropped == {"stem.fc.weight": "the classifier", "stem.fc.bias": "the classifier"}
     assert not stride_in_1x1 and np.array_equal(state["body.stem.0.weight"], arrays["stem.conv1.weight"])
 
@@ -436,13 +482,13 @@ def test_deformable_networks_start_from_plain_weights(tmp_path):
     """MSRA R-101 for r101-dcn: the offsets start at zero and the stride stays in the 3x3."""
     weights = network("boxteacher_r101_3x")
     msra_file(tmp_path / "R-101.pkl", merged(weights))
-    state, stride_in_1x1, _ = read_backbone("r101-dcn", str(tmp_path / "R-101.pkl"))
+    state, stride_in_1x1, _ = read_backbone("r101-dcn", str(tmp_path / "R-101.pkl"), PIXEL_STD)
     backbone = make_backbone("r101-dcn", True)
     assert not stride_in_1x1 and set(backbone.state_dict()) - set(state) == {
         name for name in backbone.state_dict() if ".offset." in name}
     backbone.load_state_dict(state, strict=False)
     assert not any(x.any() for name, x in backbone.state_dict().items() if ".offset." in name)
-    assert read_backbone("r101", str(tmp_path / "R-101.pkl"))[1]
+    assert read_backbone("r101", str(tmp_path / "R-101.pkl"), PIXEL_STD)[1]
 
 
 def test_swin_weights_are_those_of_a_released_network(tmp_path):
@@ -453,8 +499,8 @@ def test_swin_weights_are_those_of_a_released_network(tmp_path):
     file |= {"norm.weight": torch.ones(1024), "norm.bias": torch.ones(1024), "head.weight": torch.ones(1000, 1024),
              "head.bias": torch.ones(1000), "layers.0.blocks.1.attn_mask": torch.zeros(64, 49, 49)}
     torch.save({"model": file}, tmp_path / "swin.pth")
-    state, _, _ = read_backbone("swin-b", tmp_path / "swin.pth")
-    expected = read_checkpoint({"model": weights})["student"]
+    state, _, _ = read_backbone("swin-b", tmp_path / "swin.pth", PIXEL_STD)
+    expected = read_checkpoint({"model": weights}, PIXEL_STD)["student"]
     assert set(state) == {name.removeprefix("backbone.") for name in expected
                           if name.startswith("backbone.") and ".norms." not in name}
     assert all(torch.equal(value, expected["backbone." + name]) for name, value in state.items())
@@ -465,7 +511,7 @@ def test_torchvisions_weights_give_torchvisions_maps(name, theirs, tmp_path):
     torch.manual_seed(0)
     net = getattr(torchvision.models, theirs)(weights=None).eval()
     torch.save(net.state_dict(), tmp_path / "a.pth")
-    state, stride_in_1x1, _ = read_backbone(name, tmp_path / "a.pth")
+    state, stride_in_1x1, _ = read_backbone(name, tmp_path / "a.pth", PIXEL_STD)
     backbone = make_backbone(name, True).eval()
     missing = backbone.load_state_dict(state, strict=False).missing_keys
     x = torch.randn(1, 3, 256, 288)  # C5 of more than one window
@@ -495,12 +541,12 @@ def test_imagenet_means_torchvisions_download(monkeypatch):
         IMAGENET1K_V1 = Weights()
 
     monkeypatch.setattr(torchvision.models, "get_model_weights", lambda name: asked.append(name) or Known)
-    state, _, _ = read_backbone("r18", "imagenet")
+    state, _, _ = read_backbone("r18", "imagenet", PIXEL_STD)
     assert torch.equal(state["body.c5.1.conv2.weight"], net.layer4[1].conv2.weight)
     with pytest.raises(CheckpointError, match="imagenet: cannot download .*no route.*fetch the address elsewhere"):
-        checkpoint.load_backbone("swin-b", "imagenet")
+        train.load_backbone("swin-b", "imagenet")
     with pytest.raises(CheckpointError, match="cannot download"):
-        checkpoint.load_backbone("r101-dcn", "imagenet")
+        train.load_backbone("r101-dcn", "imagenet")
     assert asked == ["resnet18", "swin_b", "resnet101"]
 
 
@@ -513,15 +559,18 @@ def test_wrong_backbone_files_name_the_key(r50, tmp_path):
     torch.save({key: x for key, x in swin.items() if key != "norm2.bias"}, tmp_path / "half.pth")
     (tmp_path / "code.pkl").write_bytes(pickle.dumps({"conv1_w": Code(tmp_path / "ran")}))
     torch.save(r50, tmp_path / "whole.pth")
-    save(read_checkpoint(r50), tmp_path / "ours.pt")
-    for name, file, part in (("r101", "R-50.pkl", "res4.6.conv1.weight"), ("r18", "R-50.pkl", "res2.0.conv1.weight"),
-                             ("r50", "short.pkl", "res3.1.conv2.weight"), ("swin-b", "R-50.pkl", "is missing"),
-                             ("swin-t", "swin.pth", "patch_embed.proj.weight has the shape"),
-                             ("swin-b", "half.pth", "norm2.bias .* is missing"),
+    save(read_checkpoint(r50, PIXEL_STD), tmp_path / "ours.pt")
+    for name, file, part in (("r101", "R-50.pkl", "the weights of r101: body.c4.6.conv1.weight is missing"),
+                             ("r18", "R-50.pkl", "body.c2.0.conv1.weight has the shape .64, 64, 1, 1. instead of "),
+                             ("r50", "short.pkl", "body.c3.1.conv2.weight is missing"),
+                             ("swin-b", "R-50.pkl", "body.c2.0.bn1.bias has no place"),
+                             ("swin-t", "swin.pth", "features.0.0.weight has the shape"),
+                             ("swin-b", "half.pth", "norms.1.bias is missing"),
                              ("r50", "code.pkl", "wants to run"), ("r50", "no.pth", "No such file"),
                              ("r50", "whole.pth", "whole checkpoint.*--init"), ("r50", "ours.pt", "--init")):
         with pytest.raises(CheckpointError, match=part) as error:
-            checkpoint.load_backbone(name, str(tmp_path / file))
+            weights, _ = train.load_backbone(name, str(tmp_path / file))
+            train.start_backbone(make_backbone(name, True), weights, name, file)
         assert "\n" not in str(error.value) and file in str(error.value)
     assert not (tmp_path / "ran").exists()
 
@@ -544,8 +593,8 @@ def test_converting_a_released_file_changes_no_bit(r50_path, tmp_path, capsys):
     out = tmp_path / "ours.pt"
     checkpoint.main([str(r50_path), "--convert", str(out)])
     assert f"written    {out}\n" in capsys.readouterr().out
-    before, after = load(r50_path), load(out)
-    assert after["format"] == checkpoint.FORMAT and "dropped" not in after
+    before, after = load(r50_path, PIXEL_STD), load(out)
+    assert after["format"] == FORMAT and "dropped" not in after
     assert all(torch.equal(before[part][name], x) for part in ("teacher", "student") for name, x in after[part].items())
     assert len(detections(out)[0].boxes) == 100 and same_detections(detections(r50_path), detections(out))
     checkpoint.main([str(out)])
@@ -593,7 +642,7 @@ def test_fine_tuning_keeps_the_conventions_of_a_released_file(layout, images, tm
     assert "--init another.pth is not used" in capsys.readouterr().out
     state = load(out / "final.pt")
     assert state["model"]["stride_in_1x1"] and state["model"]["mask_channels"] == (8 if "cond" in layout else 16)
-    expected = read_checkpoint(released(layout))
+    expected = read_checkpoint(released(layout), PIXEL_STD)
     expected = expected["teacher"] or expected["student"]
     frozen = [name for name in expected if name.startswith(("backbone.body.stem", "backbone.body.c2"))]
     assert frozen and all(torch.equal(state["teacher"][name], expected[name]) for name in frozen)

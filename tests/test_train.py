@@ -17,12 +17,12 @@ import pytest
 import torch
 
 import train
-from formats.checkpoint import CheckpointError, load, load_model
+from formats.checkpoint import CheckpointError, load
 from formats.coco import CocoBoxes
 from helpers import (LOSSES, SMALL, command, copy_set, losses_of, metrics, new_run, one_batch, one_line_error,
                      only_training, same)
 from tools.log import Log
-from model import CondInst
+from model import CondInst, load_model
 from boxteacher import RAMPED, total_loss
 from recipe import Plan, learning_rate, make_plan, ramp_factor
 from train import parse_arguments, train_step

@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 
 import boxteacher
-from formats.checkpoint import load_model
 from data import Batch
 from helpers import check
-from model import build_model, detect, mask_logits, predict
+from model import PIXEL_STD, build_model, detect, load_model, mask_logits, predict
 from masks import paste_masks
-from formats.released import CHECKPOINT, read_checkpoint, their_name
+from formats.released import CHECKPOINT, our_name, read_checkpoint
 from released_files import GOLDEN, SWIN_B, network, released
 from recipe import make_plan, ramp_factor
 from teacher import make_teacher, pseudo_labels
@@ -57,7 +56,7 @@ def test_golden_11_and_15_from_pixels_to_detections(golden, r50_file, part, file
         assert (info["method"], info["iteration"], info["model"]["stride_in_1x1"]) == ("boxteacher", 90_000, True)
     else:
         state = read_checkpoint({"model": {f"{which}.{key}": value for key, value in network(SWIN_B).items()
-                                           for which in ("teacher", "student")}})
+                                           for which in ("teacher", "student")}}, PIXEL_STD)
         model = build_model(**state["model"]).eval()
         model.load_state_dict(state["teacher"])
     image = d["image_bgr"].flip(0)
@@ -197,10 +196,10 @@ def test_golden_12_gradients(step, r50_file, monkeypatch):
     losses, _ = boxteacher.compute_losses(student, step.teacher, batch, OPTIONS, contextlib.nullcontext())
     boxteacher.total_loss(losses, ramp_at(5000)).backward()
 
-    ours = {their_name(name, CHECKPOINT): p.grad for name, p in student.named_parameters() if p.requires_grad}
-    del ours["head.scales"]  # the scales, one parameter each in their program
-    ours |= {their_name(f"head.scales.{i}", CHECKPOINT): x for i, x in enumerate(student.head.scales.grad)}
-    assert set(ours) == set(PARAMETERS)
+    gradients = {name: p.grad for name, p in student.named_parameters() if p.requires_grad}
+    ours = {key: gradients[our_name(key, CHECKPOINT)] for key in PARAMETERS}
+    ours |= {f"proposal_generator.fcos_head.scales.{i}.scale": x for i, x in enumerate(student.head.scales.grad)}
+    assert set(ours) == set(PARAMETERS) and {our_name(key, CHECKPOINT) for key in ours} == set(gradients)
     norms = torch.stack([ours[name].norm() for name in PARAMETERS])
     expected = d["param_grad_norms"].double()
     none = expected < 1e-6  # such as biases before a batch norm

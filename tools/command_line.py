@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-from formats.checkpoint import test_size
 from formats.files import UserError, replacing
+from model import test_size
 
 # ------------------------------------------------------------------------------------------------ argument types
 

@@ -15,11 +15,11 @@ import argparse
 
 import numpy as np
 
-from evaluate import check_classes
-from formats.checkpoint import load_model
+from formats.checkpoint import check_classes
 from formats.coco import CocoBoxes, datasets, ground_truth
 from formats.files import one_line_errors
 from formats.pictures import check_sizes
+from model import load_model
 from tools.command_line import go_together, input_size, model_options, output_file, probability, write_json
 from tools.draw import sheet, sheet_rows
 from tools.label import label_dataset, report_agreement, with_masks
