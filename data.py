@@ -1,14 +1,14 @@
-"""Data: images in, batches of uint8 views out (paper: A.1, Table 9).
+"""Batches of uint8 views of the images (paper: A.1, Table 9).
 
-The way of an image, top to bottom: `load_image` (formats/pictures.py) decodes it; `TrainBatches` makes the batch of micro-step k, with the
-student's clean and colour-augmented views and the teacher's clean view; `TestImages` makes the images of an
-evaluation. Their boxes come from coco.py. Boxes are xyxy in pixels, sizes (height, width).
+`TrainBatches` makes the batch of micro-step k: of each image the student's clean and colour-augmented views and the
+teacher's clean view. `TestImages` makes the images of an evaluation. Images are decoded by formats/pictures.py, boxes
+come from formats/coco.py. Boxes are xyxy in pixels, sizes (height, width).
 
-    python data.py shapes datasets/shapes              # writes the small embedded data set
-    python data.py cityscapes datasets/cityscapes      # writes COCO annotation files for Cityscapes
-    python data.py voc DIR                             # the same for a folder in Pascal VOC's layout
-    python data.py yolo DIR                            # and for one in YOLO's
-    python data.py check DIR_OR_JSON...                # says what is wrong with a data set
+    python data.py shapes datasets/shapes              # draw the small data set
+    python data.py cityscapes datasets/cityscapes      # write COCO annotation files for Cityscapes,
+    python data.py voc DIR                             # for a folder in Pascal VOC's layout
+    python data.py yolo DIR                            # or in YOLO's
+    python data.py check DIR_OR_JSON...                # list what is wrong with a data set
 """
 import math
 import signal
@@ -28,40 +28,41 @@ from formats.coco import CocoBoxes, DataError, UndecodableImage
 from formats.files import warn
 from formats.pictures import load_image
 
-STRIDE = 32      # batches are padded to a multiple of it: the stride of the backbone's last stage, pixels
-COMPILED_STRIDE = 128  # the same with train.py --compile: fewer sizes, and all levels of the pyramid divide them
+STRIDE = 32            # batches are padded to a multiple of this, the stride of the backbone's last stage, in pixels
+COMPILED_STRIDE = 128  # and to this with train.py --compile: fewer sizes, all divisible by the pyramid's strides
 
 # ----------------------------------------------------------------------------------------------- views
 
 def resized_size(height: int, width: int, min_size: int, max_size: int) -> tuple[int, int]:
-    """(height, width) with the shorter side at min_size, unless the longer one would then pass max_size."""
+    """(height, width) with the shorter side min_size, or with the longer side max_size if it would exceed that."""
     scale = min(min_size / min(height, width), max_size / max(height, width))
     return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 def fitted_size(size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
-    """`size`, shrunk where it does not fit into `canvas`; both (height, width)."""
+    """`size`, shrunk if it exceeds `canvas`; both (height, width)."""
     shrink = min(1, canvas[0] / size[0], canvas[1] / size[1])
     return max(1, int(size[0] * shrink)), max(1, int(size[1] * shrink))
 
 
 def canvas_of(sizes: list[tuple[int, int]], stride: int = STRIDE) -> tuple[int, int]:
-    """(height, width) of the padded batch that holds all of `sizes`."""
+    """(height, width) of the padded batch that images of `sizes` need."""
     return tuple(-(-max(sides) // stride) * stride for sides in zip(*sizes))
 
 
 def view(image: Image.Image, size: tuple[int, int], flip: bool) -> Image.Image:
     """The image at `size` (height, width), mirrored left to right if `flip`."""
-    image = image.resize(size[::-1], Image.BILINEAR)             # Pillow averages where it shrinks
+    image = image.resize(size[::-1], Image.BILINEAR)             # Pillow averages when it shrinks
     return image.transpose(Image.FLIP_LEFT_RIGHT) if flip else image
 
 
 def pixels(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)    # (3, height, width) uint8
+    """(3, height, width) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def view_boxes(boxes: np.ndarray, original: tuple[int, int], size: tuple[int, int], flip: bool) -> Tensor:
-    """(G,4) xyxy in pixels of a file of size `original` -> in pixels of its view."""
+    """Boxes (G,4) xyxy in pixels of an image of size `original` -> in pixels of its view."""
     height, width = size
     boxes = torch.from_numpy(boxes) * torch.tensor([width / original[1], height / original[0]] * 2)
     x0, y0, x1, y1 = boxes.unbind(1)
@@ -69,19 +70,19 @@ def view_boxes(boxes: np.ndarray, original: tuple[int, int], size: tuple[int, in
 
 
 def view_mask(mask: np.ndarray, size: tuple[int, int], flip: bool) -> Tensor:
-    """(height, width) mask of a file -> bool at stride 4 of its view: pixels 2, 6, 10, ... both ways."""
-    (height, width), (file_height, file_width) = size, mask.shape
+    """Mask (height, width) of an image -> bool at stride 4 of its view: its pixels 2, 6, 10, ... in both directions."""
+    (height, width), (original_height, original_width) = size, mask.shape
     rows, columns = np.arange(2, height, 4), np.arange(2, width, 4)
     if flip:
         columns = width - 1 - columns
-    # The file's pixel under the centre of the view's: no mask is ever resized as a whole.
-    rows = ((rows + 0.5) * file_height / height).astype(int)
-    columns = ((columns + 0.5) * file_width / width).astype(int)
+    # sample the image's pixel under the centre of the view's pixel, instead of resizing the whole mask
+    rows = ((rows + 0.5) * original_height / height).astype(int)
+    columns = ((columns + 0.5) * original_width / width).astype(int)
     return torch.from_numpy(mask[np.ix_(rows, columns)].astype(bool))
 
 
 def view_masks(annotations: CocoBoxes, i: int, size: tuple[int, int], flip: bool) -> Tensor | None:
-    """view_mask of every box of image i, (G, h/4, w/4); None where the annotations were read without masks."""
+    """view_mask of every box of image i, (G, h/4, w/4); None if the annotations were read without masks."""
     if annotations.rles is None:
         return None
     masks = [view_mask(annotations.mask(i, box), size, flip) for box in range(*annotations.offsets[i:i + 2])]
@@ -89,8 +90,8 @@ def view_masks(annotations: CocoBoxes, i: int, size: tuple[int, int], flip: bool
 
 
 class Blur(v2.GaussianBlur):
-    """torchvision's blur, 3 x 3, one axis after the other: a fifth of its time, the same but for the last bit of the
-    sums (one value in a million is rounded to the other side)."""
+    """torchvision's 3 x 3 blur, one axis at a time: a fifth of its time; one value in a million is rounded the other
+    way."""
 
     def transform(self, image: Image.Image, params: dict) -> Image.Image:
         side = math.exp(-0.5 / params["sigma"][0] ** 2)
@@ -101,8 +102,8 @@ class Blur(v2.GaussianBlur):
         return Image.fromarray(x.round().astype(np.uint8))
 
 
-# The student's colour augmentations (Table 9, hue 0.1 in both; strong-blur: the released 3x recipe). They
-# take Pillow's images: faster than tensors, and no sum in them depends on the number of threads.
+# The student's colour augmentations (Table 9, with hue 0.1 in both; strong-blur is the released 3x recipe). They take
+# Pillow images, which is faster than tensors and does not depend on the number of threads.
 STRONG = [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2)]
 AUGMENTATIONS = {
     "none": None,
@@ -115,45 +116,44 @@ AUGMENTATIONS = {
 # ----------------------------------------------------------------------------------------------- batches
 
 class Batch(NamedTuple):
-    """Images are uint8 RGB, channels last in memory, padded with zeros at the right and at the bottom to a multiple
-    of STRIDE, or COMPILED_STRIDE."""
+    """Images are uint8 RGB, channels last in memory, padded with zeros on the right and at the bottom."""
     images: Tensor                          # (B,3,H,W) clean view at the student's size
     sizes: list[tuple[int, int]]            # true (height, width) within images
-    original_sizes: list[tuple[int, int]]   # (height, width) of the files
+    original_sizes: list[tuple[int, int]]   # (height, width) before resizing
     image_ids: list[int]
     boxes: list[Tensor]                     # (G,4) float32 xyxy in pixels of images
     labels: list[Tensor]                    # (G,) int64
-    augmented: Tensor | None                # (B,3,H,W) colour-augmented for the student; None: it sees images
-    teacher_images: Tensor | None           # (B,3,Ht,Wt) clean view at the teacher's size, flipped alike
+    augmented: Tensor | None                # (B,3,H,W) colour-augmented for the student; None: it gets images
+    teacher_images: Tensor | None           # (B,3,Ht,Wt) clean view at the teacher's size, flipped as images
     teacher_sizes: list[tuple[int, int]]    # true (height, width) within teacher_images; [] without a teacher
     masks: list[Tensor] | None              # (G,H/4,W/4) bool ground truth at pixels 2, 6, 10, ... of images
-    skipped: list[str]                      # "path ...: why" of undecodable images that others stand in for
+    skipped: list[str]                      # "path ...: why" of each undecodable image that another replaces
 
     def to(self, device) -> "Batch":
         return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> "Batch":        # for the DataLoader, whose own way turns the sizes into lists
+    def pin_memory(self) -> "Batch":        # called by the DataLoader, which would turn the sizes into lists itself
         return self._each_tensor(Tensor.pin_memory)
 
     def _each_tensor(self, change) -> "Batch":
-        done = {}                           # images and teacher_images may be one tensor, and stay one
+        results = {}                        # images and teacher_images may be one tensor, and must stay one
 
         def changed(value):
             if isinstance(value, list):
                 return [changed(item) for item in value]
             if not isinstance(value, Tensor):
                 return value
-            if id(value) not in done:
-                done[id(value)] = change(value)
-            return done[id(value)]
+            if id(value) not in results:
+                results[id(value)] = change(value)
+            return results[id(value)]
         return Batch(*map(changed, self))
 
 
 class Sample(NamedTuple):
-    """One image on its way into a Batch, not padded yet."""
-    image: Image.Image                      # the views, RGB
+    """One image of a Batch, before padding."""
+    image: Image.Image                      # the student's clean view, RGB
     augmented: Image.Image | None
-    teacher_image: Image.Image | None       # `image` itself where both are of one size
+    teacher_image: Image.Image | None       # `image` itself if both sizes are equal
     masks: Tensor | None                    # (G, h/4, w/4) bool
     boxes: Tensor
     labels: Tensor
@@ -170,28 +170,32 @@ def collate(samples: Iterable[Sample], count: int, canvas: tuple[int, int],
             teacher_canvas: tuple[int, int] | None) -> Batch:
     """Pads the views of `count` samples to their canvas, (height, width).
 
-    A sample's views are written straight into their places among zeros before the next sample is made: Pillow then has
-    the memory of the last one again, and fresh memory costs as much as a copy. Channels are last, as in Pillow."""
+    The views of a sample are copied into the batch before the next sample is made, so that Pillow can reuse their
+    memory: fresh memory costs as much as a copy."""
     canvases = {"image": canvas, "augmented": canvas, "teacher_image": teacher_canvas}
-    views, sizes, others = {}, {"teacher_image": []}, []
+    views, sizes, rest = {}, {"teacher_image": []}, []
     for i, sample in enumerate(samples):
-        for name, image in zip(canvases, sample):
+        for name in canvases:
+            image = getattr(sample, name)
             if image is not None:
                 if name not in views:
                     views[name], sizes[name] = np.zeros((count, *canvases[name], 3), np.uint8), []
                 views[name][i, :image.height, :image.width] = image
                 sizes[name].append((image.height, image.width))
-        others.append(sample[len(canvases):])
+        rest.append(sample._replace(image=None, augmented=None, teacher_image=None))
     views = {name: torch.from_numpy(view).permute(0, 3, 1, 2) for name, view in views.items()}
-    masks, boxes, labels, originals, image_ids, skipped = map(list, zip(*others))
     quarter = canvas[0] // 4, canvas[1] // 4
-    return Batch(views["image"], sizes["image"], originals, image_ids, boxes, labels, views.get("augmented"),
-                 views.get("teacher_image"), sizes["teacher_image"],
-                 None if masks[0] is None else [padded(mask, quarter) for mask in masks], sum(skipped, []))
+    return Batch(
+        images=views["image"], sizes=sizes["image"], original_sizes=[sample.original_size for sample in rest],
+        image_ids=[sample.image_id for sample in rest], boxes=[sample.boxes for sample in rest],
+        labels=[sample.labels for sample in rest], augmented=views.get("augmented"),
+        teacher_images=views.get("teacher_image"), teacher_sizes=sizes["teacher_image"],
+        masks=None if rest[0].masks is None else [padded(sample.masks, quarter) for sample in rest],
+        skipped=[note for sample in rest for note in sample.skipped])
 
 
 class Choices(NamedTuple):
-    """What chance decides of a sample, known before its image is opened."""
+    """The random choices for a sample, made before its image is opened."""
     image: int
     min_size: int
     flip: bool
@@ -201,16 +205,14 @@ class Choices(NamedTuple):
 class TrainBatches(torch.utils.data.Dataset):
     """Item k is this process's Batch of micro-step k of the run, for any k >= 0.
 
-    batch_size: images of a micro-step over all world_size processes, a multiple of it; min_sizes: shorter
-    sides to draw from, max_size: longest side, teacher_size: (shorter, longest) side or None, all in pixels;
-    augment: one of AUGMENTATIONS; stride: batches are padded to a multiple of it. Raises ValueError for these,
-    DataError where there is no box to learn from, for an image that has not the stated size, and for 100
-    undecodable images in a row.
+    batch_size: images of a micro-step over all world_size processes, a multiple of it; min_sizes: shorter sides to
+    draw from, max_size: longest side, teacher_size: (shorter, longest) side or None, all in pixels; augment: one of
+    AUGMENTATIONS; stride: batches are padded to a multiple of it. Raises ValueError for these values; DataError if no
+    box can be learnt, an image has another size than stated, or 100 images in a row cannot be decoded.
 
-    Which images item k has follows from (seed, k, batch_size); their sizes, flips and colours from (seed,
-    k, place in the batch). So workers, restarts and the number of processes change nothing, and no state of
-    the loader is saved. For DataLoader(batches, batch_size=None, sampler=range(start, stop),
-    collate_fn=TrainBatches.collate, ...)."""
+    The images of item k are a function of (seed, k, batch_size), their sizes, flips and colours of (seed, k, place in
+    the batch). So workers, restarts and the number of processes change nothing, and a loader has no state to save. Use
+    DataLoader(batches, batch_size=None, sampler=range(start, stop), collate_fn=TrainBatches.collate, ...)."""
 
     def __init__(self, annotations: CocoBoxes, *, batch_size: int, min_sizes: list[int], max_size: int,
                  teacher_size: tuple[int, int] | None = None, augment: str = "none", seed: int = 0,
@@ -225,42 +227,41 @@ class TrainBatches(torch.utils.data.Dataset):
         self.min_sizes, self.max_size, self.teacher_size = list(min_sizes), max_size, teacher_size
         self.augment, self.stride = AUGMENTATIONS[augment], stride
         share = batch_size // world_size
-        self.own = slice(rank * share, (rank + 1) * share)
+        self.share = slice(rank * share, (rank + 1) * share)     # this process's part of a micro-step
         self.wide = annotations.sizes[:, 1] >= annotations.sizes[:, 0]
-        self.repeats = -(-batch_size // len(annotations))        # a tiny set is gone through more than once
+        self.repeats = -(-batch_size // len(annotations))        # a tiny set fills a batch more than once
         self.epoch_length = len(annotations) * self.repeats // batch_size
         self.epoch, self.batches = -1, None
 
     def __getitem__(self, k: int) -> Batch:
-        choices = [self.choose(k, place, image) for place, image in enumerate(self.order(k))]
-        # Padded for the images of all processes, not for this one's alone: padding has a say in the
-        # features, so a step would depend on the number of processes. And all have the same work to do.
-        canvas = canvas_of([self.resized_size(one.image, one.min_size, self.max_size) for one in choices], self.stride)
+        chosen = [self.choose(k, place, image) for place, image in enumerate(self.order(k))]
+        # Pad for the images of all processes. Padding affects the features, so a step would otherwise depend on the
+        # number of processes; and this way all processes have the same amount of work.
+        canvas = canvas_of([self.resized_size(c.image, c.min_size, self.max_size) for c in chosen], self.stride)
         teacher_canvas = None
-        alike = all((one.min_size, self.max_size) == self.teacher_size for one in choices)
-        if self.teacher_size and not alike:
-            teacher_canvas = canvas_of([self.resized_size(one.image, *self.teacher_size) for one in choices],
-                                       self.stride)
-        own = choices[self.own]
-        batch = collate((self.sample(one, canvas, teacher_canvas) for one in own), len(own), canvas, teacher_canvas)
-        return batch._replace(teacher_images=batch.images, teacher_sizes=batch.sizes) if alike else batch
+        one_size = all((c.min_size, self.max_size) == self.teacher_size for c in chosen)
+        if self.teacher_size and not one_size:
+            teacher_canvas = canvas_of([self.resized_size(c.image, *self.teacher_size) for c in chosen], self.stride)
+        share = chosen[self.share]
+        batch = collate((self.sample(c, canvas, teacher_canvas) for c in share), len(share), canvas, teacher_canvas)
+        return batch._replace(teacher_images=batch.images, teacher_sizes=batch.sizes) if one_size else batch
 
     @staticmethod
     def collate(batch: Batch) -> Batch:
-        return batch                     # the DataLoader's own conversion would turn the sizes into lists
+        return batch                     # the default conversion would turn the sizes into lists
 
     def order(self, k: int) -> list[int]:
-        """The images of micro-step k, of all processes: batch_size numbers."""
+        """The batch_size indices of the images of micro-step k, of all processes."""
         epoch, batch = divmod(k, self.epoch_length)
         if epoch != self.epoch:
             self.epoch, self.batches = epoch, self.epoch_order(epoch)
         return self.batches[batch].tolist()
 
     def epoch_order(self, epoch: int) -> np.ndarray:
-        """(epoch_length, batch_size) images, each once, without those that do not fill a last batch.
+        """(epoch_length, batch_size) indices of images, each once; those that do not fill a last batch are left out.
 
-        Landscape and portrait images have batches of their own, for less padding; only leftovers mix."""
-        rng = np.random.default_rng([self.seed, epoch, self.batch_size])     # no sample has so high a place
+        Landscape and portrait images are in separate batches, for less padding; only the leftovers mix."""
+        rng = np.random.default_rng([self.seed, epoch, self.batch_size])     # `choose` never has so high a place
         order = np.concatenate([rng.permutation(len(self.annotations)) for _ in range(self.repeats)])
         groups = order[self.wide[order]], order[~self.wide[order]]
         filled = [len(group) - len(group) % self.batch_size for group in groups]
@@ -278,7 +279,7 @@ class TrainBatches(torch.utils.data.Dataset):
         return resized_size(*self.annotations.size(image), min_size, max_size)
 
     def decode(self, image: int) -> tuple[Image.Image, int, list[str]]:
-        """-> the image, or the next one that can be decoded; its number; what is wrong with the skipped."""
+        """The image, or the next that can be decoded; its index; what is wrong with those that were skipped."""
         skipped = []
         for i in range(image, image + min(len(self.annotations), 100)):
             i %= len(self.annotations)
@@ -290,7 +291,7 @@ class TrainBatches(torch.utils.data.Dataset):
 
     def sample(self, choices: Choices, canvas: tuple[int, int], teacher_canvas: tuple[int, int] | None) -> Sample:
         image, i, skipped = self.decode(choices.image)
-        # Fitted for an image that stands in for a broken one: the canvas is fixed, and the others' too.
+        # a substitute for a broken image may be larger than the canvas, which is fixed by now
         size = fitted_size(self.resized_size(i, choices.min_size, self.max_size), canvas)
         student, teacher = view(image, size, choices.flip), None
         if teacher_canvas:
@@ -305,18 +306,17 @@ class TrainBatches(torch.utils.data.Dataset):
     def coloured(self, image: Image.Image, seed: int) -> Image.Image | None:
         if self.augment is None:
             return None
-        with torch.random.fork_rng(devices=[]):                  # torchvision draws from the global generator
+        with torch.random.fork_rng(devices=[]):                  # torchvision uses the global generator
             torch.manual_seed(seed)
             return self.augment(image)
 
 
 class TestImages(torch.utils.data.Dataset):
-    """Item i is image i at the test size with its boxes; `TestImages.collate` makes a Batch of several.
+    """Item i is the Sample of image i at the test size (see `resized_size`); `TestImages.collate` makes a Batch.
 
-    min_size: shorter side, unless the longer one would pass max_size, pixels. With the objects' masks where the
-    annotations were read with them. Raises DataError."""
+    It has masks if the annotations were read with them. Raises DataError."""
 
-    __test__ = False                # pytest goes by names and would take it for a test
+    __test__ = False                # or pytest would collect it because of its name
 
     def __init__(self, annotations: CocoBoxes, min_size: int, max_size: int):
         self.annotations, self.min_size, self.max_size = annotations, min_size, max_size
@@ -340,7 +340,7 @@ class TestImages(torch.utils.data.Dataset):
 
 
 class Readable(torch.utils.data.Dataset):
-    """The items of another data set; where an image cannot be decoded, the message that says so."""
+    """Wraps a data set: an image that cannot be decoded comes back as its error message."""
 
     def __init__(self, images: torch.utils.data.Dataset):
         self.images = images
@@ -363,19 +363,19 @@ class Readable(torch.utils.data.Dataset):
 
 def readable_batches(images: torch.utils.data.Dataset, title: str, *, batch_size: int = 1, workers: int = 2,
                      device: torch.device | str = "cpu") -> Iterator[Batch]:
-    """Batches of Samples on the device, with a progress bar; undecodable images are named and left out."""
+    """Batches of Samples on the device, with a progress bar. Undecodable images are left out with a warning."""
     loader = DataLoader(Readable(images), batch_size=batch_size, num_workers=workers, collate_fn=Readable.collate,
                         pin_memory=torch.device(device).type == "cuda")
     for batch, broken in tqdm(loader, desc=title, unit="batch", disable=None):
         for message in broken:
-            warn(f"{message}; it is left out")
+            warn(f"{message}; left out")
         if batch is not None:
             yield batch.to(device)
 
 
 def ignore_signals(worker: int) -> None:
-    """For a training run's loading processes: torchrun, Slurm and Ctrl-C signal them too, but the step or the
-    evaluation in hand is finished first and needs their batches."""
+    """Initialise a worker of a training run: torchrun, Slurm and Ctrl-C signal workers too, but the current step or
+    evaluation still needs their batches to finish."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
