@@ -1,13 +1,13 @@
-"""The embedded data set `shapes`: drawn images with exact masks, in COCO layout. Not from the paper.
+"""The data set `shapes`: drawn images with exact masks, in COCO layout. Not from the paper.
 
-It lets all of the code be tried within minutes, without a download. An image holds 1 to 8 solid objects of
-six classes, turned at random, from a seventh to six tenths of the side, later ones in front of earlier ones.
-What makes masks hard to learn from boxes is drawn independently of the class: textures, two colours, shading,
-clutter, and colours taken from what lies beneath. So every class has plain, well contrasted objects and
-camouflaged ones. None has a hole of its own, which losses that know only the box cannot see.
+With it all of the code can be tried within minutes and without a download. An image has 1 to 8 solid objects of six
+classes, rotated at random, from a seventh to six tenths of its side, later ones in front of earlier ones. What makes
+masks hard to learn from boxes is independent of the class: textures, two colours, shading, clutter, and colours close
+to the background. So every class has high-contrast and camouflaged objects. No object has a hole, since losses from
+boxes alone cannot find holes.
 
-Lengths are in pixels; those meant for a 128 px image are multiplied by `unit` = size / 128.
-Points and directions are (x, y); arrays are indexed [row, column].
+Lengths are in pixels; those for a 128-pixel image are multiplied by `unit` = size / 128. Points and directions are
+(x, y); arrays are indexed [row, column].
 """
 import functools
 import json
@@ -26,24 +26,23 @@ from tqdm import tqdm
 from formats.coco import DataError
 
 SPLITS = ("train", "val")
-SUPERSAMPLE = 4      # outlines are filled on a grid this much finer: soft edges, masks exact to the pixel
-MIN_VISIBLE = 0.7    # of an object's whole area; a place that would hide more is not taken
-MIN_PIXELS = 20      # of an object's visible part
-TRIES = 12           # places tried for an object before it is left out
+SUPERSAMPLE = 4      # outlines are filled on a grid this much finer, for soft edges and masks exact to the pixel
+MIN_VISIBLE = 0.7    # share of each object's area that must stay visible
+MIN_PIXELS = 20      # smallest visible part of an object
+TRIES = 12           # placements of an object before it is left out
 
 
 def write_shapes(root: str | os.PathLike, train: int = 3000, val: int = 200, size: int = 128,
                  seed: int = 0) -> None:
-    """Write `train` + `val` images of size x size pixels under root, as COCO 2017 lays its files out.
+    """Write `train` + `val` images of size x size pixels in the layout of COCO 2017.
 
-    Image i of a split depends on (seed, split, i) and size alone: a smaller set begins a larger one.
-    Root appears only when it is complete. Raises DataError: values out of range, root not empty or not
-    writable.
-    """
+    Image i of a split is a function of (seed, split, i) and size, so a smaller set is the beginning of a larger one.
+    The folder appears when it is complete. Raises DataError if a value is out of range or root is not empty or cannot
+    be written."""
     if train < 1 or val < 1 or seed < 0:
         raise DataError(f"shapes: needs train >= 1, val >= 1 and seed >= 0, not {train}, {val} and {seed}")
     if size < 64:
-        raise DataError(f"shapes: size {size} is too small, the objects would vanish; take 64 or more")
+        raise DataError(f"shapes: size {size} is too small for the objects; use 64 or more")
     root = Path(root).resolve()
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise DataError(f"{root}: exists and is not an empty folder; remove it or name another")
@@ -54,7 +53,7 @@ def write_shapes(root: str | os.PathLike, train: int = 3000, val: int = 200, siz
             write_split(unfinished, split, count, size, seed)
         unfinished.rename(root)
     except OSError as error:
-        raise DataError(f"{root}: cannot write the shapes there: {error}") from error
+        raise DataError(f"{root}: cannot write the shapes: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -69,8 +68,8 @@ def write_split(root: Path, split: str, count: int, size: int, seed: int) -> Non
         drawn = pool.imap(write, range(count), chunksize=16)
         per_image = list(tqdm(drawn, f"drawing {split}", count, disable=None))
         pool.close()
-        pool.join()  # they end by themselves: leaving the block would signal them
-    annotations = [annotation for some in per_image for annotation in some]
+        pool.join()  # let the workers finish: leaving the block would terminate them
+    annotations = [annotation for image in per_image for annotation in image]
     images = [{"id": i + 1, "file_name": file_name(i), "width": size, "height": size} for i in range(count)]
     categories = [{"id": k + 1, "name": name, "supercategory": "shape"} for k, name in enumerate(CLASSES)]
     content = {
@@ -88,14 +87,14 @@ def file_name(index: int) -> str:
 
 
 def write_image(folder: Path, seed: int, split: int, size: int, index: int) -> list[dict]:
-    """Draw image `index`, write it, return its annotations (without ids)."""
+    """Draw and write image `index`. Returns its annotations, without ids."""
     image, owner, labels = draw_image(np.random.default_rng([seed, split, index]), size)
     Image.fromarray(image).save(folder / file_name(index), quality=95, subsampling=0)
     return [{"image_id": index + 1, **annotation} for annotation in annotate(owner, labels)]
 
 
 def annotate(owner: np.ndarray, labels: list[int]) -> list[dict]:
-    """COCO annotations of the visible parts: object k owns the pixels where owner (H, W) is k + 1."""
+    """COCO annotations of the visible parts: object k is seen where owner (H, W) is k + 1."""
     annotations = []
     for k, label in enumerate(labels):
         mask = owner == k + 1
@@ -112,64 +111,64 @@ def annotate(owner: np.ndarray, labels: list[int]) -> list[dict]:
 
 
 def draw_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """-> image (size, size, 3) uint8; owner (size, size) uint8: 1 + the object seen there, or 0; labels."""
+    """Image (size, size, 3) uint8; owner (size, size) uint8, 1 + the object seen there, or 0; labels of the objects."""
     objects, owner = place_objects(rng, size)
     canvas = draw_background(rng, size)
     light = direction(rng).tolist()  # one for the whole image
-    for thing in objects:
-        paint(rng, canvas, thing, light, size / 128)
+    for shape in objects:
+        paint(rng, canvas, shape, light, size / 128)
     canvas += rng.uniform(1, 5) * rng.standard_normal((size, size, 1), np.float32)
-    return np.clip(canvas, 0, 255).astype(np.uint8), owner, [thing.label for thing in objects]
+    return np.clip(canvas, 0, 255).astype(np.uint8), owner, [shape.label for shape in objects]
 
 
-# -------------------------------------------------------------------------------- what stands where
+# ------------------------------------------------------------------------------------------- placement
 
-class Thing(NamedTuple):
+class Shape(NamedTuple):
     label: int                   # index into CLASSES
     centre: tuple[float, float]  # (x, y), pixels
-    radius: float                # pixels, to the outline's farthest point
-    area: float                  # pixels, the hidden and the cut-off parts included
+    radius: float                # pixels, to the farthest point of the outline
+    area: float                  # pixels, including what is hidden or cut off
     window: tuple[slice, slice]  # rows and columns of the image that the outline reaches
-    coverage: np.ndarray         # (h, w) float32: how much of each pixel of the window is inside, 0..1
+    coverage: np.ndarray         # (h, w) float32: the share of each pixel of the window that is inside, 0..1
 
 
-def place_objects(rng: np.random.Generator, size: int) -> tuple[list[Thing], np.ndarray]:
-    """Up to 8 objects from back to front, each visible enough, and the map of who owns which pixel."""
+def place_objects(rng: np.random.Generator, size: int) -> tuple[list[Shape], np.ndarray]:
+    """1 to 8 objects from back to front, each visible enough, and their owner map (see `draw_image`)."""
     objects, owner = [], np.zeros((size, size), np.uint8)
     for label in rng.integers(len(CLASSES), size=rng.integers(1, 9)):
         for _ in range(TRIES):
-            thing = make_object(rng, int(label), size)
+            shape = make_object(rng, int(label), size)
             candidate = owner.copy()
-            candidate[thing.window][thing.coverage >= 0.5] = len(objects) + 1
+            candidate[shape.window][shape.coverage >= 0.5] = len(objects) + 1
             visible = np.bincount(candidate.ravel(), minlength=len(objects) + 2)[1:]
-            areas = np.array([other.area for other in (*objects, thing)])
+            areas = np.array([other.area for other in (*objects, shape)])
             if (visible >= np.maximum(MIN_VISIBLE * areas, MIN_PIXELS)).all():
-                objects.append(thing)
+                objects.append(shape)
                 owner = candidate
                 break
     return objects, owner
 
 
-def make_object(rng: np.random.Generator, label: int, size: int) -> Thing:
-    """An object of the class somewhere in the image, of random size, stretched and turned at random."""
+def make_object(rng: np.random.Generator, label: int, size: int) -> Shape:
+    """An object with random position, size, aspect and rotation."""
     points = OUTLINES[CLASSES[label]](rng) * (1, rng.uniform(0.75, 1))
     along = direction(rng)
     points = points @ np.array([along, (-along[1], along[0])])
     radius = size * (0.075 + 0.245 * rng.random())
     points *= radius / np.hypot(*points.T).max()
     x, y = points.T
-    area = abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2  # of a polygon, from its corners
-    centre = rng.uniform(0.6 * radius, size - 0.6 * radius, 2)  # hardly ever cut so that its class is lost
+    area = abs(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2  # the shoelace formula
+    centre = rng.uniform(0.6 * radius, size - 0.6 * radius, 2)  # hardly ever cut beyond recognition
     window, coverage = fill(points + centre, size)
-    return Thing(label, tuple(centre.tolist()), radius, area, window, coverage)
+    return Shape(label, tuple(centre.tolist()), radius, area, window, coverage)
 
 
 def fill(points: np.ndarray, size: int) -> tuple[tuple[slice, slice], np.ndarray]:
-    """Polygon (n, 2) in pixels of the image -> its window and coverage (see Thing)."""
+    """Window and coverage (see Shape) of a polygon (n, 2) in pixels of the image."""
     low = np.clip(np.floor(points.min(0)), 0, size - 1).astype(int)
     high = np.clip(np.ceil(points.max(0)), low + 1, size).astype(int)
     fine = Image.new("L", tuple(((high - low) * SUPERSAMPLE).tolist()))
-    corners = (points - low) * SUPERSAMPLE - 0.5  # PIL puts whole numbers at the centres of pixels
+    corners = (points - low) * SUPERSAMPLE - 0.5  # for PIL whole numbers are the centres of pixels
     ImageDraw.Draw(fine).polygon(corners.ravel().tolist(), fill=255)
     coverage = np.asarray(fine.reduce(SUPERSAMPLE), np.float32) / 255
     return (slice(low[1], high[1]), slice(low[0], high[0])), coverage
@@ -183,7 +182,7 @@ def direction(rng: np.random.Generator) -> np.ndarray:
 # -------------------------------------------- outlines: polygons (n, 2) around the origin, any scale
 
 def arc(start: float, stop: float, count: int) -> np.ndarray:
-    """`count` points on the unit circle from angle start to angle stop (radians, stop left out)."""
+    """`count` points on the unit circle from angle start to angle stop (radians, excluded)."""
     angles = np.linspace(start, stop, count, endpoint=False)
     return np.stack([np.cos(angles), np.sin(angles)], 1)
 
@@ -216,9 +215,9 @@ def cross(rng):
 
 
 def crescent(rng):
-    """A disc less a second disc of the given radius whose centre lies `shift` to its right."""
+    """The unit disc without a second disc of `radius` whose centre is `shift` to the right."""
     radius, shift = rng.uniform(0.75, 0.95), rng.uniform(0.45, 0.65)
-    x = (1 - radius ** 2 + shift ** 2) / (2 * shift)  # where the two circles meet
+    x = (1 - radius ** 2 + shift ** 2) / (2 * shift)  # where the circles meet
     outer, inner = math.acos(x), math.acos((x - shift) / radius)
     back = arc(2 * math.pi - inner, inner, 24) * radius + (shift, 0)
     return np.concatenate([arc(outer, 2 * math.pi - outer, 32), back])
@@ -228,11 +227,11 @@ OUTLINES = {f.__name__: f for f in (ellipse, rectangle, triangle, star, cross, c
 CLASSES = tuple(OUTLINES)
 
 
-# -------------------------------------------------------------------------------------- how it looks
+# ------------------------------------------------------------------------------------------ appearance
 
 def draw_background(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Clutter without any outline that could pass for an object's -> (size, size, 3) float32 in 0..255."""
-    coarse = 32  # soft things are drawn on a small grid and enlarged
+    """Clutter without an outline that resembles an object's: (size, size, 3) float32 in 0..255."""
+    coarse = 32  # smooth parts are drawn on a small grid and enlarged
     x, y = np.meshgrid(np.linspace(-1, 1, coarse), np.linspace(-1, 1, coarse))
     first, second = random_colour(rng), random_colour(rng)
     a, b = direction(rng)
@@ -256,13 +255,13 @@ def draw_background(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def enlarge(array: np.ndarray, side: int) -> Image.Image:
-    """(h, w, 3) values of 0..255 -> a smooth image of side x side."""
+    """A smooth image of side x side from (h, w, 3) values of 0..255."""
     image = Image.fromarray(np.clip(array, 0, 255).astype(np.uint8))
     return image.resize((side, side), Image.Resampling.BICUBIC)
 
 
 def draw_strokes(rng: np.random.Generator, image: Image.Image) -> None:
-    """Thin, long, bent lines in any colour (thick or short ones would pass for crescents), into the image."""
+    """Draw thin, long, bent lines in any colour into the image; thick or short ones would resemble crescents."""
     pen = ImageDraw.Draw(image)
     for _ in range(rng.integers(0, 6)):
         heading = rng.uniform(0, 2 * math.pi) + np.cumsum(rng.normal(0, 0.3, 10))
@@ -277,20 +276,20 @@ def random_colour(rng: np.random.Generator) -> np.ndarray:
     return rng.uniform(15, 240, 3).astype(np.float32)
 
 
-def paint(rng: np.random.Generator, canvas: np.ndarray, thing: Thing, light: list[float],
+def paint(rng: np.random.Generator, canvas: np.ndarray, shape: Shape, light: list[float],
           unit: float) -> None:
-    """Lay one object over the canvas (H, W, 3) in place: two colours mixed by a pattern, then shaded."""
-    patch = canvas[thing.window]
-    rows, columns = (np.arange(s.start, s.stop, dtype=np.float32) + 0.5 for s in thing.window)
-    x, y = np.meshgrid(columns - thing.centre[0], rows - thing.centre[1])
-    first, second = object_colours(rng, patch[thing.coverage >= 0.5].mean(0))
-    colour = first + (second - first) * pattern(rng, x, y, unit, thing.radius)[..., None]
-    shade = 1 + rng.uniform(0, 0.4) * (x * light[0] + y * light[1]) / thing.radius
-    patch += thing.coverage[..., None] * (colour * shade[..., None] - patch)
+    """Draw one object on the canvas (H, W, 3), in place: two colours mixed by a pattern, then shaded."""
+    patch = canvas[shape.window]
+    rows, columns = (np.arange(s.start, s.stop, dtype=np.float32) + 0.5 for s in shape.window)
+    x, y = np.meshgrid(columns - shape.centre[0], rows - shape.centre[1])
+    first, second = object_colours(rng, patch[shape.coverage >= 0.5].mean(0))
+    colour = first + (second - first) * pattern(rng, x, y, unit, shape.radius)[..., None]
+    shade = 1 + rng.uniform(0, 0.4) * (x * light[0] + y * light[1]) / shape.radius
+    patch += shape.coverage[..., None] * (colour * shade[..., None] - patch)
 
 
 def object_colours(rng: np.random.Generator, beneath: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Two colours for an object over pixels of mean colour `beneath`: most stand out, some hardly do."""
+    """Two colours for an object over the mean colour `beneath`: most contrast with it, some hardly do."""
     if rng.random() < 0.15:
         first = beneath + rng.normal(0, 16, 3)
     else:
@@ -300,7 +299,7 @@ def object_colours(rng: np.random.Generator, beneath: np.ndarray) -> tuple[np.nd
 
 
 def pattern(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, unit: float, radius: float) -> np.ndarray:
-    """How much of the second colour each pixel takes, 0..1; x, y (h, w) in pixels from the middle."""
+    """The share of the second colour in each pixel, 0..1; x, y (h, w) in pixels from the middle."""
     kinds = ["plain", "ramp", "halves", "stripes", "checks", "speckle"]
     kind = rng.choice(kinds, p=[0.4, 0.2, 0.12, 0.12, 0.08, 0.08])
     if kind == "plain":

@@ -135,10 +135,10 @@ def test_masks_lie_where_the_image_shows_them(monkeypatch):
     """A white object on black without texture, noise or shading: bright exactly where the mask is."""
     monkeypatch.setattr(shapes, "object_colours", lambda rng, beneath: (np.float32(200), np.float32(200)))
     canvas = np.zeros((128, 128, 3), np.float32)
-    thing = shapes.make_object(np.random.default_rng(3), 3, 128)
-    shapes.paint(np.random.default_rng(0), canvas, thing, [0.0, 0.0], 1.0)
+    shape = shapes.make_object(np.random.default_rng(3), 3, 128)
+    shapes.paint(np.random.default_rng(0), canvas, shape, [0.0, 0.0], 1.0)
     mask = np.zeros((128, 128), bool)
-    mask[thing.window] = thing.coverage >= 0.5
+    mask[shape.window] = shape.coverage >= 0.5
     assert mask.any() and np.array_equal(canvas[..., 0] >= 99.9, mask)
 
 
@@ -155,18 +155,18 @@ def test_coverage_of_a_square_by_hand():
 @pytest.mark.parametrize("name", shapes.CLASSES)
 def test_the_area_of_an_outline_is_what_it_fills(name):
     rng = np.random.default_rng(0)
-    things = [shapes.make_object(rng, shapes.CLASSES.index(name), 128) for _ in range(200)]
-    whole = [t for t in things if 12 < t.radius < min(*t.centre) and max(*t.centre) < 128 - t.radius]
+    objects = [shapes.make_object(rng, shapes.CLASSES.index(name), 128) for _ in range(200)]
+    whole = [t for t in objects if 12 < t.radius < min(*t.centre) and max(*t.centre) < 128 - t.radius]
     assert len(whole) > 10
     assert np.allclose([t.coverage.sum() / t.area for t in whole], 1, atol=0.12)
 
 
 def test_every_object_is_visible_enough():
     for seed in range(60):
-        things, owner = shapes.place_objects(np.random.default_rng(seed), (64, 128)[seed % 2])
-        visible = np.bincount(owner.ravel(), minlength=len(things) + 1)[1:]
-        assert len(visible) == len(things)
-        assert all(seen >= max(0.35 * thing.area, 20) for seen, thing in zip(visible, things))
+        objects, owner = shapes.place_objects(np.random.default_rng(seed), (64, 128)[seed % 2])
+        visible = np.bincount(owner.ravel(), minlength=len(objects) + 1)[1:]
+        assert len(visible) == len(objects)
+        assert all(seen >= max(0.35 * shape.area, 20) for seen, shape in zip(visible, objects))
 
 
 def test_objects_scale_with_the_size(root, tmp_path):
