@@ -2,11 +2,13 @@
 import json
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -119,6 +121,22 @@ def random_predictions(height: int, width: int, classes: int = 3, seed: int = 0)
                        torch.randn(1, 16, height // 8, width // 8, generator=g), locations)
 
 
+def finding(annotations: CocoBoxes) -> Callable:
+    """A stand-in for CondInst.forward, which takes the images of a data set in their order and finds all boxes of the
+    first four, but the first of each, with more confidence from image to image. Every mask fills its image."""
+    indices = iter(range(len(annotations)))
+
+    def forward(network, images, sizes):
+        everywhere, found = torch.full([n // 8 for n in images.shape[2:]], 6.0), []
+        for _, i in zip(sizes, indices):
+            boxes = annotations.image_boxes(i)[0][1:].tolist() if i < 4 else []
+            found.append([(box, 0.5 + 0.1 * i, everywhere) for box in boxes])
+        predictions = made_up(found, images.shape[2:])
+        more = network.num_classes - predictions.class_logits.shape[2]
+        return predictions._replace(class_logits=F.pad(predictions.class_logits, (0, more), value=-30.0))
+    return forward
+
+
 # ---------------------------------------------------------------------------------------------------- data sets
 
 def noise_image(i: int, height: int, width: int) -> Image.Image:
@@ -204,8 +222,8 @@ LOSSES = {"boxteacher": ("cls", "box", "centerness", "projection", "pairwise", "
           "condinst": ("cls", "box", "centerness", "mask")}
 
 
-def one_batch(annotations: CocoBoxes):
-    return TrainBatches(annotations, batch_size=4, min_sizes=[64], max_size=64, teacher_size=(64, 64))[0]
+def one_batch(annotations: CocoBoxes, size: int = 4) -> Batch:
+    return TrainBatches(annotations, batch_size=size, min_sizes=[64], max_size=64, teacher_size=(64, 64))[0]
 
 
 def new_run(drawn: Path, out: Path, *options: str) -> tuple[Run, CocoBoxes]:
