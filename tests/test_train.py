@@ -206,6 +206,36 @@ def test_twenty_steps_of_the_other_methods_lower_every_loss(drawn, tmp_path, met
         assert sum(h[name] for h in history[18:]) < sum(h[name] for h in history[:3]), name
 
 
+def test_sgd_by_hand(drawn, tmp_path):
+    """Momentum 0.9 and, by default, weight decay 1e-4 (Sec. 4.1): v <- 0.9 v + g + decay p, p <- p - lr v."""
+    run, _ = new_run(drawn, tmp_path)
+    (group,) = run.optimizer.param_groups
+    group["lr"] = 1.0
+    p = run.model.head.controller.weight
+    before = p.detach().clone()
+    gradient = torch.empty_like(p).copy_(torch.linspace(-1, 1, p.numel()).reshape(p.shape))
+    velocity = torch.zeros_like(p)
+    for g in (torch.zeros_like(p), gradient, torch.zeros_like(p)):  # alone, the decay is not lost in rounding
+        p.grad = g.clone()
+        velocity = 0.9 * velocity + g + 1e-4 * before
+        before -= velocity
+        run.optimizer.step()
+        torch.testing.assert_close(p.detach(), before, rtol=1e-6, atol=1e-9)
+
+
+def test_clip_grad_bounds_the_step(drawn, tmp_path):
+    """The first step of SGD without weight decay is -lr times the gradient: of norm --clip-grad, in its direction."""
+    steps = []
+    for more in ([], ["--clip-grad", "0.01"]):
+        run, annotations = new_run(drawn, tmp_path, "--lr", "1", "--warmup", "0", "--weight-decay", "0", *more)
+        before = torch.cat([p.detach().flatten() for p in run.parameters]).double()
+        train_step(run, [one_batch(annotations)], 0, False)
+        steps.append(torch.cat([p.detach().flatten() for p in run.parameters]).double() - before)
+    plain, clipped = steps
+    assert plain.norm() > 0.1 and float(clipped.norm()) == pytest.approx(0.01, rel=1e-3)
+    assert float(plain @ clipped) == pytest.approx(float(plain.norm() * clipped.norm()), rel=1e-3)
+
+
 def test_micro_steps_are_averaged(drawn, warm, tmp_path):
     """The same batch twice as two micro-steps is that batch once, down to the last bit."""
     runs = [new_run(drawn, tmp_path, "--init", str(warm), "--iters", "100")[0] for _ in range(2)]
