@@ -179,4 +179,4 @@ def test_the_readmes_tree_names_every_file_once():
             named += [(folder if line.startswith(" ") else "") + name for name in names.split()]
     found = [str(path.relative_to(PROJECT)) for folder in (".", "formats", "tools")
              for path in (PROJECT / folder).glob("*.py") if path.name != "__init__.py"]
-    assert len(named) == len(set(named)) and set(found) <= set(named)
+    assert sorted(named) == sorted(found)
