@@ -438,7 +438,14 @@ def test_size(info: dict) -> tuple[int, int]:
 
 
 # Below these most objects are false. With rescoring the threshold is higher: q > 0.5 makes sqrt(d q) larger than d.
-SCORE_THRESHOLD = {False: 0.3, True: 0.6}
+SCORE_THRESHOLD, RESCORED_THRESHOLD = 0.3, 0.6
+
+
+def predict_confident(model: CondInst, images: Tensor, sizes: list[tuple[int, int]],
+                      original_sizes: list[tuple[int, int]], score_threshold: float, rescore: bool) -> list[Instances]:
+    """`predict`, of which only the instances remain whose reported score is at least score_threshold."""
+    found = predict(model, images, sizes, original_sizes, min(0.05, score_threshold), rescore)
+    return [confident(instances, score_threshold) for instances in found]
 
 
 def confident(instances: Instances, score: float) -> Instances:
@@ -467,13 +474,12 @@ class Predictor:
         else:
             image = Image.fromarray(np.asarray(image.cpu() if isinstance(image, Tensor) else image))
         if score_threshold is None:
-            score_threshold = SCORE_THRESHOLD[self.rescore]
+            score_threshold = RESCORED_THRESHOLD if self.rescore else SCORE_THRESHOLD
         height, width = image.height, image.width
         size = resized_size(height, width, *self.size)
         padded_image = padded(pixels(view(as_rgb(image), size, flip=False)), canvas_of([size]))
         images = padded_image[None].to(self.network.mean.device)
-        found = predict(self.network, images, [size], [(height, width)], min(0.05, score_threshold), self.rescore)
-        return confident(found[0], score_threshold)
+        return predict_confident(self.network, images, [size], [(height, width)], score_threshold, self.rescore)[0]
 
 
 def load(ckpt: str | os.PathLike, device: str = "cpu", weights: str | None = None) -> Predictor:

@@ -19,9 +19,9 @@ import predict
 import train
 from formats.coco import CocoBoxes, DataError
 from helpers import SMALL, losses_of, one_line_error
-from model import SCORE_THRESHOLD, Instances, load
-from predict import Drawings, drawn_names, find_images, free_name
-from tools.draw import COLOURS, colour_of, window
+from model import RESCORED_THRESHOLD, Instances, load
+from predict import drawing_names, find_images, free_name
+from tools.draw import COLOURS, colour_of, draw_objects, window
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +96,7 @@ def test_names_of_drawings_are_never_shared(tmp_path):
     assert len(find_images([str(tmp_path / "one")], tmp_path)) == 1  # the results go beside the folder
     with pytest.raises(DataError, match="name another folder with --out"):
         find_images([str(tmp_path / "one")], tmp_path / "one")
-    assert drawn_names(["a.png", "a.png", "a.tif", "x/a.png", "a-2.gif"]) == [
+    assert drawing_names(["a.png", "a.png", "a.tif", "x/a.png", "a-2.gif"]) == [
         "a.jpg", "a-2.jpg", "a-3.jpg", "x/a.jpg", "a-2-2.jpg"]
     names = set()
     assert [free_name("a.b.c", names) for _ in range(3)] == ["a.b.c", "a.b-2.c", "a.b-3.c"]
@@ -112,7 +112,7 @@ def test_what_is_read_is_never_written_over(drawn, sure, boxes, tmp_path, capsys
     files = ["--images", tmp_path / "pictures", "--out", tmp_path, "--workers", 0]
     for arguments in ([tmp_path / "one.jpg", "--out", tmp_path, "--workers", 0], ["--boxes", path, *files],
                       ["--boxes", tmp_path / "masks.json", "--images", drawn / "train2017", "--out", tmp_path]):
-        assert failing("--ckpt", sure, *arguments) == 1 and "written over" in one_line_error(capsys)
+        assert failing("--ckpt", sure, *arguments) == 1 and "overwritten" in one_line_error(capsys)
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
@@ -148,7 +148,7 @@ def test_drawing_large_and_small_images():
         mask[height // 2:, width // 2:] = 1
         one = {"bbox": [width / 2, height / 2, width / 2, height / 2], "category_id": 4, "score": 0.5,
                "segmentation": coco_mask.encode(mask)}
-        image = np.asarray(Drawings([], classes).drawn(Image.new("RGB", (width, height), (90, 90, 90)), [one]))
+        image = np.asarray(draw_objects(Image.new("RGB", (width, height), (90, 90, 90)), [one], classes))
         assert image.shape == (drawn_width // 2, drawn_width, 3)
         h, w = image.shape[:2]
         assert (image[h * 3 // 4, w * 3 // 4] != 90).any() and (image[h // 8, w // 4] == 90).all()
@@ -333,7 +333,7 @@ def test_ten_thousand_boxes_on_one_image(drawn, sure, tmp_path):
 
 
 HOSTILE = {
-    "traversal": (lambda c: c["images"][0].update(file_name="../../etc/passwd"), "inside the folder of images"),
+    "traversal": (lambda c: c["images"][0].update(file_name="../../etc/passwd"), "not a relative path without '..'"),
     "huge id": (lambda c: c["images"][0].update(id=10 ** 30), "not an integer"),
     "text for a number": (lambda c: c["annotations"][0].update(bbox=["1", 2, 3, 4]), "4 finite numbers"),
     "missing image": (lambda c: c["images"][0].update(file_name="gone.jpg"), "'gone.jpg'"),
@@ -369,8 +369,8 @@ def test_zero_boxes_are_a_file_with_no_masks(drawn, sure, boxes, tmp_path, capsy
     (["--out", "x"], "images"), (["a.jpg", "--boxes", "b.json", "--images", "i", "--out", "x"], "either"),
     (["--boxes", "b.json", "--out", "x"], "--images go together"), (["a.jpg", "--workers", "-1", "--out", "x"], "-1"),
     (["a.jpg", "--min-score", "2", "--out", "x"], "between 0 and 1"),
-    (["a.jpg", "--min-score", "0.5", "--out", "x"], "--min-score: it is for --boxes"),
-    (["--boxes", "b.json", "--images", "i", "--score-threshold", "0.5", "--out", "x"], "it is for images")])
+    (["a.jpg", "--min-score", "0.5", "--out", "x"], "--min-score: only with --boxes"),
+    (["--boxes", "b.json", "--images", "i", "--score-threshold", "0.5", "--out", "x"], "only with images")])
 def test_wrong_options(arguments, message, sure, capsys):
     assert failing("--ckpt", sure, *arguments) == 2 and message in capsys.readouterr().err
 
@@ -400,6 +400,6 @@ def test_a_model_takes_images_in_every_form(drawn, sure):
     assert model.classes == [c["name"] for c in content["categories"]] and model.classes[first.labels[0]]
     assert all(same_instances(first, other) for other in answers[1:])
     limit = float(first.scores.median())
-    assert (model.predict(path).scores >= SCORE_THRESHOLD[model.rescore]).all() and model.rescore
+    assert (model.predict(path).scores >= RESCORED_THRESHOLD).all() and model.rescore
     few = model.predict(path, score_threshold=limit)
     assert torch.equal(few.boxes, first.boxes[first.scores >= limit]) and 0 < len(few.boxes) < len(first.boxes)

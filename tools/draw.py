@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d
@@ -18,6 +19,7 @@ from torchvision.ops import box_iou
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
+from data import pixels, view
 from formats.coco import CocoBoxes
 from formats.files import replacing
 from formats.pictures import load_image
@@ -27,6 +29,7 @@ COLOURS = [(230, 60, 60), (60, 150, 240), (70, 190, 80), (250, 170, 30), (170, 9
            (240, 110, 190), (160, 110, 60), (190, 220, 50), (110, 120, 250), (0, 130, 110), (255, 215, 90)]
 PANEL = 320  # longer side of a panel, pixels
 GAP = 6      # between panels, pixels
+DRAWN = (480, 1600)  # limits of the longer side of a drawn image, pixels: names can be read, large images stay small
 HEADER = 30  # height of the line that names the panels, pixels
 BACKGROUND = (24, 24, 28)
 
@@ -57,6 +60,20 @@ def draw_instances(image: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor 
     if scores is not None:
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores.tolist())]
     return write_texts(image, boxes, texts, colours)
+
+
+def draw_objects(image: Image.Image, objects: list[dict], classes: list[dict]) -> Image.Image:
+    """Draw COCO results, each with bbox, category_id, score and segmentation (RLE), over an image resized to DRAWN."""
+    longest = max(image.size)
+    scale = min(max(longest, DRAWN[0]), DRAWN[1]) / longest
+    size = max(1, round(image.height * scale)), max(1, round(image.width * scale))
+    label = {c["id"]: i for i, c in enumerate(classes)}
+    masks = [np.asarray(Image.fromarray(coco_mask.decode(o["segmentation"])).resize(size[::-1], Image.NEAREST))
+             for o in objects]
+    return to_pil_image(draw_instances(
+        pixels(view(image, size, flip=False)), corners(objects) * scale,
+        torch.tensor([label[o["category_id"]] for o in objects], dtype=torch.int64),
+        torch.tensor([o["score"] for o in objects]), stack(masks, *size), [c["name"] for c in classes]))
 
 
 def fill_mask(image: Tensor, mask: Tensor, colour: tuple) -> Tensor:
