@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)  # small tensors: more threads only get in each other's way
 pytest.register_assert_rewrite("helpers")
 
-from label_folders import put, put_image, thing, xml  # noqa: E402
+from label_folders import put, put_image, xml_object, xml  # noqa: E402
 from formats.checkpoint import save  # noqa: E402
 from formats.shapes import write_shapes  # noqa: E402
 from helpers import CHECKED, draw_dataset, new_run, one_batch  # noqa: E402
@@ -42,17 +42,17 @@ def coco_mini() -> Path:
 
 @pytest.fixture
 def voc(tmp_path):
-    """Images a, b (nothing in it) and c, with a box each in a and c; nothing says what is to train on."""
+    """Images a, b and c without splits; a and c have a box, b is empty."""
     root = tmp_path / "voc"
-    for stem, things in (("a", [thing()]), ("b", []), ("c", [thing("bus")])):
+    for stem, objects in (("a", [xml_object()]), ("b", []), ("c", [xml_object("bus")])):
         put_image(root / "JPEGImages" / f"{stem}.jpg")
-        put(root / "Annotations" / f"{stem}.xml", xml(*things, filename=f"{stem}.jpg"))
+        put(root / "Annotations" / f"{stem}.xml", xml(*objects, filename=f"{stem}.jpg"))
     return root
 
 
 @pytest.fixture
 def yolo(tmp_path):
-    """Images a and c, to train on, with a box each, and b, to evaluate on, without a label file."""
+    """Training images a and c with a box each; image b to evaluate on, without a label file."""
     root = tmp_path / "yolo"
     for name in ("train/a", "val/b", "train/c"):
         put_image(root / "images" / f"{name}.png")

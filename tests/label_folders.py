@@ -1,4 +1,4 @@
-"""Small folders in the layouts of Pascal VOC and YOLO, and what became of them as COCO files."""
+"""Small folders in the layouts of Pascal VOC and YOLO, and the COCO files they are converted to."""
 import json
 from pathlib import Path
 
@@ -18,14 +18,14 @@ def put(path: Path, content: str | bytes) -> None:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def thing(name="car", box=(3, 5, 12, 9), more="") -> str:
+def xml_object(name="car", box=(3, 5, 12, 9), more="") -> str:
     edges = "".join(f"<{edge}>{value}</{edge}>" for edge, value in zip(("xmin", "ymin", "xmax", "ymax"), box))
     return f"<object><name>{name}</name>{more}<bndbox>{edges}</bndbox></object>"
 
 
-def xml(*things: str, filename="", size=(30, 20)) -> str:
+def xml(*objects: str, filename="", size=(30, 20)) -> str:
     sides = "" if size is None else f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>"
-    return f"<annotation><filename>{filename}</filename>{sides}{''.join(things)}</annotation>"
+    return f"<annotation><filename>{filename}</filename>{sides}{''.join(objects)}</annotation>"
 
 
 def read(root: Path, split: str = "train") -> dict:
@@ -41,7 +41,7 @@ def boxes(root: Path, split: str = "train") -> list[tuple]:
 
 
 def refused(write, root: Path, *parts: str) -> None:
-    """One line that holds all parts; nothing is written, and an earlier conversion stays as it is."""
+    """The error is one line with all parts; nothing is written, and an earlier conversion stays."""
     def files():
         return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
     before = files()

@@ -1,4 +1,4 @@
-"""What is wrong with a data set ends in one line that names the file and the image or box."""
+"""Each mistake in a data set ends in one line that names the file and the image or box."""
 import json
 import os
 import subprocess
@@ -20,14 +20,14 @@ from helpers import annotation, write_set
 HELP = "cocodataset.org", "python data.py shapes datasets/shapes"
 
 
-def says(error, *parts: str) -> None:
-    """The message is one line and holds all of the parts."""
+def is_one_line(error, *parts: str) -> None:
+    """The message is one line and contains all parts."""
     message = str(error.value)
     assert "\n" not in message and all(part in message for part in parts), message
 
 
 def reading(folder, *parts: str, change=None, **content) -> None:
-    """CocoBoxes refuses the set of `content`, changed by `change(content)`, naming the file and the parts."""
+    """CocoBoxes refuses the set of `content`, edited by `change(content)`, in a message with the file and the parts."""
     json_path, images = write_set(folder, **content)
     if change:
         content = json.loads(Path(json_path).read_text())
@@ -35,20 +35,20 @@ def reading(folder, *parts: str, change=None, **content) -> None:
         Path(json_path).write_text(json.dumps(content))
     with pytest.raises(DataError) as error:
         CocoBoxes(json_path, images)
-    says(error, json_path, *parts)
+    is_one_line(error, json_path, *parts)
 
 
 def test_missing_file_and_folder_say_how_to_get_data(tmp_path):
     json_path, images = write_set(tmp_path)
     with pytest.raises(DataError) as error:
         CocoBoxes(tmp_path / "none.json", images)
-    says(error, str(tmp_path / "none.json"), "missing", *HELP)
+    is_one_line(error, str(tmp_path / "none.json"), "missing", *HELP)
     with pytest.raises(DataError) as error:
         CocoBoxes(json_path, tmp_path / "nowhere")
-    says(error, str(tmp_path / "nowhere"), "missing", *HELP)
+    is_one_line(error, str(tmp_path / "nowhere"), "missing", *HELP)
     with pytest.raises(DataError) as error:
-        CocoBoxes(tmp_path, images)                 # a folder in place of the file
-    says(error, str(tmp_path), "cannot be read")
+        CocoBoxes(tmp_path, images)                 # a folder instead of a file
+    is_one_line(error, str(tmp_path), "cannot be read")
 
 
 @pytest.mark.parametrize("text, part", [
@@ -56,12 +56,12 @@ def test_missing_file_and_folder_say_how_to_get_data(tmp_path):
     ("[]", "'images'"), ("7", "'images'"),
     ('{"images": {}, "annotations": [], "categories": []}', "'images'"),
 ])
-def test_no_coco_file(tmp_path, text, part):
+def test_files_that_are_not_coco(tmp_path, text, part):
     path = tmp_path / "x.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(DataError) as error:
         CocoBoxes(path, tmp_path)
-    says(error, str(path), part)
+    is_one_line(error, str(path), part)
 
 
 @pytest.mark.parametrize("key", ["images", "categories"])
@@ -70,7 +70,7 @@ def test_missing_list(tmp_path, key):
 
 
 def test_training_without_annotations_is_one_line(tmp_path, capsys):
-    """Images alone, as COCO's test-dev, can be evaluated but not learnt from."""
+    """Images alone, as in COCO's test-dev, can be evaluated but not trained on."""
     json_path, images = write_set(tmp_path)
     content = json.loads(Path(json_path).read_text())
     del content["annotations"]
@@ -151,7 +151,7 @@ def test_missing_images(tmp_path):
     os.remove(os.path.join(images, "2.png"))
     with pytest.raises(DataError) as error:
         CocoBoxes(json_path, images)
-    says(error, "2 of 3 images", json_path, images, "'1.png'", "id 11")
+    is_one_line(error, "2 of 3 images", json_path, images, "'1.png'", "id 11")
 
 
 @pytest.mark.parametrize("segmentation", [
@@ -165,10 +165,10 @@ def test_masks_need_a_usable_segmentation(tmp_path, segmentation):
     json_path, images = write_set(tmp_path, annotations=rows)
     with pytest.raises(DataError) as error:
         CocoBoxes(json_path, images, masks=True)
-    says(error, json_path, "annotation id 2", "segmentation")
+    is_one_line(error, json_path, "annotation id 2", "segmentation")
 
 
-def test_masks_are_asked_of_usable_boxes_alone(tmp_path):
+def test_only_usable_boxes_need_masks(tmp_path):
     rows = [annotation(1, 10, [1, 1, 9, 9], segmentation=[[1, 1, 9, 1, 9, 9]]),
             annotation(2, 10, [1, 1, 0, 9]), annotation(3, 10, [1, 1, 9, 9], iscrowd=1)]
     assert len(CocoBoxes(*write_set(tmp_path, annotations=rows), masks=True).rle_offsets) == 2
@@ -188,14 +188,14 @@ def loading(annotations, train: bool, workers: int):
 def test_another_size_than_stated_stops_training_and_evaluation(tmp_path, train, workers):
     json_path, images = write_set(tmp_path, sizes=[(20, 30)] * 3)
     path = os.path.join(images, "1.png")
-    Image.new("RGB", (20, 30)).save(path)                # the sides swapped, and no EXIF that says so
+    Image.new("RGB", (20, 30)).save(path)                # the sides are swapped, without EXIF
     annotations = CocoBoxes(json_path, images)
     with pytest.raises(DataError) as error:
         check_sizes(annotations)
-    says(error, json_path, "1 of 3", path, "20 x 30", "30 x 20")
-    with pytest.raises(DataError) as error:              # one line also where a worker process raises it
+    is_one_line(error, json_path, "1 of 3", path, "20 x 30", "30 x 20")
+    with pytest.raises(DataError) as error:              # one line also from a worker process
         loading(annotations, train, workers)
-    says(error, path, "20 x 30", "30 x 20")
+    is_one_line(error, path, "20 x 30", "30 x 20")
     assert str(error.value).startswith(path)
 
 
@@ -217,7 +217,7 @@ def test_an_undecodable_image_is_skipped_in_training_and_stops_evaluation(tmp_pa
     for workers in (0, 1) if size == 900 else (0,):
         with pytest.raises(UndecodableImage) as error:
             loading(annotations, False, workers)
-        says(error, path, "cannot be decoded")
+        is_one_line(error, path, "cannot be decoded")
         assert str(error.value).startswith(path)
 
 
@@ -227,18 +227,7 @@ def test_training_ends_when_no_image_can_be_decoded(tmp_path):
         os.truncate(os.path.join(images, name), 100)
     with pytest.raises(DataError) as error:
         loading(CocoBoxes(json_path, images), True, 0)
-    says(error, "3 images in a row", ".png")
-
-
-def test_check_sizes_looks_from_the_first_to_the_last(tmp_path):
-    json_path, images = write_set(tmp_path, sizes=[(20, 30)] * 9)
-    annotations = CocoBoxes(json_path, images)
-    Image.new("RGB", (9, 9)).save(os.path.join(images, "1.png"))
-    check_sizes(annotations, at_most=3)                             # 0, 4 and 8
-    for i in (0, 4, 8):
-        Image.new("RGB", (9, 9)).save(os.path.join(images, f"{i}.png"))
-    with pytest.raises(DataError, match="3 of 3"):
-        check_sizes(annotations, at_most=3)
+    is_one_line(error, "3 images in a row", ".png")
 
 
 def test_command_line_of_the_shapes(tmp_path, capsys):

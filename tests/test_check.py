@@ -1,5 +1,4 @@
-"""check.py: every finding on a small set that has just that, all rules of coco.py at once, folders, hostile files;
-and what coco.py makes of segmentations that are empty lists."""
+"""check.py: each finding on a small set that has no other, all rules of coco.py at once, folders, hostile files."""
 import json
 import os
 import subprocess
@@ -13,19 +12,18 @@ from PIL import Image
 import train
 from formats.coco import CocoBoxes, DataError, content_problems
 from formats.commands import main
-from data import TrainBatches
 from helpers import annotation, noise_image, write_set
 
 SIZES = [(20, 30)] * 4                                   # (height, width) of images 10, 11, ...
 
 
 def boxes(count: int, image_id: int = 10, category_id: int = 3, first: int = 100) -> list[dict]:
-    """Boxes that nothing can be said against, 600 of them in an image without two alike."""
+    """Sound boxes; up to 600 in an image are all different."""
     return [annotation(first + i, image_id, [i % 20, i // 20 % 10, 4, 3 + i // 200], category_id) for i in range(count)]
 
 
 def sound(folder, annotations=(), sizes=SIZES, **own):
-    """A set of one class without any finding: ten boxes in each image, beside those given."""
+    """A set of one class without findings: ten boxes in each image, and those given."""
     rows = [row for i in range(len(sizes)) for row in boxes(10, 10 + i, first=100 + 10 * i)]
     folder.mkdir(exist_ok=True)
     return write_set(folder, sizes=sizes, annotations=[*rows, *annotations], categories=(3,), **own)
@@ -39,7 +37,7 @@ def change(json_path, edit) -> None:
 
 @pytest.fixture
 def check(capsys):
-    """check(arguments of the command line...) -> exit status; the findings; the summaries."""
+    """check(arguments of the command line...) -> exit status, findings, summaries."""
     def run(*arguments) -> tuple[int, list[str], list[str]]:
         status = 0
         try:
@@ -49,19 +47,19 @@ def check(capsys):
         captured = capsys.readouterr()
         lines = captured.out.splitlines()
         findings = [line for line in lines if line.startswith(("error: ", "warning: ", "note: "))]
-        assert lines[:len(findings)] == findings and captured.err == ""     # the summaries stand below, no more is said
+        assert lines[:len(findings)] == findings and captured.err == ""     # then the summaries, and nothing else
         return status, findings, lines[len(findings):]
     return run
 
 
 def only(findings: list[str], *parts: str) -> None:
-    """There is one finding, and it holds all parts."""
+    """The only finding contains all parts."""
     assert len(findings) == 1 and all(part in findings[0] for part in parts), findings
 
 
-# -------------------------------------------------------------------------------------- a file on its own
+# --------------------------------------------------------------------------------------------- one file
 
-def test_nothing_is_said_against_a_sound_file_and_nothing_is_written(tmp_path, check):
+def test_a_sound_file_has_no_findings_and_nothing_is_written(tmp_path, check):
     json_path, images = sound(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert check(json_path, "--images", images) == (0, [], [f"{json_path}: 4 images, 40 boxes, 1 classes"])
@@ -92,18 +90,18 @@ def test_boxes(tmp_path, check, rows, level, parts):
     [annotation(1, 10, [3, 3, 11, 11]), annotation(2, 10, [3, 3, 11, 12])],                    # another box
     [annotation(1, 10, [25, 15, 5.05, 5.05]), annotation(2, 10, [-0.05, 0, 9, 9])],            # rounded coordinates
 ])
-def test_boxes_that_nothing_is_said_against(tmp_path, check, rows):
+def test_sound_boxes(tmp_path, check, rows):
     json_path, images = sound(tmp_path, rows)
     assert check(json_path, "--images", images)[:2] == (0, [])
 
 
-def test_the_same_box_in_another_class_is_no_copy(tmp_path, check):
+def test_the_same_box_in_another_class_is_not_a_copy(tmp_path, check):
     rows = boxes(10, 10, 3) + boxes(10, 10, 17, first=200)
     json_path, images = write_set(tmp_path, SIZES[:1], rows, (3, 17))
     assert check(json_path, "--images", images)[:2] == (0, [])
 
 
-def test_classes_of_few_boxes_and_images_of_none(tmp_path, check):
+def test_classes_with_few_boxes_and_images_with_none(tmp_path, check):
     names = {3: "car", 17: "one", 90: "no\x1b[2Jne"}
     rows = boxes(10) + boxes(9, 11, 17, first=300) + [annotation(7, 12, [1, 1, 9, 9], 17, iscrowd=1)]
     json_path, images = write_set(tmp_path, SIZES, rows)
@@ -136,7 +134,7 @@ def test_missing_images_and_folders(tmp_path, check):
 
 
 def test_sizes_from_the_headers(tmp_path, check):
-    """All of them, not the first; an image turned by EXIF counts as it looks."""
+    """All images are read, and EXIF may turn them."""
     json_path, images = sound(tmp_path, sizes=[(20, 30)] * 8)
     for i in range(6):
         Image.new("RGB", (20, 30)).save(os.path.join(images, f"{i}.png"))
@@ -163,8 +161,8 @@ def test_unreadable_headers_warn_until_none_can_be_read(tmp_path, check):
     assert status == 1
 
 
-def test_as_many_unreadable_headers_as_end_a_run_are_an_error(tmp_path, check):
-    """The limit is train.check_skipped's: with 11 of 15 it raises, with 10 it does not."""
+def test_too_many_unreadable_headers_to_train_are_an_error(tmp_path, check):
+    """The limit is train.check_skipped's, which accepts 10 of 15 but not 11."""
     json_path, images = sound(tmp_path, sizes=[(20, 30)] * 15)
     for i in range(11):
         assert check(json_path, "--images", images)[0] == 0
@@ -193,8 +191,8 @@ def test_two_entries_of_one_file(tmp_path, check):
     ("annotations/instances_train2017.json", "train2017"), ("annotations/instances_val2017.json", "leftImg8bit/val"),
     ("annotations/instances_mine.json", "annotations"), ("annotations/mine.json", "annotations/images"),
     ("mine.json", "."), ("mine.json", "images"), ("some/mine.json", "some/images")])
-def test_images_are_found_where_they_usually_are(tmp_path, check, monkeypatch, json_path, folder):
-    """By absolute paths, relative ones, and from within the file's own folder."""
+def test_images_are_found_in_the_usual_places(tmp_path, check, monkeypatch, json_path, folder):
+    """By an absolute path, a relative one, and from the file's folder."""
     json_path = tmp_path / "set" / json_path
     json_path.parent.mkdir(parents=True)
     source, images = sound(tmp_path / "source")
@@ -208,7 +206,7 @@ def test_images_are_found_where_they_usually_are(tmp_path, check, monkeypatch, j
         assert check(path)[:2] == (0, [])
 
 
-def test_images_that_are_found_nowhere(tmp_path, check):
+def test_images_that_are_not_found(tmp_path, check):
     json_path, images = sound(tmp_path)
     os.rename(images, tmp_path / "elsewhere")
     status, findings, _ = check(json_path)
@@ -222,7 +220,7 @@ def test_images_that_are_found_nowhere(tmp_path, check):
     ("", "not JSON"), (b"\xff\xfe\x00", "not JSON"), ("[" * 100_000, "not JSON"), ("1" + "0" * 5000, "not JSON"),
     ("[]", "no list 'images'"), ('{"images": [], "annotations": []}', "no list 'categories'"),
 ])
-def test_no_coco_file(tmp_path, check, text, part):
+def test_files_that_are_not_coco(tmp_path, check, text, part):
     path = tmp_path / "x.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     status, findings, summaries = check(path)
@@ -240,8 +238,8 @@ def test_missing_file(tmp_path, check):
 
 
 def test_all_rules_at_once(tmp_path, check):
-    """A set that breaks every rule: each has its line, whatever else is wrong with the same entry, and the sound rest
-    is looked at all the same."""
+    """A set that breaks every rule: each rule has its line, whatever else is wrong with the same entry, and the sound
+    entries are still examined."""
     json_path, images = sound(tmp_path, [annotation(7, 10, [25, 5, 9, 9])])
 
     def spoil(content):
@@ -281,13 +279,13 @@ def test_all_rules_at_once(tmp_path, check):
         assert sum(part in finding for finding in findings) == 1, part
     assert status == 1 and all(ord(character) >= 32 for finding in findings for character in finding)
     assert summaries == [f"{json_path}: 6 images, 41 boxes, 2 classes"]
-    with pytest.raises(DataError) as error:                        # reading raises the first of the very same lines
+    with pytest.raises(DataError) as error:                        # reading raises the first of the same lines
         CocoBoxes(json_path, images)
     assert f"error: {error.value}" == findings[0]
 
 
 def test_reading_raises_what_is_listed_first(tmp_path):
-    """One mechanism: whatever read_coco refuses is the first of content_problems, and it refuses nothing else."""
+    """read_coco raises the first of content_problems, and accepts everything else."""
     json_path, images = sound(tmp_path)
     content = json.loads(Path(json_path).read_text())
     assert list(content_problems(json_path, content)) == []
@@ -302,7 +300,7 @@ def test_reading_raises_what_is_listed_first(tmp_path):
                     with pytest.raises(DataError) as error:
                         CocoBoxes(json_path, images)
                     assert str(error.value) == problems[0]
-                elif key != "file_name":                           # "xxxxx" is a fine name, of no image that is there
+                elif key != "file_name":                           # "xxxxx" is a valid name of a missing image
                     CocoBoxes(json_path, images)
 
 
@@ -355,8 +353,8 @@ def test_the_two_files_need_the_same_categories(folder, check):
     assert findings[0] == f"error: {error.value}"
 
 
-def test_what_only_an_evaluation_minds(folder, check):
-    """An undecodable image ends it; without boxes there is no AP, which ends nothing."""
+def test_findings_about_evaluation(folder, check):
+    """An undecodable image ends it; without boxes there is no AP, but nothing ends."""
     os.truncate(folder / "val2017" / "1.png", 20)
     status, findings, _ = check(folder)
     only(findings, "error: ", files(folder)[1], "evaluation would end", "(id 11)")
@@ -368,13 +366,13 @@ def test_what_only_an_evaluation_minds(folder, check):
     assert status == 0
 
 
-def test_names_of_the_data_and_images_with_a_folder(folder, check, monkeypatch, capsys):
+def test_named_data_and_images_given_for_a_data_set(folder, check, monkeypatch, capsys):
     monkeypatch.chdir(folder.parent)
     os.mkdir("datasets")
     os.rename(folder, "datasets/shapes")
     assert check("shapes")[0] == 0
     os.remove("datasets/shapes/annotations/instances_val2017.json")
-    assert check("shapes")[0] == 1                        # train.py --data shapes refuses that too
+    assert check("shapes")[0] == 1                        # as train.py --data shapes
     with pytest.raises(SystemExit) as end:
         main(["check", "datasets/shapes", "--images", "datasets"])
     error = capsys.readouterr().err
@@ -389,48 +387,10 @@ def test_the_status_of_the_program(folder):
     assert run.stdout.startswith("error: 1 of 4 images")
 
 
-# --------------------------------------------------------------- coco.py: segmentations that are empty lists
-
-def with_masks(folder, *segmentations):
-    """An image with a box for each of the segmentations, read with masks."""
-    rows = [annotation(i, 10, [1, 1, 8, 8], segmentation=segmentation) for i, segmentation in enumerate(segmentations)]
-    return CocoBoxes(*write_set(folder, [(20, 30)], rows, (3,)), masks=True)
-
-
-def test_an_empty_segmentation_is_an_empty_mask_and_a_warning(tmp_path, capsys):
-    polygon = [[1, 1, 9, 1, 9, 9, 1, 9]]
-    annotations = with_masks(tmp_path, [], polygon, *[[]] * 6)
-    assert len(annotations.boxes) == 8
-    masks = [annotations.mask(0, box) for box in range(8)]
-    assert all(mask.shape == (20, 30) for mask in masks)
-    assert [mask.any() for mask in masks] == [False, True] + [False] * 6
-    error = capsys.readouterr().err
-    assert "7 of 8 boxes have an empty segmentation: they train boxes and no masks" in error
-    assert "(annotation id 0, 2, 3, 4, 5, ...)" in error
-    assert error.count("\n") == 1 and error.startswith("warning: ")
-    with_masks(tmp_path, polygon, polygon)
-    assert capsys.readouterr().err == ""
-
-
-def test_empty_segmentations_of_all_boxes_and_missing_ones_are_errors(tmp_path):
-    with pytest.raises(DataError, match="all 2 boxes have an empty segmentation"):
-        with_masks(tmp_path, [], [])
-    for missing in (None, {}, "", [[]]):
-        with pytest.raises(DataError, match="annotation id 1: no usable segmentation"):
-            with_masks(tmp_path, [], missing)
-
-
-def test_condinst_learns_from_a_box_with_an_empty_mask(tmp_path):
-    """In the way that training takes: its masks are given, and the empty one stays empty."""
-    annotations = with_masks(tmp_path, [], [[1, 1, 9, 1, 9, 9, 1, 9]])
-    batch = TrainBatches(annotations, batch_size=1, min_sizes=[40], max_size=60)[0]
-    assert [bool(mask.any()) for mask in batch.masks[0]] == [False, True] and len(batch.boxes[0]) == 2
-
-
-# ------------------------------------------------------------------------------------------------ large
+# ------------------------------------------------------------------------------------------- large files
 
 def test_many_boxes_take_seconds(tmp_path, check):
-    """100,000 annotations, 10,000 of them on one photo and those all alike."""
+    """100,000 annotations, 10,000 of them equal boxes in one image."""
     rows = [annotation(i, 10 + max(0, i // 100 - 99), [i % 7, 2, 9, 9] if i >= 10_000 else [1, 2, 9, 9])
             for i in range(100_000)]
     json_path, images = write_set(tmp_path, [(20, 30)], rows, (3,))

@@ -1,7 +1,7 @@
-"""cityscapes.py: a made-up city as COCO files that were worked out by hand; our export scored by the official scripts.
+"""cityscapes.py: a made-up city as COCO files worked out by hand. cityscapes_score.py: our export and its official AP.
 
-The city's streets are 64 x 128 pixels of road (7). The official scripts take no notice of objects of under 100 pixels,
-so those that count here have 500 (25 x 20).
+The city's streets are 64 x 128 pixels of road (7). The official scripts ignore objects under 100 pixels, so those that
+count here have 500 (25 x 20).
 """
 import json
 import os
@@ -28,20 +28,20 @@ from tools import cityscapes_score
 
 HEIGHT, WIDTH = 64, 128
 A, B, C = ((slice(10, 30), slice(left, left + 25)) for left in (5, 45, 90))     # three places of 20 x 25 pixels
-D = slice(40, 60), slice(5, 30)                                                 # a fourth, below the first
+D = slice(40, 60), slice(5, 30)                                                 # below A
 BOX = {"A": [5, 10, 25, 20], "B": [45, 10, 25, 20], "D": [5, 40, 25, 20]}
 
 
-def street(*things) -> np.ndarray:
-    """Instance ids (64, 128) uint16 of road and things, pairs of an id and a place; later ones cover earlier ones."""
+def street(*objects) -> np.ndarray:
+    """Instance ids (64, 128) uint16 of road and of objects, given as (id, place); later ones cover earlier ones."""
     ids = np.full((HEIGHT, WIDTH), 7, np.uint16)
-    for instance, place in things:
+    for instance, place in objects:
         ids[place] = instance
     return ids
 
 
 def put(root: Path, split: str, name: str, ids: np.ndarray) -> tuple[Path, Path]:
-    """Write the image CITY_SEQUENCE_FRAME and its instance map, -> their paths."""
+    """Write the image CITY_SEQUENCE_FRAME and its instance map. Returns their paths."""
     city = name.split("_")[0]
     image = root / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png"
     instances = root / "gtFine" / split / city / f"{name}_gtFine_instanceIds.png"
@@ -53,8 +53,8 @@ def put(root: Path, split: str, name: str, ids: np.ndarray) -> tuple[Path, Path]
 
 @pytest.fixture
 def city(tmp_path):
-    """train: ulm with a person who stands before a car, then a group of people, a caravan (29, not scored) and a
-    one-pixel bicycle; aachen, which comes first, without anything. val: frankfurt, three streets to be scored."""
+    """train: ulm with a person in front of a car, then a group of people, a caravan (29, not scored) and a one-pixel
+    bicycle; aachen, which comes first, is empty. val: frankfurt, three streets to be scored."""
     root = tmp_path / "city"
     corner = np.s_[15:25, 20:40]
     put(root, "train", "ulm_000001_000019", street((26001, A), (24000, corner)))
@@ -93,7 +93,7 @@ PERFECT = [detection(1, 24, A, 0.9), detection(1, 24, B, 0.8), detection(2, 26, 
 
 
 def test_the_files_by_hand(city, capsys):
-    """Images by sorted path, annotations by id; the person hides a part of the car, whose box stays whole:
+    """Images by sorted path, annotations by instance id. The person hides part of the car, whose box stays whole:
     25 x 20 - 10 x 10 (columns 20 to 29 are the car's) = 400 pixels."""
     data_main(["cityscapes", str(city)])
     out = capsys.readouterr().out
@@ -117,7 +117,7 @@ def test_the_files_by_hand(city, capsys):
 
 
 def test_boxes_are_those_of_the_pixels():
-    """Random blots, against the outermost rows and columns; 16 bits hold ids of every class (33,999 at most)."""
+    """Random pixels against their outermost rows and columns; ids go up to 33,999."""
     rng = np.random.default_rng(0)
     ids = np.where(rng.random((30, 50)) < 0.01, rng.choice([24001, 26000, 33999], (30, 50)), 4).astype(np.uint16)
     for row, instance in zip(cityscapes.annotate(ids), (24001, 26000, 33999), strict=True):
@@ -127,8 +127,8 @@ def test_boxes_are_those_of_the_pixels():
     json.dumps(cityscapes.annotate(ids))
 
 
-def test_the_project_reads_them(city, val):
-    """Without the groups; --data of train.py and evaluate.py finds the images where Cityscapes keeps them."""
+def test_training_reads_the_files(city, val):
+    """Without the groups; --data finds the images where Cityscapes keeps them."""
     assert len(val) == 3 and [c["id"] for c in val.classes] == [24, 25, 26, 27, 28, 31, 32, 33]
     assert [val.image_boxes(i)[1].tolist() for i in range(3)] == [[0, 0], [2, 4], []]
     assert val.image_boxes(0)[0].tolist() == [[5, 10, 30, 30], [45, 10, 70, 30]]
@@ -141,7 +141,7 @@ def test_the_project_reads_them(city, val):
     assert batch.images.shape == (3, 3, 64, 128) and sorted(len(boxes) for boxes in batch.boxes) == [0, 1, 2]
 
 
-def test_names_of_the_data():
+def test_paths_of_the_named_data_set():
     (train_json, train_images), (_, val_images) = datasets("cityscapes")
     root = os.path.join("datasets", "cityscapes")
     assert train_json == os.path.join(root, "annotations", "instances_train2017.json")
@@ -153,7 +153,7 @@ def test_names_of_the_data():
 
 
 def refused(root: Path, *parts: str) -> None:
-    """One line that holds all parts; no file is written, and one that is there stays."""
+    """The error is one line with all parts; no file is written, and an existing one stays."""
     old = root / "annotations" / "instances_train2017.json"
     old.parent.mkdir(exist_ok=True)
     old.write_text("old")
@@ -175,7 +175,7 @@ def test_missing_folders_say_where_to_get_them(city):
     refused(city, str(city / "leftImg8bit" / "train"), "no image")
 
 
-def test_a_image_without_instances_and_instances_without_a_image(city):
+def test_an_image_without_a_map_and_a_map_without_an_image(city):
     image, instances = put(city, "val", "bonn_000000_000001", street())
     instances.unlink()
     refused(city, "1 of 4 images", str(city / "gtFine" / "val"), "bonn/bonn_000000_000001_leftImg8bit.png")
@@ -218,7 +218,7 @@ def test_the_command_line_ends_with_one_line(tmp_path):
 
 
 def test_export_by_hand(val, tmp_path):
-    """A text file for every image, also for one without detections; each line names a mask of the image's size."""
+    """A text file for every image, even without detections; each line names a mask of the image's size."""
     folder = tmp_path / "new" / "results"
     cityscapes_score.prepare(val, str(folder))
     cityscapes_score.export([*PERFECT, detection(1, 25, C, 0.123456789)], val, str(folder))
@@ -259,7 +259,7 @@ def test_prepare_refuses_what_cannot_be_exported(city, val, tmp_path):
 
 @pytest.fixture
 def official(val, tmp_path):
-    """score(detections) -> official_ap of what was exported of them."""
+    """score(detections) -> official_ap of their export."""
     pytest.importorskip("cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling")
 
     def score(detections):
@@ -279,7 +279,7 @@ def test_classes_are_those_that_the_scripts_score(official):
     assert cityscapes.CLASSES == scored and cityscapes.LAST_LABEL == max(label.id for label in labels)
 
 
-def test_perfect_detections_have_100_and_absent_classes_nothing(official):
+def test_perfect_detections_have_100_and_absent_classes_none(official):
     figures = official(PERFECT)
     assert figures["AP"] == figures["AP50"] == pytest.approx(100)
     for name, row in figures["per_class"].items():
@@ -316,8 +316,8 @@ def test_no_detection_has_zero(official, capsys):
     assert len(lines) == 10
 
 
-def test_where_the_scripts_fail_one_line_says_so(official):
-    """Persons, and no detection of one but in the group: the scripts then look into an empty list."""
+def test_a_failure_of_the_scripts_is_one_line(official):
+    """The only detection of a person is in the group: the scripts then index an empty list."""
     with pytest.raises(DataError, match="^cityscapesscripts cannot score the results in .*results.*: IndexError: .*$"):
         official([detection(1, 24, C, 0.9)])
 
@@ -355,7 +355,7 @@ def test_evaluate_gives_both_ap(arguments, tmp_path, capsys):
     assert ["all", "100.0", "100.0"] in [line.split() for line in capsys.readouterr().out.splitlines()]
 
 
-def test_without_the_package_the_results_are_written_and_one_line_says_so(arguments, tmp_path, capsys, monkeypatch):
+def test_without_the_package_the_results_are_written_with_one_line_about_it(arguments, tmp_path, capsys, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "cityscapesscripts"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "cityscapesscripts", None)
@@ -367,8 +367,8 @@ def test_without_the_package_the_results_are_written_and_one_line_says_so(argume
     assert len(list((tmp_path / "results").glob("*.txt"))) == 3
 
 
-def test_the_package_is_imported_only_when_asked(arguments):
-    """In a process of its own: whatever another test has imported does not count."""
+def test_the_package_is_imported_only_with_its_option(arguments):
+    """In a new process, where no other test has imported it."""
     code = ("import sys, evaluate; evaluate.evaluate = lambda *_, **options: []; evaluate.main(sys.argv[1:]); "
             "assert not [name for name in sys.modules if name.startswith('cityscapesscripts')]")
     run = subprocess.run([sys.executable, "-c", code, *arguments[:-2]], cwd=Path(evaluate.__file__).parent,

@@ -11,11 +11,11 @@ from formats.coco import DataError, datasets
 from formats.commands import main
 from formats.voc import write_voc
 from formats.yolo import write_yolo
-from label_folders import boxes, put, read, refused, thing, xml
+from label_folders import boxes, put, read, refused, xml_object, xml
 
 
 def test_training_takes_the_folder(voc, yolo, capsys):
-    """--data DIR finds the images; without a val file there is no evaluation, and one line says so."""
+    """--data DIR finds the images; without a val file there is no evaluation, but one line about it."""
     write_yolo(str(yolo))
     annotations, validation = train.open_data(train.parse_arguments(["--data", str(yolo)]), 0)
     assert [c["id"] for c in annotations.classes] == [0, 1] and validation.classes == annotations.classes
@@ -28,11 +28,11 @@ def test_training_takes_the_folder(voc, yolo, capsys):
     assert validation is None and annotations.path(0) == str(voc / "JPEGImages" / "a.jpg")
     assert capsys.readouterr().out == f"no evaluation: there is no {voc / 'annotations' / 'instances_val2017.json'}\n"
     train.open_data(train.parse_arguments(["--data", str(voc)]), 1)
-    assert capsys.readouterr().out == ""                                        # the first process alone says it
+    assert capsys.readouterr().out == ""                                        # only the first process prints it
 
 
-def test_only_a_folder_of_ones_own_goes_without_evaluation(voc, tmp_path, monkeypatch):
-    """coco, cityscapes and shapes have a val file, and a --val-json that is named must be there."""
+def test_only_a_users_folder_trains_without_evaluation(voc, tmp_path, monkeypatch):
+    """A named data set must have its val file, and --val-json must exist."""
     write_voc(str(voc))
     with pytest.raises(DataError, match="none.json is missing"):
         train.open_data(train.parse_arguments(["--data", str(voc), "--val-json", "none.json", "--val-images", "."]), 0)
@@ -50,8 +50,8 @@ def test_only_a_folder_of_ones_own_goes_without_evaluation(voc, tmp_path, monkey
         train.open_data(train.parse_arguments(["--data", "datasets/shapes"]), 0)
 
 
-def test_folders_of_images(voc, yolo):
-    """DIR itself, for both parts, unless COCO's own folder is there."""
+def test_image_folders(voc, yolo):
+    """DIR itself, for both splits, unless COCO's folder exists."""
     for root, folder in ((voc, "JPEGImages"), (yolo, "images")):
         assert [images for _, images in datasets(str(root))] == [str(root)] * 2
         os.mkdir(root / "train2017")
@@ -81,7 +81,7 @@ def test_annotation_files_of_another_origin_stay(yolo, split, content):
 
 
 def test_folders_in_the_way(voc, yolo):
-    """With them train.py would look for the images elsewhere."""
+    """They would make train.py look for the images there."""
     for root, write in ((voc, write_voc), (yolo, write_yolo)):
         for folder in ("train2017", "leftImg8bit"):
             (root / folder).mkdir()
@@ -113,7 +113,7 @@ def test_a_folder_that_cannot_be_written(voc):
 
 
 def test_a_failed_write_leaves_the_old_pair(yolo, monkeypatch):
-    """Both files are whole under other names before the first is replaced."""
+    """Both files are complete under temporary names before the first is replaced."""
     write_yolo(str(yolo))
     put(yolo / "labels" / "train" / "a.txt", "0 0.5 0.5 0.3 0.3\n")
     dump = json.dump
@@ -130,7 +130,7 @@ def test_many_boxes_on_one_image(yolo, voc):
     put(yolo / "labels" / "train" / "a.txt", "1 0.5 0.5 0.2 0.4\n" * 10_000)
     write_yolo(str(yolo))
     assert len(boxes(yolo)) == 10_001 and boxes(yolo)[9_999] == ("images/train/a.png", "bus", [12, 6, 6, 8])
-    put(voc / "Annotations" / "a.xml", xml(*[thing()] * 10_000, filename="a.jpg"))
+    put(voc / "Annotations" / "a.xml", xml(*[xml_object()] * 10_000, filename="a.jpg"))
     write_voc(str(voc))
     assert len(boxes(voc)) == 10_001
 

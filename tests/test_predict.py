@@ -17,10 +17,10 @@ from formats import checkpoint
 import evaluate
 import predict
 import train
-from formats.coco import CocoBoxes, DataError
+from formats.coco import CocoBoxes
 from helpers import SMALL, losses_of, one_line_error
 from model import RESCORED_THRESHOLD, Instances, load
-from predict import drawing_names, find_images, free_name
+from predict import drawing_names, free_name
 from tools.draw import COLOURS, colour_of, draw_objects, window
 
 
@@ -85,17 +85,8 @@ def test_images_of_all_kinds_in_folders_below(drawn, sure, tmp_path, capsys):
     assert not (tmp_path / "none" / "predictions.json").exists()
 
 
-def test_names_of_drawings_are_never_shared(tmp_path):
-    """Neither by images of two folders, nor by two formats; and what was written there is no input."""
-    for name in ("one/a.png", "two/a.png", "two/out/old.jpg"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / name)
-    found = find_images([str(tmp_path / "one"), str(tmp_path / "two"), str(tmp_path / "one/../one/a.png")],
-                          tmp_path / "two/out")
-    assert found == [(str(tmp_path / "one/a.png"), "a.png"), (str(tmp_path / "two/a.png"), "a.png")]
-    assert len(find_images([str(tmp_path / "one")], tmp_path)) == 1  # the results go beside the folder
-    with pytest.raises(DataError, match="name another folder with --out"):
-        find_images([str(tmp_path / "one")], tmp_path / "one")
+def test_drawings_never_share_a_name():
+    """Neither for images of two folders, nor for two formats."""
     assert drawing_names(["a.png", "a.png", "a.tif", "x/a.png", "a-2.gif"]) == [
         "a.jpg", "a-2.jpg", "a-3.jpg", "x/a.jpg", "a-2-2.jpg"]
     names = set()

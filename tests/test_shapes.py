@@ -82,7 +82,7 @@ def test_coco_layout(root, split, count):
 def test_annotations_agree_with_their_masks(root):
     for image, annotations, masks in by_image(root, "train"):
         assert 1 <= len(annotations) <= 8
-        assert masks.sum(0).max() == 1  # only the visible parts: no pixel has two owners
+        assert masks.sum(0).max() == 1  # visible parts: no pixel has two owners
         for annotation, mask in zip(annotations, masks):
             rows, columns = np.nonzero(mask)
             x, y, w, h = annotation["bbox"]
@@ -104,8 +104,8 @@ def test_annotation_by_hand():
     assert np.array_equal(rle.decode(first["segmentation"]), owner == 1)
 
 
-def test_the_owner_map_tells_what_the_image_shows(monkeypatch):
-    """Each object in a colour of its own (dark or bright red, green, blue): its pixels are those it owns."""
+def test_the_owner_map_matches_the_image(monkeypatch):
+    """With a different colour for each object (dark or bright red, green, blue), its pixels are those it owns."""
     def colours(rng, beneath):
         colour = np.array([200 if next(order) >> bit & 1 else 10 for bit in (0, 1, 2)], np.float32)
         return colour, colour
@@ -126,12 +126,12 @@ def test_every_class_and_both_small_and_large(root):
     assert 0.5 < np.mean(np.array(sides) > 32) < 0.85
 
 
-def test_boxes_alone_do_not_give_the_masks(root):
+def test_boxes_do_not_determine_the_masks(root):
     filled = [a["area"] / (a["bbox"][2] * a["bbox"][3]) for a in read(root, "train")["annotations"]]
     assert 0.45 < np.mean(filled) < 0.60
 
 
-def test_masks_lie_where_the_image_shows_them(monkeypatch):
+def test_masks_lie_on_the_drawn_object(monkeypatch):
     """A white object on black without texture, noise or shading: bright exactly where the mask is."""
     monkeypatch.setattr(shapes, "object_colours", lambda rng, beneath: (np.float32(200), np.float32(200)))
     canvas = np.zeros((128, 128, 3), np.float32)
@@ -153,7 +153,7 @@ def test_coverage_of_a_square_by_hand():
 
 
 @pytest.mark.parametrize("name", shapes.CLASSES)
-def test_the_area_of_an_outline_is_what_it_fills(name):
+def test_the_area_of_an_outline_equals_its_coverage(name):
     rng = np.random.default_rng(0)
     objects = [shapes.make_object(rng, shapes.CLASSES.index(name), 128) for _ in range(200)]
     whole = [t for t in objects if 12 < t.radius < min(*t.centre) and max(*t.centre) < 128 - t.radius]

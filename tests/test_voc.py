@@ -1,4 +1,4 @@
-"""voc.py: small folders in Pascal VOC's layout as COCO files that were worked out by hand."""
+"""voc.py: small folders in Pascal VOC's layout as COCO files worked out by hand."""
 import os
 
 import pytest
@@ -6,15 +6,14 @@ import pytest
 from formats.coco import CocoBoxes, DataError, datasets
 from formats.commands import main
 from formats.voc import write_voc
-from label_folders import boxes, put, put_image, read, refused, thing, xml
+from label_folders import boxes, put, put_image, read, refused, xml_object, xml
 
 
 def test_voc_by_hand(voc, capsys):
-    """Pixels count from 1 and the last is inside: 3..12 is ten pixels from 2 on."""
-    content = xml(thing("dog", (1, 1, 30, 20), "<difficult>1</difficult><truncated>0</truncated><pose>Left</pose>"),
-                  thing("aeroplane", ("8.5", " 7 ", "8.5", "7.25"),
-                        "<part><name>head</name><bndbox><xmin>9</xmin></bndbox></part><polygon><x1>3</x1></polygon>"),
-                  filename="a.jpg")
+    """Pixels count from 1, and the last is inside: 3..12 are the ten pixels from 2 on."""
+    dog = xml_object("dog", (1, 1, 30, 20), "<difficult>1</difficult><truncated>0</truncated><pose>Left</pose>")
+    more = "<part><name>head</name><bndbox><xmin>9</xmin></bndbox></part><polygon><x1>3</x1></polygon>"
+    content = xml(dog, xml_object("aeroplane", ("8.5", " 7 ", "8.5", "7.25"), more), filename="a.jpg")
     put(voc / "Annotations" / "a.xml", content)
     main(["voc", str(voc)])
     captured = capsys.readouterr()
@@ -31,8 +30,8 @@ def test_voc_by_hand(voc, capsys):
     assert [path.name for path in (voc / "annotations").iterdir()] == ["instances_train2017.json"]
 
 
-def test_voc_parts(voc, capsys):
-    """In the lists' order; the categories are the same in both; what is in no list is left out and counted."""
+def test_voc_splits(voc, capsys):
+    """In the order of the lists, with the same categories in both; images in no list are left out with a warning."""
     for split, lines in (("train", "c\n"), ("val", " a \r\n\n")):
         put(voc / "ImageSets" / "Main" / f"{split}.txt", lines)
     write_voc(str(voc))
@@ -49,7 +48,7 @@ def test_voc_parts(voc, capsys):
 
 
 def test_voc_images_of_any_name(voc, capsys):
-    """The XML's own file name counts, whatever folder it names, or else the XML's name; no other folder is entered."""
+    """The image is named by <filename>, without its folder, or else by the XML; no other folder is searched."""
     for name, filename, image in (("1", "C:\\photos\\Ärger 1.PNG", "Ärger 1.PNG"), ("2", "x/../../2.bmp", "2.bmp"),
                                     ("3", "2007_000003", "3.webp"), ("4", "../../secret.jpg", "4.gif")):
         put(voc / "Annotations" / f"{name}.xml", xml(filename=filename))
@@ -68,7 +67,7 @@ def test_voc_images_of_any_name(voc, capsys):
 @pytest.mark.parametrize("size, expected", [((300, 200), (300, 200)), ((0, 0), (30, 20)), (("", ""), (30, 20)),
                                             (None, (30, 20)), ((300, 0), (30, 20)), (("300.0", "200"), (300, 200))])
 def test_voc_size_of_the_xml_or_the_header(voc, size, expected):
-    put(voc / "Annotations" / "a.xml", xml(thing(), filename="a.jpg", size=size))
+    put(voc / "Annotations" / "a.xml", xml(xml_object(), filename="a.jpg", size=size))
     write_voc(str(voc))
     assert (read(voc)["images"][0]["width"], read(voc)["images"][0]["height"]) == expected
 
@@ -81,18 +80,18 @@ def test_voc_size_of_the_xml_or_the_header(voc, size, expected):
         f"<!ENTITY {b} '{f'&{a};' * 10}'>" for a, b in zip("abcdefghi", "bcdefghij")) + "]>"
      "<annotation><filename>&j;</filename></annotation>", "is not XML"),
     ("<!DOCTYPE x [<!ENTITY a SYSTEM 'file:///etc/passwd'>]><annotation>&a;</annotation>", "is not XML"),
-    (xml(thing("")), "object 1 has no name"),
-    (xml(thing(), "<object><name>car</name></object>"), "object 2 has no bndbox/xmin"),
-    (xml(thing(box=(1, 2, 3))), "no bndbox/ymax"),
-    (xml(thing(box=(1, 2, "x", 4))), "bndbox/xmax 'x', which is not a number"),
-    (xml(thing(box=(1, 2, "nan", 4))), "'nan'"), (xml(thing(box=(1, "1e99", 3, 4))), "'1e99'"),
-    (xml(thing(box=(1, 2, "1_0", 4))), "'1_0'"), (xml(thing(box=(5, 2, 4, 4))), "xmax is below xmin"),
-    (xml(thing(more="<difficult>0.5</difficult>")), "difficult 0.5"),
-    (xml(thing(more="<truncated>yes</truncated>")), "'yes'"),
+    (xml(xml_object("")), "object 1 has no name"),
+    (xml(xml_object(), "<object><name>car</name></object>"), "object 2 has no bndbox/xmin"),
+    (xml(xml_object(box=(1, 2, 3))), "no bndbox/ymax"),
+    (xml(xml_object(box=(1, 2, "x", 4))), "bndbox/xmax 'x', which is not a number"),
+    (xml(xml_object(box=(1, 2, "nan", 4))), "'nan'"), (xml(xml_object(box=(1, "1e99", 3, 4))), "'1e99'"),
+    (xml(xml_object(box=(1, 2, "1_0", 4))), "'1_0'"), (xml(xml_object(box=(5, 2, 4, 4))), "xmax is below xmin"),
+    (xml(xml_object(more="<difficult>0.5</difficult>")), "difficult 0.5"),
+    (xml(xml_object(more="<truncated>yes</truncated>")), "'yes'"),
     (xml(size=("x", 20)), "size/width 'x'"), (xml(size=(30.5, 20)), "30.5"), (xml(size=("9" * 5000, 20)), "'9999"),
 ])
 def test_voc_wrong_annotations(voc, content, part):
-    """The first is named and all are counted; the message stays short."""
+    """The message has the count and the first one, and stays short."""
     write_voc(str(voc))
     put(voc / "Annotations" / "b.xml", content)
     put(voc / "Annotations" / "c.xml", content)

@@ -1,4 +1,4 @@
-"""yolo.py: small folders in YOLO's layout as COCO files that were worked out by hand; names of classes."""
+"""yolo.py: small folders in YOLO's layout as COCO files worked out by hand; names of classes."""
 import os
 import sys
 
@@ -14,7 +14,7 @@ from label_folders import boxes, put, put_image, read, refused
 
 
 def test_yolo_by_hand(yolo, capsys):
-    """Of 30 x 20 pixels: 0.2 x 0.4 around the middle is 6 x 8 from (12, 6); a polygon has its bounding box."""
+    """In 30 x 20 pixels, 0.2 x 0.4 around the middle is 6 x 8 from (12, 6); a polygon becomes its bounding box."""
     put(yolo / "labels" / "train" / "a.txt", "\ufeff1 0.5 0.5 0.2 0.4\r\n\n  0\t0.1 0.2  0.3 0.9 0.2 0.1 0.25 0.3\n")
     main(["yolo", str(yolo)])
     captured = capsys.readouterr()
@@ -32,8 +32,8 @@ def test_yolo_by_hand(yolo, capsys):
     assert read(yolo, "val")["images"][0]["file_name"] == "images/val/b.png" and not read(yolo, "val")["annotations"]
 
 
-def test_yolo_without_parts(tmp_path, capsys):
-    """All images are to train on, in whatever folders; names of classes may stand among the labels."""
+def test_yolo_without_splits(tmp_path, capsys):
+    """All images are training images, in any sub-folder; classes.txt may be among the labels."""
     for name in ("a", "day 1/b", "Straße/ö"):
         put_image(tmp_path / "images" / f"{name}.JPG", format="JPEG")
         put(tmp_path / "labels" / f"{name}.txt", "0 0.5 0.5 0.2 0.4\n")
@@ -47,7 +47,7 @@ def test_yolo_without_parts(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("train_folder, val_folder", [("train", "valid"), ("train2017", "val2017")])
-def test_yolo_folders_of_the_parts(yolo, train_folder, val_folder, capsys):
+def test_yolo_folders_of_the_splits(yolo, train_folder, val_folder, capsys):
     for kind in ("images", "labels"):
         for old, new in (("train", train_folder), ("val", val_folder)):
             if (yolo / kind / old).exists():
@@ -63,7 +63,7 @@ def test_yolo_folders_of_the_parts(yolo, train_folder, val_folder, capsys):
     assert f"1 label files have no image and are left out ({yolo / 'labels' / 'train' / 'alone.txt'})" in error
 
 
-def test_yolo_parts_that_hold_images_and_labels(yolo, capsys):
+def test_yolo_splits_with_images_and_labels_inside(yolo, capsys):
     """As Roboflow exports them: train/images and train/labels, valid/..., test/..."""
     for old, new in (("train", "train"), ("val", "valid")):
         for kind in ("images", "labels"):
@@ -141,8 +141,8 @@ def test_yolo_two_images_of_one_label_file(yolo):
 
 
 def test_yolo_images_turned_by_exif(tmp_path):
-    """Labels are of the image as a viewer shows it. Of a marked image in each of the eight orientations, of two
-    shapes, the box must lie on the mark in what training sees of it."""
+    """Labels refer to the image as a viewer shows it. In all eight orientations of two shapes the box must lie on the
+    mark of the image that training gets."""
     (tmp_path / "classes.txt").write_text("mark\n")
     for width in (40, 24):                                                       # the second is square
         upright = Image.new("RGB", (width, 24))
@@ -158,7 +158,7 @@ def test_yolo_images_turned_by_exif(tmp_path):
             path = tmp_path / "images" / f"{width}-{orientation}.png"
             path.parent.mkdir(exist_ok=True)
             stored.save(path, exif=exif)
-            with Image.open(path) as image:                                      # the test's own table is right
+            with Image.open(path) as image:                                      # the table above is right
                 assert (np.asarray(ImageOps.exif_transpose(image)) == np.asarray(upright)).all()
             put(tmp_path / "labels" / f"{width}-{orientation}.txt", label)
     write_yolo(str(tmp_path))
@@ -176,7 +176,7 @@ def test_yolo_images_turned_by_exif(tmp_path):
 
 def test_turned_back_twice_is_as_before():
     box = 0.125, 0.25, 0.5, 0.875
-    for orientation in (1, 2, 3, 4, 5, 7):                                       # those that are their own inverse
+    for orientation in (1, 2, 3, 4, 5, 7):                                       # these are their own inverse
         assert turned_back(turned_back(box, orientation), orientation) == box
     assert turned_back(turned_back(box, 6), 8) == box
 
@@ -195,7 +195,7 @@ def names_of(root) -> list[tuple[int, str]]:
     ("train: a\nnames:\n  0: car\n  1: \"bus # 2\"  # no\n\nroboflow:\n  names: x", ["car", "bus # 2"]),
     ("names:\n  1: bus\n  0: car\n", ["car", "bus"]),
     ("names: {0: car, 7: 'b}us', 1: x}", {0: "car", 1: "x", 7: "b}us"}),
-    ("names: [0, null, no, 1.5]", ["0", "null", "no", "1.5"]),                   # text, whatever YAML takes it for
+    ("names: [0, null, no, 1.5]", ["0", "null", "no", "1.5"]),                   # text, whatever type YAML gives it
 ])
 def test_names_in_yaml(yolo, text, names):
     pytest.importorskip("yaml")
@@ -217,7 +217,7 @@ def test_names_that_are_not_understood(yolo, text):
 
 
 def test_yaml_without_its_package_is_one_line(yolo, capsys, monkeypatch):
-    """Which is not needed where no YAML file has names."""
+    """PyYAML is not needed if no YAML file lists names."""
     monkeypatch.setitem(sys.modules, "yaml", None)
     put(yolo / "data.yaml", "train: images/train")
     main(["yolo", str(yolo)])
@@ -230,8 +230,8 @@ def test_yaml_without_its_package_is_one_line(yolo, capsys, monkeypatch):
     assert error.startswith(f"error: {yolo / 'data.yaml'}") and "pip install pyyaml" in error
 
 
-def test_where_the_names_are_looked_for(yolo, capsys):
-    """data.yaml, then another file with names, then classes.txt; at last the numbers that occur, with a warning."""
+def test_order_of_the_files_with_names(yolo, capsys):
+    """data.yaml, then another YAML file with names, then classes.txt; without any, numbers and a warning."""
     pytest.importorskip("yaml")
     put(yolo / "data.yaml", "names: [car, bus]")
     put(yolo / "other.yaml", "names: [x, y]")
