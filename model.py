@@ -462,7 +462,8 @@ class Predictor:
         self.network, self.classes, self.size, self.rescore = network, classes, size, rescore
 
     def predict(self, image, score_threshold: float | None = None) -> Instances:
-        """The instances of one image whose reported score is at least score_threshold (None: SCORE_THRESHOLD).
+        """The instances of one image whose reported score is at least score_threshold (None: 0.6 with rescoring,
+        else 0.3).
 
         image: a file's path, a Pillow image (both turned as their EXIF orientation requires), or an array or tensor
         (height, width, 3), uint8 RGB.

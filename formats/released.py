@@ -32,8 +32,8 @@ def tensors(state: dict) -> dict[str, Tensor]:
     for key, value in state.items():
         if not re.fullmatch(r"[\w.]{1,200}", str(key)):
             raise ValueError(f"{ascii(key):.100} is no name of a weight")
-        if isinstance(value, np.ndarray) and value.dtype.kind in "fiub" and value.dtype.itemsize <= 8:
-            value = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(value)
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.is_quantized \
                 or value.is_complex():
             raise ValueError(f"{key} is no array of numbers but {type(value).__name__}")
@@ -122,16 +122,17 @@ def caffe2_name(key: str) -> str:
     return f"res{block[1]}.{block[2]}.{parts[block[3]]}.{leaves.get(block[4], block[4])}" if block else key
 
 
-def translate(weights: dict[str, Tensor], table: list,
-              unused: dict[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Their `weights` under our names; and the keys that were dropped, with the reason.
+def translate(weights: dict[str, Tensor], table: list, unused: dict[str, str],
+              prefix: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Their `weights`, all of whose keys begin with `prefix`, under our names; and each dropped key with the reason.
 
     Keys that share a name are parts of one vector, in the order of the keys. Raises ValueError for an unknown key.
     """
     parts, dropped = {}, {}
     for key in sorted(weights):
-        reason = next((reason for pattern, reason in unused.items() if re.fullmatch(pattern, key)), None)
-        name = our_name(key, table)
+        theirs = key.removeprefix(prefix)
+        reason = next((reason for pattern, reason in unused.items() if re.fullmatch(pattern, theirs)), None)
+        name = our_name(theirs, table)
         if reason is not None:
             dropped[key] = reason
         elif name is not None:
@@ -145,8 +146,8 @@ def translate(weights: dict[str, Tensor], table: list,
 
 def summary(dropped: dict[str, str]) -> list[str]:
     """One line for each kind of dropped key: how many, the key with its numbers as *, the reason."""
-    found = Counter((re.sub(r"\d+", "*", key), why) for key, why in dropped.items())
-    return [f"{n} x {key}: {why}" for (key, why), n in found.items()]
+    found = Counter((re.sub(r"\d+", "*", key), reason) for key, reason in dropped.items())
+    return [f"{n} x {key}: {reason}" for (key, reason), n in found.items()]
 
 
 def fold_pixels(weights: dict[str, Tensor], pixel_std: tuple, prefix: str = "") -> None:
@@ -161,8 +162,8 @@ def fold_pixels(weights: dict[str, Tensor], pixel_std: tuple, prefix: str = "") 
 
 
 def read_checkpoint(content, pixel_std: tuple) -> dict:
-    """The content of a released checkpoint as one of our own (see checkpoint.py), for a network whose pixels are
-    divided by pixel_std. "dropped": the keys left out, and why.
+    """The content of a released checkpoint in the form of ours (checkpoint.py), for a network that divides its pixels
+    by pixel_std. "dropped": the keys left out, and why.
 
     Raises ValueError naming the key where one is unknown, or where one that shows the kind of network is missing.
     """
@@ -171,44 +172,39 @@ def read_checkpoint(content, pixel_std: tuple) -> dict:
         raise ValueError("it is no checkpoint of this project, BoxTeacher or AdelaiDet (weights of a backbone alone go "
                          "to train.py --backbone-weights)")
     weights = tensors(weights)
-    parts = {"teacher": {}, "student": {}, "": {}}  # AdelaiDet's files hold one network, without a prefix
-    for key, value in weights.items():
-        prefix, _, rest = key.partition(".")
-        parts[prefix if prefix in parts else ""][rest if prefix in parts else key] = value
-    single = parts.pop("")
-    if single and (parts["teacher"] or parts["student"]):
-        raise ValueError(f"{next(iter(single))} has no place beside a teacher and a student")
-    if single:
-        parts = {"teacher": None, "student": single}
-    if not parts["student"]:
+    pair = {"teacher": "teacher.", "student": "student."}
+    paired = any(key.startswith(tuple(pair.values())) for key in weights)
+    prefixes = pair if paired else {"student": ""}                       # AdelaiDet's files hold one network
+    networks = {part: {key: weight for key, weight in weights.items() if key.startswith(prefix)}
+                for part, prefix in prefixes.items()}
+    if not networks["student"]:
         raise ValueError("it holds a teacher alone: the keys of the student are missing")
+    strangers = [key for key in weights if not any(key in network for network in networks.values())]
+    if strangers:
+        raise ValueError(f"{strangers[0]} has no place beside a teacher and a student")
 
-    try:
-        spec = network_of(parts["student"])
-    except ValueError as error:
-        raise ValueError(str(error) if single else f"student: {error}") from None
-    method = "boxteacher" if not single else "condinst" if spec["mask_channels"] == 8 else "boxinst"
-    classes = COCO_CLASSES if spec["num_classes"] == len(COCO_CLASSES) else None  # the file has no names
-    result = {"model": spec, "classes": classes, "method": method, "config": {},
-              "iteration": finished_iterations(content, parts["student"]), "dropped": {}}
-    for part, its in parts.items():
-        try:
-            result[part], dropped = (None, {}) if its is None else released_network(its, pixel_std)
-        except ValueError as error:
-            raise ValueError(str(error) if single else f"{part}: {error}") from None
-        result["dropped"] |= dropped if single else {f"{part}.{key}": why for key, why in dropped.items()}
+    student = {key.removeprefix(prefixes["student"]): weight for key, weight in networks["student"].items()}
+    spec = build_arguments(student)
+    result = {"model": spec, "config": {}, "iteration": finished_iterations(content, student), "teacher": None,
+              "dropped": {},
+              "method": "boxteacher" if paired else "condinst" if spec["mask_channels"] == 8 else "boxinst",
+              "classes": COCO_CLASSES if spec["num_classes"] == len(COCO_CLASSES) else None}  # the file has no names
+    for part, prefix in prefixes.items():
+        result[part], dropped = translate(networks[part], CHECKPOINT, UNUSED, prefix)
+        fold_pixels(result[part], pixel_std, "backbone.")
+        result["dropped"] |= dropped
     if "model" in content:
         others = (key for key in content if key not in ("model", "iteration"))
         result["dropped"] |= {ascii(str(key))[1:-1][:40]: "no weights" for key in others}
     return result
 
 
-def network_of(weights: dict[str, Tensor]) -> dict:
+def build_arguments(weights: dict[str, Tensor]) -> dict:
     """The arguments of build_model for a released network, from its keys and shapes."""
     def convolution(key: str) -> torch.Size:
         if key not in weights:
             raise ValueError(f"{key} is missing")
-        if weights[key].dim() != 4:
+        if weights[key].dim() != 4 or weights[key].numel() == 0:
             raise ValueError(f"{key} has the shape {tuple(weights[key].shape)}, not that of a convolution")
         return weights[key].shape
 
@@ -230,18 +226,11 @@ def network_of(weights: dict[str, Tensor]) -> dict:
 
 
 def finished_iterations(content: dict, weights: dict[str, Tensor]) -> int | None:
-    """How long a released network was trained, None where its file does not say."""
+    """How long a released network was trained, None if its file does not say."""
     counter = weights.get("mask_head._iter")
     if isinstance(content.get("iteration"), int):
         return content["iteration"] + 1  # detectron2 writes the number of the last one, from 0
     return int(counter.nan_to_num()) if counter is not None and counter.numel() == 1 else None
-
-
-def released_network(weights: dict[str, Tensor], pixel_std: tuple) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A released network's state dict under our names, and the keys that were dropped, with the reason."""
-    ours, dropped = translate(weights, CHECKPOINT, UNUSED)
-    fold_pixels(ours, pixel_std, "backbone.")
-    return ours, dropped
 
 
 # -------------------------------------------------------------------------------------------- ImageNet backbones

@@ -117,6 +117,13 @@ def test_latest_falls_back_to_the_previous_one_and_says_so(tmp_path, capsys):
     assert "\n" not in str(error.value)
 
 
+def test_a_foreign_checkpoint_is_not_gone_on_with(tmp_path, capsys):
+    torch.save({"model": {"proposal_generator.fcos_head.cls_logits.weight": torch.zeros(3)}}, tmp_path / "last.pt")
+    with pytest.raises(CheckpointError, match="no readable checkpoint"):
+        load_latest(tmp_path)
+    assert f"{tmp_path / 'last.pt'} is no checkpoint of this project; trying" in capsys.readouterr().err
+
+
 def test_weights_alone_are_not_gone_on_with(tmp_path):
     save(state_of(), tmp_path / "last.pt")
     with pytest.raises(CheckpointError, match="no readable checkpoint"):
