@@ -1,4 +1,4 @@
-"""A backbone of one's own: the script of docs/forking.md, run as it stands."""
+"""backbone.py: ResNets, frozen norms, batch norm over processes; and the script of docs/forking.md, run as it stands."""
 import os
 import re
 import subprocess
@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
+from backbone import BatchNorm, FrozenBatchNorm
 from formats.checkpoint import CheckpointError
-from helpers import SMALL, metrics, only_training
-from model import load_model
+from helpers import SMALL, metrics, only_training, relative_error
+from model import build_model, load_model
 
 PROJECT = Path(__file__).resolve().parent.parent
 NETWORK = '''
@@ -98,3 +102,100 @@ def test_without_its_script_one_line_says_what_is_missing(drawn, script, tmp_pat
     run(script, "train", *only_training(drawn), *SMALL, "--backbone", "lite0", "--out", out, "--iters", 1)
     with pytest.raises(CheckpointError, match="no backbone 'lite0' here; if it is one of your own, use the script"):
         load_model(out / "final.pt")
+
+
+# ------------------------------------------------------------------------------------------------ ResNet
+
+
+@pytest.mark.parametrize("name, widths", [("r18", [128, 256, 512]), ("r50", [512, 1024, 2048])])
+def test_frozen_resnets(name, widths):
+    network = build_model(name, 5, channels=32).train()
+    backbone = network.backbone
+    assert backbone.channels == widths
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in backbone.modules())
+    assert any(isinstance(m, FrozenBatchNorm2d) for m in backbone.modules())
+    learns = {part: {p.requires_grad for p in module.parameters()} for part, module in backbone.body.items()}
+    assert learns == {"stem": {False}, "c2": {False}, "c3": {True}, "c4": {True}, "c5": {True}}
+    before = {key: x.clone() for key, x in backbone.named_buffers()}
+    maps = backbone(torch.randn(1, 3, 64, 96))
+    assert [tuple(x.shape) for x in maps] == [(1, w, 64 // s, 96 // s) for w, s in zip(widths, (8, 16, 32))]
+    assert before and all(torch.equal(x, before[key]) for key, x in backbone.named_buffers())
+
+
+def test_from_scratch_everything_learns():
+    network = build_model("r18-slim", 3, channels=32, frozen=False)
+    assert all(p.requires_grad for p in network.parameters())
+    assert not any(isinstance(m, FrozenBatchNorm2d) for m in network.modules())
+    assert network.backbone.channels == [64, 128, 256]
+
+
+def test_a_frozen_norm_is_torchvisions_in_the_precision_of_its_input():
+    x = torch.randn(2, 6, 5, 7, requires_grad=True)
+    norm, theirs = FrozenBatchNorm(6), FrozenBatchNorm2d(6)
+    for buffer in norm.buffers():
+        buffer.uniform_(0.5, 2)
+    theirs.load_state_dict(norm.state_dict())  # the same names
+    values = norm(x), theirs(x)
+    assert relative_error(*(y.detach() for y in values)) <= 1e-6
+    assert relative_error(*(torch.autograd.grad(y.square().sum(), x)[0] for y in values)) <= 1e-6
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(x.bfloat16()).dtype == torch.bfloat16
+
+
+# ------------------------------------------------------------------------------ BatchNorm over two processes
+
+SPLIT = (3, 1)  # images of the two processes: not equal, so a mean of means would be wrong
+
+
+def batch_norm_inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (4, 6, 6, 7) and weights of a loss. Channel 0 is constant, channel 1 varies little around a large mean."""
+    x, weight = torch.randn(2, 4, 6, 6, 7, generator=torch.Generator().manual_seed(0))
+    x = x * torch.tensor([0, 0.1, 1, 2, 3, 0.5]).view(6, 1, 1) + torch.arange(4.0).view(4, 1, 1, 1)
+    x[:, 0] = 300
+    x[:, 1] = 100 + x[:, 1] - torch.arange(4.0).view(4, 1, 1)
+    return x, weight
+
+
+def run_batch_norm(norm: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> dict:
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 2, 6))
+        norm.bias.copy_(torch.linspace(-1, 1, 6))
+    x = x.clone().requires_grad_()
+    for _ in range(2):
+        y = norm(x)
+    (y * weight).sum().backward()
+    return {"y": y.detach(), "x.grad": x.grad, "weight.grad": norm.weight.grad, "bias.grad": norm.bias.grad,
+            **dict(norm.named_buffers())}
+
+
+def batch_norm_process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    x, weight = (t.split(SPLIT)[rank] for t in batch_norm_inputs())
+    torch.save(run_batch_norm(BatchNorm(6), x, weight), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_batch_norm_over_two_processes_is_that_of_the_joined_batch(tmp_path):
+    torch.multiprocessing.spawn(batch_norm_process, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    expected = run_batch_norm(nn.BatchNorm2d(6), *batch_norm_inputs())
+    got = {name: torch.cat([first[name], second[name]]) for name in ("y", "x.grad")}
+    got |= {name: first[name] + second[name] for name in ("weight.grad", "bias.grad")}
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(first[name], second[name])
+        got[name] = first[name]
+    assert all(x.isfinite().all() for x in got.values())
+    assert relative_error(got["num_batches_tracked"], expected["num_batches_tracked"]) == 0
+    for name in got.keys() - {"num_batches_tracked"}:
+        pick = (lambda x, c: x[:, c]) if name in ("y", "x.grad") else (lambda x, c: x[c])
+        for channel in range(1, 6):  # what a constant channel gives is rounding, divided by sqrt(eps)
+            limit = 1e-3 if channel == 1 else 1e-5  # 100 + 0.1: float32 itself leaves four digits
+            error = relative_error(pick(got[name], channel), pick(expected[name], channel))
+            assert error <= limit, (name, channel)
+
+
+def test_batch_norm_of_one_process_is_the_ordinary_one():
+    inputs = batch_norm_inputs()
+    ours, reference = (run_batch_norm(norm, *inputs) for norm in (BatchNorm(6), nn.BatchNorm2d(6)))
+    assert all(torch.equal(ours[name], reference[name]) for name in reference)
