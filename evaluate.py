@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data import Batch, TestImages
 from formats.checkpoint import check_classes
-from formats.coco import CocoBoxes, datasets, ground_truth
+from formats.coco import NAMES, CocoBoxes, datasets, ground_truth
 from formats.files import one_line_errors
 from formats.pictures import check_sizes
 from model import Instances, Predictions, find_instances, load_model
@@ -160,7 +160,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "released (BoxTeacher, BoxInst, CondInst)")
     add("--curves", nargs="+", metavar=("FILE", "RUN"), help="instead of --ckpt: draw the losses, label quality and AP "
         "of these run folders over the iterations (PNG)")
-    add("--data", default="coco", help="coco, cityscapes, shapes (under datasets/), or a folder in COCO layout")
+    add("--data", default="coco", help=f"{', '.join(NAMES)} (under datasets/), or a folder in COCO layout")
     add("--val-json", metavar="FILE", help="annotations in COCO format, instead of those of --data")
     add("--val-images", metavar="DIR", help="the images of --val-json")
     model_options(add)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from backbone import BACKBONES
 from data import AUGMENTATIONS
+from formats.coco import NAMES
 from formats.released import IMAGENET
 from teacher import SCORES
 from tools.command_line import (AMP, DEVICE, go_together, not_negative, not_negative_float, positive, positive_float,
@@ -72,7 +73,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="coco", help="coco, cityscapes, shapes (under datasets/), or a folder in COCO layout")
+    add("--data", default="coco", help=f"{', '.join(NAMES)} (under datasets/), or a folder in COCO layout")
     add("--train-json", metavar="FILE", help="annotations to train on, instead of those of --data; boxes suffice")
     add("--train-images", metavar="DIR", help="the images of --train-json")
     add("--val-json", metavar="FILE", help="annotations to evaluate on; with --train-json alone nothing is evaluated")

@@ -16,7 +16,7 @@ import argparse
 import numpy as np
 
 from formats.checkpoint import check_classes
-from formats.coco import CocoBoxes, datasets, ground_truth
+from formats.coco import NAMES, CocoBoxes, datasets, ground_truth
 from formats.files import one_line_errors
 from formats.pictures import check_sizes
 from model import load_model
@@ -45,7 +45,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--ckpt", required=True, metavar="FILE", help="checkpoint of the labeller")
     add("--out", required=True, metavar="FILE", help="the annotation file to write")
-    add("--data", default="coco", help="label its training images: coco, cityscapes, shapes, or a folder")
+    add("--data", default="coco", help=f"label its training images: {', '.join(NAMES)}, or a folder")
     add("--train-json", metavar="FILE", help="boxes in COCO format, instead of those of --data")
     add("--train-images", metavar="DIR", help="the images of --train-json")
     model_options(add)
