@@ -19,11 +19,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import evaluate
-from helpers import SIZES, Looker, evaluation, fails, rewrite, rle
-from tools import draw
 from formats.checkpoint import save
-from formats.coco import CocoBoxes
+from formats.coco import CocoBoxes, ground_truth
+from helpers import SIZES, Looker, evaluation, fails, rewrite, rle
 from model import CondInst, Instances, build_model
+from tools import draw
+from tools.command_line import start_distributed
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # pycocotools under numpy 2
 ROOT = Path(evaluate.__file__).parent
@@ -59,7 +60,7 @@ def run_perfect(json_path, image_dir, **options):
 
 def as_results(json_path, score=0.9) -> list[dict]:
     """The ground truth itself as results; crowds are no detections."""
-    truth = evaluate.ground_truth(json_path)
+    truth = ground_truth(json_path)
     return [{"image_id": a["image_id"], "category_id": a["category_id"], "score": score, "bbox": a["bbox"],
              "segmentation": rle(truth.annToMask(a))}
             for a in truth.dataset["annotations"] if not a["iscrowd"]]
@@ -202,11 +203,11 @@ def test_results_are_accepted_by_pycocotools(dataset, perfect, tmp_path, info):
     file.write_text(json.dumps(results))
     if info:
         rewrite(dataset[0], lambda c: c.update(info={"description": "made up"}))
-    truth = COCO(dataset[0]) if info else evaluate.ground_truth(dataset[0])  # the file itself holds no info
+    truth = COCO(dataset[0]) if info else ground_truth(dataset[0])  # the file itself holds no info
     assert truth.dataset["info"] == ({"description": "made up"} if info else {})
     found = truth.loadRes(str(file))
     assert len(found.anns) == len(results) == 8
-    scorer = COCOeval(evaluate.ground_truth(dataset[0]), found, "segm")
+    scorer = COCOeval(ground_truth(dataset[0]), found, "segm")
     scorer.evaluate()
     scorer.accumulate()
     scorer.summarize()
@@ -263,7 +264,7 @@ def one_process(rank, port, json_path, image_dir, out):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    assert evaluate.start_distributed(torch.device("cpu")) == (rank, 2, torch.device("cpu"))
+    assert start_distributed(torch.device("cpu")) == (rank, 2, torch.device("cpu"))
     evaluate.find_instances = read_colours
     answers = [run_perfect(json_path, image_dir, batch_size=size) for size in (1, 2, 8)]
     Path(f"{out}.{rank}").write_text(json.dumps(answers))
@@ -280,11 +281,6 @@ def test_two_processes_give_the_results_of_one(dataset, perfect, tmp_path):
     torch.multiprocessing.spawn(one_process, arguments, nprocs=2)
     for rank in (0, 1):
         assert json.loads((tmp_path / f"answers.{rank}").read_text()) == alone
-
-
-def test_without_torchrun_there_is_one_process(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    assert evaluate.start_distributed(torch.device("cpu")) == (0, 1, torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------------------- the command line
@@ -398,7 +394,7 @@ def test_missing_data_is_named(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_image_that_cannot_be_decoded_is_named(checkpoint, dataset, perfect, capsys, workers):
+def test_an_image_that_cannot_be_decoded_is_named(checkpoint, dataset, perfect, capsys, workers):
     """In a worker process too, whose error arrives with a traceback in its message."""
     image = dataset[1] / "3.png"
     image.write_bytes(image.read_bytes()[:60])
@@ -418,22 +414,11 @@ def test_an_unwritable_output_is_reported_before_the_evaluation(checkpoint, data
     assert "it is a folder" in fails(evaluation(checkpoint, dataset, option, tmp_path), capsys)
 
 
-def test_amp_by_device(monkeypatch):
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert evaluate.pick_amp("auto", cpu) is None and evaluate.pick_amp("off", cuda) is None
-    assert evaluate.pick_amp("bf16", cpu) is torch.bfloat16
-    assert evaluate.pick_amp("fp16", cuda) is torch.float16
-    for supported, dtype in [(True, torch.bfloat16), (False, torch.float16)]:
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
-                            lambda including_emulation=True: including_emulation or supported)
-        assert evaluate.pick_amp("auto", cuda) is dtype
-
-
 # ------------------------------------------------------------------------------------------------ images
 
 
 def rows_of(dataset, count=12, results=None):
-    truth = evaluate.ground_truth(dataset[0])
+    truth = ground_truth(dataset[0])
     results = as_results(dataset[0]) if results is None else results
     return draw.sheet_rows(CocoBoxes(*dataset), truth, results, count)
 
@@ -474,7 +459,7 @@ def test_sheet_leaves_out_predictions_below_its_threshold(dataset, tmp_path):
 
 def test_sheet_without_masks_and_without_detections(dataset, tmp_path):
     rewrite(dataset[0], lambda c: [a.pop("segmentation") for a in c["annotations"]])
-    rows = draw.sheet_rows(CocoBoxes(*dataset), evaluate.ground_truth(dataset[0]), [], 4)
+    rows = draw.sheet_rows(CocoBoxes(*dataset), ground_truth(dataset[0]), [], 4)
     assert all(row.true_masks is None and len(row.found.boxes) == 0 for row in rows)
     draw.sheet(rows, str(tmp_path / "sheet.png"), ["red", "green", "blue"])
 
