@@ -77,7 +77,8 @@ def test_images_of_all_kinds_in_folders_below(drawn, sure, tmp_path, capsys):
     ours = [r for r in results if r["file_name"] == str(source[0])]
     assert len(ours) == len(same) > 0
     for one, other in zip(ours, same):
-        assert one["segmentation"] == other["segmentation"] and one["category_id"] == other["category_id"]
+        assert coco_mask.iou([one["segmentation"]], [other["segmentation"]], [0]) > 0.99  # another batch size
+        assert one["category_id"] == other["category_id"]
         assert one["bbox"] == pytest.approx(other["bbox"], abs=1e-3)
     capsys.readouterr()
     assert failing("--ckpt", sure, folder / "b.png", "--out", tmp_path / "none", "--workers", 0) == 1
