@@ -1,4 +1,4 @@
-"""curves.py: ticks, what is read, and where the lines of evaluate.py --curves are."""
+"""tools/curves.py: ticks, reading metrics.jsonl, and where evaluate.py --curves draws its lines."""
 import json
 
 import numpy as np
@@ -15,7 +15,7 @@ from tools.curves import HEIGHT, LEFT, LEGEND, TOP, WIDTH, draw_curves, read_met
 @pytest.mark.parametrize("low, high, expected", [
     (0, 2000, [0, 500, 1000, 1500, 2000]), (0, 1, [0, 0.5, 1]), (0.31, 0.49, [0.3, 0.35, 0.4, 0.45, 0.5]),
     (3, 3, [2.5, 3, 3.5]), (-0.2, 0.2, [-0.2, -0.1, 0, 0.1, 0.2]), (0, 7e-4, [0, 0.0002, 0.0004, 0.0006, 0.0008])])
-def test_ticks_are_round_and_hold_the_range(low, high, expected):
+def test_ticks_are_round_and_span_the_range(low, high, expected):
     assert ticks(low, high) == pytest.approx(expected)
 
 
@@ -29,7 +29,7 @@ def evaluation(iteration: int, box: float, mask: float | None) -> dict:
     return {"iter": iteration, "eval": {"bbox": {"AP": box}, "segm": None if mask is None else {"AP": mask}}}
 
 
-def test_what_is_read(tmp_path):
+def test_reading_metrics(tmp_path):
     run = write_run(tmp_path / "run", [{"iter": 10, "loss": 2.0, "label_iou": None}, evaluation(10, 7, None),
                                        {"iter": 20, "loss": None, "label_iou": 0.5}, evaluation(20, 9, 8)],
                     '{"iter": 30, "lo')
@@ -54,7 +54,7 @@ def colour_at(image: np.ndarray, x: float, y: float) -> tuple:
 
 
 def test_lines_go_through_their_points(tmp_path, capsys):
-    """Two runs, two quantities: mask AP 0 to 40 comes first, the class loss from 1 to 0 beside it."""
+    """Two runs, two quantities: first mask AP from 0 to 40, beside it the class loss from 1 to 0."""
     one = write_run(tmp_path / "one", [{"iter": 100, "loss_cls": 1.0}, evaluation(100, 0, 0),
                                        {"iter": 400, "loss_cls": 0.0}, evaluation(400, 0, 40)])
     two = write_run(tmp_path / "two", [{"iter": 200, "loss_cls": 0.5}, {"iter": 400, "loss_cls": 0.5}])
@@ -74,7 +74,7 @@ def test_lines_go_through_their_points(tmp_path, capsys):
 
 
 def test_the_best_figure_is_not_cut_off(tmp_path):
-    """One run reaches an AP of 40 twice, the other stays at 20 for long: most of all points are there."""
+    """One run reaches an AP of 40 twice, the other has most of its points at 20."""
     one = write_run(tmp_path / "one", [evaluation(i, 0, 40) for i in (50, 100)])
     two = write_run(tmp_path / "two", [evaluation(i, 0, 20) for i in range(1, 101)])
     draw_curves([one, two], str(tmp_path / "x.png"))

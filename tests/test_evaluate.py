@@ -32,7 +32,7 @@ ROOT = Path(evaluate.__file__).parent
 
 def read_colours(images, sizes, original_sizes, score_threshold, rescore):
     """A perfect model.find_instances for `draw_dataset`, after a Looker. Its scores depend on the padding, as a
-    network's may."""
+    network's scores may."""
     answers = []
     for image, (height, width) in zip(images, sizes):
         found = [(label, image[label, :height, :width] == value) for label in range(3)
@@ -59,7 +59,7 @@ def run_perfect(json_path, image_dir, **options):
 
 
 def as_results(json_path, score=0.9) -> list[dict]:
-    """The ground truth itself as results; crowds are no detections."""
+    """The ground truth as results, without crowds."""
     truth = ground_truth(json_path)
     return [{"image_id": a["image_id"], "category_id": a["category_id"], "score": score, "bbox": a["bbox"],
              "segmentation": rle(truth.annToMask(a))}
@@ -117,7 +117,7 @@ def test_a_shifted_box_counts_up_to_its_iou(dataset):
     assert metrics["bbox"]["AP"] == pytest.approx(70) and metrics["bbox"]["AP75"] == pytest.approx(100)
 
 
-def test_mask_figures_range_objects_by_the_area_of_the_mask(dataset):
+def test_mask_figures_sort_objects_by_the_area_of_the_mask(dataset):
     """A wrong detection with a medium-sized box but a small mask hurts APs of masks, not APs of boxes."""
     results = as_results(dataset[0])
     wrong = {**results[0], "score": 0.99, "bbox": [0, 0, 96, 64],
@@ -126,7 +126,7 @@ def test_mask_figures_range_objects_by_the_area_of_the_mask(dataset):
     assert metrics["segm"]["APs"] < 99 and metrics["bbox"]["APs"] == pytest.approx(100)
 
 
-def test_crowd_is_neither_to_be_found_nor_punished(dataset):
+def test_crowds_count_neither_for_nor_against(dataset):
     whole = rle(np.ones((64, 128)))
     crowd = {"id": 50, "image_id": 103, "category_id": 3, "bbox": [0, 0, 128, 64], "segmentation": whole,
              "area": 128 * 64, "iscrowd": 1}
@@ -139,7 +139,7 @@ def test_crowd_is_neither_to_be_found_nor_punished(dataset):
     assert metrics["segm"]["AP"] == pytest.approx(100) and metrics["bbox"]["AP"] == pytest.approx(100)
 
 
-def test_boxes_alone_as_ground_truth_skip_the_masks_and_say_so(dataset, perfect, capsys):
+def test_ground_truth_without_masks_skips_their_ap_with_a_message(dataset, perfect, capsys):
     def only_boxes(content):
         for annotation in content["annotations"][2:]:
             for key in ("segmentation", "area", "iscrowd"):
@@ -169,14 +169,14 @@ def test_no_ground_truth_gives_none(dataset):
         assert set(evaluate.coco_metrics(dataset[0], some)["bbox"].values()) == {None}
 
 
-def test_pycocotools_says_nothing_and_the_results_stay_as_they_are(dataset, capsys):
+def test_pycocotools_prints_nothing_and_the_results_stay_as_they_are(dataset, capsys):
     results = as_results(dataset[0])
     before = json.dumps(results)
     evaluate.coco_metrics(dataset[0], results)
     assert capsys.readouterr().out == "" and json.dumps(results) == before
 
 
-def test_classes_of_one_name_are_kept_apart(dataset):
+def test_classes_of_the_same_name_are_kept_apart(dataset):
     rewrite(dataset[0], lambda c: [category.update(name="thing") for category in c["categories"]])
     per_class = evaluate.coco_metrics(dataset[0], [])["per_class"]
     assert list(per_class) == ["thing (3)", "thing (17)", "thing (90)"]
@@ -300,7 +300,7 @@ def test_command_line_writes_results_metrics_and_sheet(checkpoint, dataset, perf
 
 
 def test_images_without_annotations_give_results_to_upload(checkpoint, dataset, perfect, tmp_path, capsys):
-    """As COCO's test-dev, whose file lists images and categories alone."""
+    """Like COCO's test-dev, whose file lists only images and categories."""
     rewrite(dataset[0], lambda content: content.pop("annotations"))
     files = {name: tmp_path / name for name in ("results.json", "sheet.png")}
     evaluate.main(evaluation(checkpoint, dataset, "--results", files["results.json"], "--sheet", files["sheet.png"]))
@@ -395,7 +395,7 @@ def test_missing_data_is_named(checkpoint, tmp_path, capsys):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_cannot_be_decoded_is_named(checkpoint, dataset, perfect, capsys, workers):
-    """In a worker process too, whose error arrives with a traceback in its message."""
+    """Also by a worker process, whose error arrives with a traceback in its message."""
     image = dataset[1] / "3.png"
     image.write_bytes(image.read_bytes()[:60])
     results = dataset[1] / "results.json"
@@ -423,7 +423,7 @@ def rows_of(dataset, count=12, results=None):
     return draw.sheet_rows(CocoBoxes(*dataset), truth, results, count)
 
 
-def test_rows_hold_images_with_objects_and_their_results(dataset):
+def test_rows_have_images_with_objects_and_their_results(dataset):
     rows = rows_of(dataset)
     assert [tuple(row.image.shape[1:]) for row in rows] == SIZES[:4]  # the fifth has no object
     for row in rows:

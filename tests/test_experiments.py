@@ -1,4 +1,4 @@
-"""experiments.py: its runs as a whole at the smallest size, going on, its table; every row's options."""
+"""tools/experiments.py: all of its runs at the smallest size, resuming, the table, and the options of every row."""
 import importlib
 import json
 import os
@@ -23,13 +23,13 @@ SMALL = ("--backbone r18-slim --channels 32 --backbone-weights none --min-size 6
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_options_of_every_run_are_train_pys(run):
+def test_train_py_accepts_the_options_of_every_run(run):
     args = train.parse_arguments([*RECIPE, *([] if run == "start" else FROM_START), *RUNS[run]])
     assert args.measure_labels and args.teacher_min_size > args.min_size[0]
     assert args.iters == (2000 if run == "start" else 600)
 
 
-def test_rows_name_runs_and_weights_that_there_are():
+def test_rows_name_existing_runs_and_weights():
     for row in ROWS.values():
         args = train.parse_arguments([*RECIPE, *RUNS[row.run]])
         assert row.weights == "student" or args.method == "boxteacher" or args.average
@@ -41,7 +41,7 @@ def test_rows_name_runs_and_weights_that_there_are():
 
 @pytest.fixture
 def small(drawn, warm, tmp_path, monkeypatch):
-    """experiments.py at the smallest size, its scripts called in this process; -> options, calls."""
+    """The experiments at the smallest size, with the programs called in this process. Returns options and calls."""
     calls = []
 
     def python(self, folder, script, *options):
@@ -50,7 +50,7 @@ def small(drawn, warm, tmp_path, monkeypatch):
         module = importlib.import_module(script)
         module.main([str(option) for option in options])
 
-    class NoSignals(train.StopSignals):  # only a main thread hears them, and runs have threads
+    class NoSignals(train.StopSignals):  # only the main thread may set handlers, and runs have threads
         def __enter__(self):
             self.asked = 0
             return self
@@ -68,7 +68,7 @@ def small(drawn, warm, tmp_path, monkeypatch):
     return ["--data", str(drawn), "--out", str(tmp_path / "runs"), "--jobs", "1", "--amp", "off"], calls
 
 
-def test_runs_rows_and_table_and_nothing_twice(small, tmp_path, capsys):
+def test_runs_evaluates_and_tabulates_and_does_nothing_twice(small, tmp_path, capsys):
     options, calls = small
     chosen = ["--rows", "self-training", "boxinst-ema", "boxinst", "boxteacher", "--seeds", "3"]
     experiments.main([*options, *chosen])
@@ -114,7 +114,7 @@ def test_runs_rows_and_table_and_nothing_twice(small, tmp_path, capsys):
     assert not calls and "BoxInst" not in capsys.readouterr().out.splitlines()[-1]  # this seed has none
 
 
-def test_a_failing_run_is_one_line_and_the_others_go_on(small, tmp_path, monkeypatch, capsys):
+def test_a_failing_run_is_one_line_and_the_others_continue(small, tmp_path, monkeypatch, capsys):
     options, _ = small
     done = []
 
@@ -147,8 +147,8 @@ experiments.main(sys.argv[1:])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_scripts_and_begins_nothing_more(drawn, tmp_path, number):
-    """A script that never ends by itself stands for train.py, which saves when it is asked to end."""
+def test_a_signal_ends_the_programs_and_starts_no_more(drawn, tmp_path, number):
+    """A program that never ends by itself stands in for train.py, which saves when it is terminated."""
     process = subprocess.Popen([sys.executable, "-c", CODE, "--data", str(drawn), "--out", str(tmp_path / "runs"),
                                 "--jobs", "1", "--rows", "boxteacher", "--seeds", "0", "1"], start_new_session=True,
                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -167,12 +167,12 @@ def test_a_signal_ends_the_scripts_and_begins_nothing_more(drawn, tmp_path, numb
     assert not (tmp_path / "runs/seed1").exists()
 
 
-def test_runs_that_were_made_in_another_way_are_not_mixed(drawn, tmp_path, monkeypatch, capsys):
+def test_runs_of_different_recipes_are_not_mixed(drawn, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Experiments, "all", lambda *_: None)
     options = ["--data", str(drawn), "--out", str(tmp_path)]
     for more in ([], ["--seeds", "5"], ["--rows", "bce"], ["--jobs", "3"]):
         experiments.main([*options, *more])
-    monkeypatch.setitem(RUNS, "new", ["--score", "iou"])  # one more row is no other recipe
+    monkeypatch.setitem(RUNS, "new", ["--score", "iou"])  # a further row does not change the recipe
     experiments.main(options)
     capsys.readouterr()
     for change, name in ((lambda: options.extend(["--amp", "bf16"]), "amp"),
@@ -192,15 +192,15 @@ def test_wrong_values_end_with_status_2(options, capsys):
     assert end.value.code == 2 and options.split()[0] in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_what_cannot_be_written_is_one_line(drawn, tmp_path, capsys):
+def test_an_unwritable_folder_is_one_line(drawn, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as end:
         experiments.main(["--data", str(drawn), "--out", str(tmp_path / "file")])
     assert end.value.code == 1 and capsys.readouterr().err.count("\n") == 1
 
 
-def test_gains_are_taken_within_a_seed(tmp_path):
-    """AP of BoxInst 40, 50, 60; of bce 41, 53 and, without a BoxInst of that seed, 90."""
+def test_gains_are_differences_within_a_seed(tmp_path):
+    """AP of BoxInst 40 and 50, of bce 41, 53 and, for a seed without BoxInst, 90."""
     one = Experiments(parse_arguments(["--out", str(tmp_path)]))
     for row, values in (("boxinst", (40, 50, None)), ("bce", (41, 53, 90))):
         for seed, ap in enumerate(values):
@@ -216,7 +216,7 @@ def test_gains_are_taken_within_a_seed(tmp_path):
     assert cells == [["2", "47.0 ± 8.5", "2.0 ± 1.4"], ["3", "61.3 ± 25.5", "–"]]
 
 
-def test_scripts_run_with_their_output_in_the_log(drawn, tmp_path):
+def test_programs_write_their_output_to_the_log(drawn, tmp_path):
     args = parse_arguments(["--data", str(drawn), "--out", str(tmp_path), "--jobs", "64"])
     one = Experiments(args)
     assert one.environment["OMP_NUM_THREADS"] == "1"

@@ -1,4 +1,4 @@
-"""predict.py and `from model import load`: from the command line to files, images and the review page."""
+"""predict.py and `from model import load`: from the command line to files, drawings and the review page."""
 import html.parser
 import json
 import re
@@ -26,7 +26,7 @@ from tools.draw import COLOURS, colour_of, draw_objects, window
 
 @pytest.fixture(scope="session")
 def sure(warm, tmp_path_factory):
-    """The short-trained network with masks of a kind: a diamond of radius 14 pixels around each location."""
+    """The briefly trained network, whose masks are now diamonds of radius 14 pixels around each location."""
     path = tmp_path_factory.getbasetemp() / "sure.pt"
     if not path.exists():
         state = checkpoint.load(warm)
@@ -50,7 +50,7 @@ def failing(*arguments) -> int:
 
 
 def test_images_of_all_kinds_in_folders_below(drawn, sure, tmp_path, capsys):
-    """An image for each image, results as evaluate.py has them, a broken file named and left out."""
+    """A drawing for each image, results as from evaluate.py, a warning for the broken file."""
     folder, out = tmp_path / "in", tmp_path / "out"
     (folder / "deep").mkdir(parents=True)
     source = sorted((drawn / "val2017").iterdir())
@@ -87,15 +87,15 @@ def test_images_of_all_kinds_in_folders_below(drawn, sure, tmp_path, capsys):
 
 
 def test_drawings_never_share_a_name():
-    """Neither for images of two folders, nor for two formats."""
+    """Neither for images in two folders nor for two formats."""
     assert drawing_names(["a.png", "a.png", "a.tif", "x/a.png", "a-2.gif"]) == [
         "a.jpg", "a-2.jpg", "a-3.jpg", "x/a.jpg", "a-2-2.jpg"]
     names = set()
     assert [free_name("a.b.c", names) for _ in range(3)] == ["a.b.c", "a.b-2.c", "a.b-3.c"]
 
 
-def test_what_is_read_is_never_written_over(drawn, sure, boxes, tmp_path, capsys):
-    """An image beside the results, a folder called pictures/ of one's own, and masks.json in its own place."""
+def test_inputs_are_never_overwritten(drawn, sure, boxes, tmp_path, capsys):
+    """Neither an image beside the results, nor the user's own folder pictures/, nor a masks.json as --boxes."""
     path, content = boxes
     shutil.copytree(drawn / "train2017", tmp_path / "pictures")
     shutil.copy(sorted((drawn / "val2017").iterdir())[0], tmp_path / "one.jpg")
@@ -112,7 +112,7 @@ def same_instances(a: Instances, b: Instances) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a[:3], b[:3])) and a[3:] == b[3:]
 
 
-def test_a_image_turned_by_exif_is_seen_as_people_see_it(sure, tmp_path):
+def test_an_image_is_turned_as_its_exif_states(sure, tmp_path):
     photo = Image.fromarray((np.random.default_rng(0).random((40, 80, 3)) * 255).astype(np.uint8))
     exif = photo.getexif()
     exif[0x0112] = 6
@@ -133,7 +133,7 @@ def test_a_image_turned_by_exif_is_seen_as_people_see_it(sure, tmp_path):
 
 
 def test_drawing_large_and_small_images():
-    """Whatever the size, the object is filled where its mask is, and the text can be read."""
+    """At every size the object is filled where its mask is, and the text can be read."""
     classes = [{"id": 4, "name": "thing"}]
     for width, height, drawn_width in ((60, 30, 480), (4000, 2000, 1600), (800, 400, 800)):
         mask = np.zeros((height, width), np.uint8, order="F")
@@ -166,7 +166,7 @@ def test_the_window_of_a_mask():
 
 
 class Page(html.parser.HTMLParser):
-    """The tags of a page, its text, and what it would fetch."""
+    """The tags of a page, its text and its links."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -186,7 +186,7 @@ EVIL = "<script>alert('x')</script> & \"q\" ß"
 
 @pytest.fixture
 def boxes(drawn, tmp_path):
-    """The drawn images' annotations without masks, one class with an evil name, with fields of a user's own."""
+    """The annotations of the drawn images without masks, with a malicious class name and a user's further keys."""
     content = json.loads((drawn / "annotations/instances_train2017.json").read_text())
     content |= {"info": {"by": "me"}, "licenses": [{"id": 1, "name": "CC"}]}
     for row in content["annotations"]:
@@ -250,7 +250,7 @@ def test_low_scores_are_left_out_and_listed(drawn, sure, boxes, tmp_path, capsys
                 "--method", "condinst", "--out", str(tmp_path / "run")])  # such a box is learnt without its mask
 
 
-def test_polygons_in_place_of_run_lengths(drawn, sure, boxes, tmp_path):
+def test_polygons_instead_of_run_lengths(drawn, sure, boxes, tmp_path):
     pytest.importorskip("cv2")
     path, _ = boxes
     command = ["--ckpt", str(sure), "--boxes", str(path), "--images", str(drawn / "train2017"), "--workers", "0"]
@@ -290,7 +290,7 @@ def test_names_are_escaped_on_the_page(drawn, sure, boxes, tmp_path):
     assert "pictures/<b>#?%20 ü.jpg" in links and all((out / link).exists() for link in links)
 
 
-def test_masks_are_measured_where_the_file_has_some(drawn, sure, tmp_path, capsys):
+def test_masks_are_compared_with_those_of_the_file(drawn, sure, tmp_path, capsys):
     predict.main(["--ckpt", str(sure), "--boxes", str(drawn / "annotations/instances_val2017.json"), "--images",
                   str(drawn / "val2017"), "--out", str(tmp_path), "--workers", "0", "--measure"])
     lines = capsys.readouterr().out.splitlines()
@@ -298,7 +298,7 @@ def test_masks_are_measured_where_the_file_has_some(drawn, sure, tmp_path, capsy
         in "\n".join(lines)
 
 
-def test_a_checkpoint_of_other_classes_labels_all_the_same(drawn, sure, boxes, tmp_path, capsys):
+def test_a_checkpoint_of_other_classes_labels_with_a_warning(drawn, sure, boxes, tmp_path, capsys):
     path, content = boxes
     content["categories"][0]["name"] = "gadget"
     path.write_text(json.dumps(content))
@@ -380,7 +380,7 @@ def test_wrong_paths_are_one_line(drawn, sure, tmp_path, capsys):
 # ----------------------------------------------------------------------------------------- in one's own program
 
 
-def test_a_model_takes_images_in_every_form(drawn, sure):
+def test_a_model_accepts_images_in_every_form(drawn, sure):
     model = load(sure)
     path = sorted((drawn / "val2017").iterdir())[0]
     photo = Image.open(path).convert("RGB")

@@ -1,4 +1,4 @@
-"""selftraining.py: its two stages; and how good masks are, measured in training. The masks: test_label.py."""
+"""tools/selftraining.py: its two stages; and the quality of masks, measured in training. The masks: test_label.py."""
 import json
 import math
 
@@ -31,7 +31,7 @@ def found(drawn, monkeypatch):
 
 
 def test_both_stages_from_the_command_line(drawn, warm, found, tmp_path, capsys, monkeypatch):
-    """The file keeps all that it had but the masks; stage two learns from it."""
+    """The file keeps everything but its masks, and stage two learns from it."""
     expected = found()
     source = json.loads((drawn / "annotations/instances_train2017.json").read_text())
     source["info"] = {"note": "kept"}
@@ -127,7 +127,7 @@ def test_quality_by_hand():
 
 
 def test_measuring_changes_nothing_else(drawn, warm, tmp_path):
-    """The same losses and weights with and without; the quality is in the log and between 0 and 1."""
+    """Losses and weights stay the same; the quality is in the log and between 0 and 1."""
     for name, more in (("plain", []), ("measured", ["--measure-labels"])):
         train.main([str(x) for x in (*only_training(drawn), "--out", tmp_path / name, *SMALL, "--iters", 2, "--init",
                                      warm, *more)])

@@ -51,7 +51,7 @@ def probability(text: str) -> float:
 
 
 def pick_device(name: str) -> torch.device:
-    """--device: a device of this machine; auto is CUDA where there is one, else the CPU."""
+    """--device: a device of this machine; auto is CUDA if there is any, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
