@@ -9,14 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model import Locations, Predictions, constant
+from model import Locations, Predictions
 
 LEVEL_RANGES = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, float("inf")))  # largest of ltrb, pixels
 CENTER_RADIUS = 1.5  # strides
+IOU_THRESHOLD = 0.5  # tau_iou of Alg. 1
 
 
 class Targets(NamedTuple):
-    """What each of the L locations of B images shall predict. C classes; the label C is background."""
+    """What each of the L locations of B images should predict. C classes; the label C is background."""
 
     labels: Tensor  # (B, L) int64
     ltrb: Tensor    # (B, L, 4) strides; 0 at background
@@ -33,11 +34,11 @@ def fcos_targets(locations: Locations, boxes: list[Tensor], labels: list[Tensor]
 
 
 def image_targets(locations: Locations, boxes: Tensor, labels: Tensor, num_classes: int,
-                    first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """One image of fcos_targets; `first` is the number of its first box within the batch.
+                  first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """fcos_targets of one image; `first` is the number of its first box within the batch.
 
-    A location is a candidate for a box that (1) holds it, strictly, within 1.5 strides of the box's centre, and
-    (2) has its farthest side at a distance of the location's level. Among several boxes the smallest wins.
+    A location is a candidate for a box if (1) it lies strictly inside the box, within 1.5 strides of its centre,
+    and (2) its largest distance to a side is in the range of its level. Of several boxes the smallest wins.
     """
     xy, stride = locations.xy, locations.stride
     if len(boxes) == 0:
@@ -49,7 +50,7 @@ def image_targets(locations: Locations, boxes: Tensor, labels: Tensor, num_class
     inside = ((x > torch.maximum(x0, center_x - reach)) & (x < torch.minimum(x1, center_x + reach))
               & (y > torch.maximum(y0, center_y - reach)) & (y < torch.minimum(y1, center_y + reach)))
     farthest = torch.maximum(torch.maximum(x - x0, x1 - x), torch.maximum(y - y0, y1 - y))      # (L, G)
-    low, high = constant(LEVEL_RANGES, xy.device)[locations.level, :, None].unbind(1)           # (L, 1)
+    low, high = xy.new_tensor(LEVEL_RANGES)[locations.level, :, None].unbind(1)                 # (L, 1)
     in_range = (farthest >= low) & (farthest <= high)
 
     area = torch.where(inside & in_range, (x1 - x0) * (y1 - y0), torch.inf)                     # (L, G)
@@ -61,56 +62,49 @@ def image_targets(locations: Locations, boxes: Tensor, labels: Tensor, num_class
 
 
 @torch.no_grad()
-def batch_instances(predictions: Predictions, targets: Targets, boxes: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """The instances of a batch, see select_instances: rows[b] of image b, and gt (K,), the box of each of all K,
-    counted over the batch, or -1 where it only fills up. An image without boxes has none."""
-    rows, gt = [], []
-    for b, image_boxes in enumerate(boxes):
-        image_rows, chosen = select_instances(predictions.class_logits[b], predictions.centerness[b],
-                                                targets.boxes[b], limit=64 if len(image_boxes) else 0)
-        rows.append(image_rows)
-        gt.append(torch.where(chosen, targets.boxes[b, image_rows], -1))
-    return rows, torch.cat(gt)
+def batch_instances(predictions: Predictions, targets: Targets) -> tuple[list[Tensor], Tensor]:
+    """The K instances of a batch, chosen by select_instances.
 
-
-def select_instances(class_logits: Tensor, centerness: Tensor, boxes: Tensor, limit: int = 64) -> tuple[Tensor, Tensor]:
-    """The positive locations of one image whose masks are learnt, at most `limit`.
-
-    class_logits (L, C), centerness (L,) logits, boxes (L,) the assigned box or -1. Every box with positives
-    gets the same share of the limit, at least one, filled with its most confident locations; where there are
-    more boxes than the limit, the most confident of these remain. Returns rows (limit,), most confident first, and
-    for each whether it is one of them (limit,): how many there are only the device knows, and the host shall not wait
-    for it, so others fill up. (Fewer rows where there are fewer locations.)
+    Returns locations[b] (k_b,) of image b, and box (K,), the box of each instance, counted over the batch.
     """
-    confidence = class_logits.amax(1).sigmoid() * centerness.sigmoid()
-    order = torch.where(boxes >= 0, confidence, -1.0).argsort(descending=True, stable=True)
-    grouped, by_box = boxes[order].sort(stable=True)         # background, then box by box, confident first within each
-    rank = torch.arange(len(order), device=order.device) - torch.searchsorted(grouped, grouped)
-    num_boxes = ((rank == 0) & (grouped >= 0)).sum()
-    share = (limit // num_boxes.clamp(min=1)).clamp(min=1)
-    chosen = torch.empty_like(grouped, dtype=torch.bool).scatter(0, by_box, (rank < share) & (grouped >= 0))
-    first = chosen.int().argsort(descending=True, stable=True)[:limit]
-    return order[first], chosen[first]
+    locations = [select_instances(*image)
+                 for image in zip(predictions.class_logits, predictions.centerness, targets.boxes)]
+    return locations, torch.cat([boxes[chosen] for boxes, chosen in zip(targets.boxes, locations)])
 
 
-def assign_masks(iou: Tensor, scores: Tensor, iou_threshold: float = 0.5, score_threshold: float = 0.05) -> Tensor:
+def select_instances(class_logits: Tensor, centerness: Tensor, boxes: Tensor, limit: int = 64) -> Tensor:
+    """The positive locations of one image whose masks are learnt (k,), most confident first, k <= limit.
+
+    class_logits (L, C), centerness (L,) logits, boxes (L,) the assigned box or -1. Every box gets an equal share of
+    the limit, at least one, for its most confident locations; with more boxes than the limit the most confident remain.
+    """
+    positive = (boxes >= 0).nonzero()[:, 0]                                          # (P,)
+    confidence = class_logits[positive].amax(1).sigmoid() * centerness[positive].sigmoid()
+    positive = positive[confidence.argsort(descending=True, stable=True)]
+    box, by_box = boxes[positive].sort(stable=True)                                  # confident first within each box
+    rank = torch.arange(len(box), device=box.device) - torch.searchsorted(box, box)  # 0, 1, ... within each box
+    share = max(limit // max(len(box.unique()), 1), 1)
+    return positive[by_box[rank < share].sort().values][:limit]
+
+
+def assign_masks(iou: Tensor, scores: Tensor, iou_threshold: float = IOU_THRESHOLD,
+                 score_threshold: float = 0.05) -> Tensor:
     """Alg. 1: give predicted masks to ground-truth boxes.
 
-    iou (N, G) of predicted and ground-truth boxes, scores (N,) mask-aware. Returns (G,) int64: the prediction
-    whose mask a box gets, or -1. Predictions take turns, best score first (those below score_threshold have
-    none); each takes the box that it overlaps most among those still free, if by at least iou_threshold.
+    iou (N, G) of predicted and ground-truth boxes, scores (N,) mask-aware. Returns (G,) int64 on the CPU: the
+    prediction whose mask a box gets, or -1.
 
-    A box once taken stays taken, as the listing intends; the authors' program tests `index > 0` with 0-based indices,
-    which lets the best prediction's box be taken over. The turns depend on one another, so they are a loop, but one in
-    which the host asks the device nothing.
+    A box once taken stays taken, as the listing intends. The authors' program tests `index > 0` with 0-based indices,
+    so another prediction may take over the box of the best one.
     """
-    boxes = torch.arange(iou.shape[1], device=iou.device)
-    assigned = torch.full_like(boxes, -1)
-    able = (iou >= iou_threshold) & (scores >= score_threshold)[:, None]
-    order = scores.argsort(descending=True, stable=True)
-    if iou.numel():
-        for i, overlaps in zip(order, torch.where(able, iou, 0.0)[order]):
-            u, v = torch.where(assigned < 0, overlaps, 0.0).flip(0).max(0)
-            v = len(boxes) - 1 - v  # `>=` in the listing: of equal overlaps the last box wins
-            assigned = torch.where((boxes == v) & (u > 0), i, assigned)
+    iou, scores = iou.cpu(), scores.cpu()                        # each turn depends on the one before
+    assigned = torch.full((iou.shape[1],), -1)                   # A
+    for i in scores.argsort(descending=True, stable=True):       # S: the best score first
+        if scores[i] < score_threshold or len(assigned) == 0:
+            break
+        free = iou[i].masked_fill(assigned >= 0, -1.0)
+        u = free.max()
+        if u >= iou_threshold:
+            v = (free == u).nonzero()[-1]                        # `>=` in the listing: of equal overlaps the last
+            assigned[v] = i
     return assigned

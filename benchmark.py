@@ -47,7 +47,7 @@ from data import AUGMENTATIONS, COMPILED_STRIDE, STRIDE, Batch, TrainBatches, vi
 from formats.files import one_line_errors
 from formats.pictures import as_rgb
 from formats.released import IMAGENET
-from losses import disagreement, pair_weights, similar_colors, weighted_pairs
+from losses import MaskGrid, disagreement, pair_weights, similar_colors, weighted_pairs
 from model import Predictions
 from recipe import parse_arguments as training_arguments
 from tools.command_line import AMP, DEVICE, not_negative, output_file, pick_amp, positive, start_distributed, write_json
@@ -57,7 +57,7 @@ from tools.measuring import (Clock, Yardstick, imported_functions, made_up_data,
 
 # What is timed: (module or class, function) -> part. Inner parts are taken off the outer ones.
 TRAINING = imported_functions(boxteacher) | {
-    (torch.Tensor, "backward"): "backward", (torch.nn.utils, "get_total_norm"): "optimiser",
+    (torch.Tensor, "backward"): "backward", (torch.nn.utils, "clip_grad_norm_"): "optimiser",
     (torch.optim.SGD, "step"): "optimiser", (torch.optim.AdamW, "step"): "optimiser", (teacher, "update"): "EMA"}
 INFERENCE = {(model, "detect"): "detections", (model, "mask_logits"): "mask head", (model, "paste_masks"): "pasting",
              (masks, "encode"): "run lengths"}
@@ -227,8 +227,9 @@ def measure_training(args: argparse.Namespace, folder: Path, rank: int, world_si
 def measure_inference(args: argparse.Namespace, folder: Path) -> dict:
     """Seconds an image, from pixels to the run lengths of 100 detections, and of its parts. Y is that of a batch."""
     annotations = made_up_data(folder, 1, tuple(args.size), 200)
-    device, amp = args.device, pick_amp(args.amp, args.device)
+    device = args.device
     network = model.build_model(args.backbone, 80).eval().to(device)
+    network.amp_dtype = pick_amp(args.amp, device)
     batch = evaluate.TestImages.collate([evaluate.TestImages(annotations, args.size[0], args.size[1])[0]]).to(device)
     clock, seconds, ys, parts = Clock(device), [], [], defaultdict(list)
 
@@ -237,7 +238,7 @@ def measure_inference(args: argparse.Namespace, folder: Path) -> dict:
         nonlocal results
         clock.seconds.clear()
         start = clock.now()
-        with clock.part("rest"), torch.autocast(device.type, amp, enabled=amp is not None):
+        with clock.part("rest"):
             found = model.predict(network, batch.images, batch.sizes, [original_size])
             results = evaluate.coco_results(1, found[0], annotations.classes)
         return clock.now() - start - clock.seconds.pop("not counted")
@@ -266,6 +267,7 @@ def measure_evaluation(args: argparse.Namespace, folder: Path, count: int = 12) 
     """Seconds of evaluating `count` images with 100 detections each, and of its parts."""
     annotations = made_up_data(folder, count, tuple(args.size), 200)
     network = model.build_model(args.backbone, 80).eval().to(args.device)
+    network.amp_dtype = pick_amp(args.amp, args.device)
     clock, images = Clock(args.device), iter(range(count))
 
     def objects() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -275,8 +277,7 @@ def measure_evaluation(args: argparse.Namespace, folder: Path, count: int = 12) 
     start = clock.now()
     with planted_inference(network, clock, "made-up masks", objects), clock.part("loading and the rest"):
         results = evaluate.evaluate(network, annotations, min_size=args.size[0], max_size=args.size[1],
-                                    workers=args.workers, device=args.device, amp_dtype=pick_amp(args.amp, args.device),
-                                    progress=False)
+                                    workers=args.workers, device=args.device, progress=False)
         with clock.part("COCOeval"):
             evaluate.coco_metrics(annotations.json_path, results)
     seconds = clock.now() - start - clock.seconds.pop("not counted")
@@ -327,7 +328,7 @@ def measure_mask_memory(args: argparse.Namespace, folder: Path, size: tuple[int,
     colors = similar_colors(images)
 
     def work():
-        weights = pair_weights([c[image] for c in colors], inside, valid, image)
+        weights = pair_weights([c[image] for c in colors], MaskGrid(inside, valid, image))
         total, count = weighted_pairs(disagreement(logits), weights, gt)
         (total.sum() / count.sum()).backward()
 

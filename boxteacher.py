@@ -2,98 +2,75 @@
 
     batch -> teacher -> pseudo masks (Alg. 1) -> student -> L_det + L_box-sup + L_mask-sup
 
-The same function without a teacher is BoxInst, and with the annotations' masks CondInst, the bounds of the paper.
+Without a teacher this is BoxInst; with the annotations' masks in place of the boxes it is CondInst: the paper's bounds.
 """
-import argparse
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from assign import batch_instances, fcos_targets
 from data import Batch
-from losses import (alike_labels, box_supervised_losses, detection_losses, dice_loss, disagreement,
-                    mask_supervised_losses, over_processes, pair_weights, refine, similar_colors, valid_cells)
-from masks import box_masks
+from losses import (affinity_pairs, box_supervised_losses, color_pairs, detection_losses, dice_loss, disagreement,
+                    mask_grid, mask_supervised_losses, over_processes)
 from model import CondInst, mask_logits
-from teacher import PseudoLabels, label
+from teacher import PseudoLabels, pseudo_label
 
 
-def compute_losses(student: nn.Module, teacher: CondInst | None, batch: Batch, args: argparse.Namespace,
-                   autocast: torch.autocast) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The losses of a batch before the ramp, lambdas included, and counts. Fig. 2 from left to right.
+class Step(NamedTuple):
+    """The losses of a batch, and what they were computed from."""
 
-    student: the network, or DDP around it. teacher: None for boxinst and condinst. Of args it reads method, score,
-    pixel_loss, lambda_pixel, lambda_affinity. Networks run under `autocast`, masks and losses in float32.
+    losses: dict[str, Tensor]     # before the ramp, lambdas included
+    positives: Tensor             # number of locations that learn a box
+    logits: Tensor                # (K, h, w) masks of the instances, at stride 4
+    box: Tensor                   # (K,) the box of each instance, counted over the batch
+    pseudo: PseudoLabels | None   # the teacher's masks of the boxes
+
+
+def boxteacher_losses(student: nn.Module, teacher: CondInst | None, batch: Batch, score: str = "mask-aware",
+                      pixel_loss: str = "dice", lambda_pixel: float = 0.5, lambda_affinity: float = 0.1) -> Step:
+    """Fig. 2 from left to right. Without a teacher this is BoxInst.
+
+    student: the network, or DDP around it; score: one of teacher.SCORES; pixel_loss: one of losses.PIXEL_LOSSES.
     """
-    # teacher: a mask and a score for each box
-    pseudo = None
-    if teacher is not None:
-        with autocast:
-            pseudo = label(teacher, batch, args.score)
+    pseudo = None if teacher is None else pseudo_label(teacher, batch, score)       # Eq. 1, Alg. 1
 
-    # student: detection
-    with autocast:
-        predictions = student(batch.images if batch.augmented is None else batch.augmented, batch.sizes)
-    num_classes = predictions.class_logits.shape[-1]
-    targets = fcos_targets(predictions.locations, batch.boxes, batch.labels, num_classes)
-    losses = detection_losses(predictions, targets)
+    losses, positives, logits, box = detect_and_segment(student, batch)             # L_det
 
-    # student: masks of K instances; gt (K,) is the box of each, counted over the batch as in `boxes`, or -1
-    rows, gt = batch_instances(predictions, targets, batch.boxes)
-    logits = mask_logits(predictions, rows)                                                    # (K, h, w) at stride 4
-    counts = {"boxes": torch.full_like(gt.sum(), sum(map(len, batch.boxes))), "positives": (targets.boxes >= 0).sum(),
-              "pseudo_masks": logits.new_zeros(())}
-    if batch.masks is not None and args.method != "condinst":
-        counts |= mask_quality(logits, gt, torch.cat(batch.masks), torch.cat(batch.boxes), pseudo)
-    if args.method == "condinst":
-        dice = dice_loss(logits.sigmoid(), torch.cat(batch.masks)[gt]) * (gt >= 0)
-        losses["loss_mask"] = dice.sum() / over_processes((gt >= 0).sum())
-        return losses, counts
+    grid = mask_grid(batch, *logits.shape[-2:])
+    costs = disagreement(logits)                                                    # of each pair of cells
+    losses |= box_supervised_losses(logits, costs, grid.inside, color_pairs(batch.images, grid), box)    # L_box-sup
 
-    boxes, (h, w) = torch.cat(batch.boxes), logits.shape[-2:]
-    image = torch.cat([torch.full_like(labels, i) for i, labels in enumerate(batch.labels)])       # (G,)
-    inside = box_masks(boxes, h, w)                                                                # (G, h, w)
-    valid = valid_cells(batch.sizes, batch.original_sizes, h, w, boxes.device)                     # (B, h, w)
-    terms = disagreement(logits)
-    color_weights = pair_weights([same[image] for same in similar_colors(batch.images)], inside, valid, image)
-    losses |= box_supervised_losses(logits, terms, inside, color_weights, gt)
-
-    if pseudo is not None:
-        affinity_weights = pair_weights(alike_labels(refine(pseudo.masks)), inside, valid, image)
-        pseudo_losses = mask_supervised_losses(logits, terms, pseudo.masks, pseudo.scores, affinity_weights, gt,
-                                               args.pixel_loss)
-        losses["loss_pixel"] = args.lambda_pixel * pseudo_losses["loss_pixel"]
-        losses["loss_affinity"] = args.lambda_affinity * pseudo_losses["loss_affinity"]
-        counts["pseudo_masks"] = (pseudo.scores > 0).sum()
-    return losses, counts
+    if pseudo is not None:                                                          # L_mask-sup, Eq. 2
+        noisy = mask_supervised_losses(logits, costs, pseudo.masks, pseudo.scores, affinity_pairs(pseudo.masks, grid),
+                                       box, pixel_loss)
+        losses |= {"loss_pixel": lambda_pixel * noisy["loss_pixel"],
+                   "loss_affinity": lambda_affinity * noisy["loss_affinity"]}
+    return Step(losses, positives, logits, box, pseudo)
 
 
-@torch.no_grad()
-def mask_quality(logits: Tensor, gt: Tensor, truth: Tensor, boxes: Tensor,
-                 pseudo: PseudoLabels | None) -> dict[str, Tensor]:
-    """Where the annotations' masks are at hand, how good the teacher's and the student's are: sums over boxes.
+def condinst_losses(student: nn.Module, batch: Batch) -> Step:
+    """The mask-supervised bound: dice against the annotations' masks."""
+    losses, positives, logits, box = detect_and_segment(student, batch)
+    dice = dice_loss(logits.sigmoid(), torch.cat(batch.masks)[box])
+    losses["loss_mask"] = dice.sum() / over_processes(dice.new_tensor(len(dice)))
+    return Step(losses, positives, logits, box, None)
 
-    logits (K, h, w) of instances of the boxes gt (K,); truth (G, h, w) bool; boxes (G, 4) xyxy pixels. A box has
-    the mean IoU of its instances' masks, cut to the box as the teacher's are. The student's are looked at where the
-    teacher gave a mask, so that the two can be compared. Nothing is learnt from this.
+
+def detect_and_segment(student: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """The student's detection losses, and the masks of its K instances.
+
+    Returns the losses, the number of positive locations, mask logits (K, h, w) and the box of each instance (K,).
     """
-    def iou(a: Tensor, b: Tensor) -> Tensor:
-        return (a & b).sum((1, 2)) / (a | b).sum((1, 2)).clamp(min=1)
-
-    inside, zero = box_masks(boxes, *logits.shape[-2:]), logits.new_zeros(len(boxes))
-    real, of = (gt >= 0).to(zero.dtype), gt.clamp(min=0)
-    instances = zero.index_add(0, of, real)
-    student = zero.index_add(0, of, real * iou((logits > 0) & inside[gt], truth[gt])) / instances.clamp(min=1)
-    seen = instances > 0 if pseudo is None else (instances > 0) & (pseudo.scores > 0)
-    quality = {"student_iou": (student * seen).sum(), "student_boxes": seen.sum()}
-    if pseudo is not None:
-        quality["label_iou"] = (iou(pseudo.masks > 0.5, truth) * (pseudo.scores > 0)).sum()
-    return quality
+    predictions = student(batch.images if batch.augmented is None else batch.augmented, batch.sizes)
+    targets = fcos_targets(predictions.locations, batch.boxes, batch.labels, predictions.class_logits.shape[-1])
+    locations, box = batch_instances(predictions, targets)
+    return detection_losses(predictions, targets), (targets.boxes >= 0).sum(), mask_logits(predictions, locations), box
 
 
 RAMPED = ("loss_pairwise", "loss_pixel", "loss_affinity")  # misleading while masks are poor
 
 
 def total_loss(losses: dict[str, Tensor], ramp: float) -> Tensor:
-    """The sum that is minimised; `ramp`, 0 to 1, is the share of RAMPED that counts yet."""
+    """The sum that is minimised; `ramp`, 0 to 1, scales the losses of RAMPED."""
     return sum(loss * (ramp if name in RAMPED else 1.0) for name, loss in losses.items())

@@ -55,7 +55,7 @@ def evaluate(model: torch.nn.Module, annotations: CocoBoxes, *, score_threshold:
 def over_images(model: torch.nn.Module, annotations: CocoBoxes, title: str,
                 work: Callable[[Predictions, Batch], list], *, min_size: int = 800, max_size: int = 1333,
                 batch_size: int = 1, workers: int = 2, device: torch.device | str = "cpu",
-                amp_dtype: torch.dtype | None = None, progress: bool = True, worker_init_fn=None) -> list:
+                progress: bool = True, worker_init_fn=None) -> list:
     """Call `work` with the predictions of each batch, in eval mode, and join its lists in the order of the images.
 
     min_size and max_size: shorter and longest side of the input, pixels. Under torch.distributed each process takes
@@ -76,9 +76,7 @@ def over_images(model: torch.nn.Module, annotations: CocoBoxes, title: str,
     try:
         for batch in tqdm(loader, desc=title, unit="batch", disable=silent):
             batch = batch.to(device)
-            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-                predictions = model(batch.images, batch.sizes)
-            found.append(work(predictions, batch))
+            found.append(work(model(batch.images, batch.sizes), batch))
     finally:
         model.train(was_training)
     return gather(found)
@@ -209,7 +207,8 @@ def run(args: argparse.Namespace) -> None:
               f"{min_size}/{max_size} pixels", flush=True)
 
     options = dict(min_size=min_size, max_size=max_size, batch_size=args.batch_size, workers=args.workers,
-                   device=device, amp_dtype=pick_amp(args.amp, device))
+                   device=device)
+    model.amp_dtype = pick_amp(args.amp, device)
     results = evaluate(model.to(device), annotations, rescore=rescore, score_threshold=args.score_threshold, **options)
     pairs = None
     if args.score_quality:

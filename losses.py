@@ -5,13 +5,14 @@ L_box-sup    max-projection and colour pairwise losses of BoxInst, from boxes al
 L_mask-sup   noise-aware dice and affinity losses from the teacher's masks (Eq. 2)    mask_supervised_losses
 
 Each is a function of tensors. Mask losses live on the stride-4 grid (h, w). K is the number of instances (locations
-that learn a mask), G that of the ground-truth boxes of the batch, and gt (K,) says which box an instance has; -1: none,
-it only fills up (see assign.select_instances) and counts nothing.
+that learn a mask), G that of the ground-truth boxes of the batch; box (K,) is the box of each instance.
 
-Sums are divided by counts over all processes (see `over_processes`), so that a batch gives the same loss however
-many processes hold it. No boxes, no instances: every sum is an empty one, zero, and still connected to the network,
-so that no process waits for a gradient that never comes.
+Sums are divided by counts over all processes (`over_processes`), so a batch has the same loss however many processes
+share it. Without boxes or instances every sum is empty: zero, and still connected to the network, so that no process
+waits for a gradient that never comes.
 """
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -19,14 +20,19 @@ from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
 from assign import Targets
-from model import Predictions, constant
+from data import Batch
+from masks import box_masks
+from model import Predictions
 
-# A pair of cells (i, j) at distance 2; with its mirror (j, i) each stands for two of the 8 neighbours. (dy, dx)
+# Pairs of cells (i, j) at distance 2. Each offset also stands for its mirror image, since a cost of (i, j) is one of
+# (j, i), so four offsets (o) make all eight neighbours:      . . .
+#                                                              . i o     and at half the memory:   (dy, dx)
+#                                                              o o o
 OFFSETS = ((0, 2), (2, 0), (2, 2), (2, -2))
 
 
 def over_processes(count: Tensor, least: float = 1.0) -> Tensor:
-    """The mean of a count over all processes, at least `least`: divide a process's own sum by it.
+    """The mean of a count over all processes, at least `least`. A process divides its sum by it:
 
     DDP averages gradients over processes, so sum / mean(count) becomes total sum / total count.
     """
@@ -42,29 +48,24 @@ def over_processes(count: Tensor, least: float = 1.0) -> Tensor:
 
 
 def detection_losses(predictions: Predictions, targets: Targets) -> dict[str, Tensor]:
-    """Focal loss over all locations; GIoU (weighted by centerness) and centerness over the positive ones.
-
-    All is computed everywhere and weighted: to pick the positive ones the host would have to wait for their number.
-    """
+    """Focal loss over all locations; GIoU (weighted by centerness) and centerness over the P positive ones."""
     num_classes = predictions.class_logits.shape[-1]
     one_hot = F.one_hot(targets.labels, num_classes + 1)[..., :num_classes].float()
     focal = sigmoid_focal_loss(predictions.class_logits, one_hot, alpha=0.25, gamma=2.0, reduction="sum")
 
     positive = targets.labels < num_classes                                          # (B, L)
+    ltrb = targets.ltrb[positive]                                                    # (P, 4)
+    centerness = centerness_of(ltrb)                                                 # (P,)
+    box = centerness * giou_loss(predictions.ltrb[positive], ltrb)
+    center = F.binary_cross_entropy_with_logits(predictions.centerness[positive], centerness, reduction="sum")
     num_positives = over_processes(positive.sum())
-    ltrb = torch.where(positive[..., None], targets.ltrb, 1.0)  # a box at the background too: whatever, but not 0 / 0
-    centerness = centerness_of(ltrb) * positive
-    # what is said of the background does not matter either, not even where it is not finite
-    box = (centerness * giou_loss(torch.where(positive[..., None], predictions.ltrb, 1.0), ltrb)).sum()
-    center = F.binary_cross_entropy_with_logits(torch.where(positive, predictions.centerness, 0.0), centerness,
-                                                reduction="none")
     return {"loss_cls": focal / num_positives,
-            "loss_box": box / over_processes(centerness.sum(), 1e-6),
-            "loss_centerness": (center * positive).sum() / num_positives}
+            "loss_box": box.sum() / over_processes(centerness.sum(), 1e-6),
+            "loss_centerness": center / num_positives}
 
 
 def centerness_of(ltrb: Tensor) -> Tensor:
-    """sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)): 1 at the box's centre, 0 at its border. (..., 4) -> (...)"""
+    """sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)): 1 at the box's centre, 0 at its edge. (..., 4) -> (...)"""
     l, t, r, b = ltrb.unbind(-1)
     return (torch.minimum(l, r) / torch.maximum(l, r) * torch.minimum(t, b) / torch.maximum(t, b)).sqrt()
 
@@ -72,7 +73,7 @@ def centerness_of(ltrb: Tensor) -> Tensor:
 def giou_loss(predicted: Tensor, target: Tensor) -> Tensor:
     """1 - GIoU of boxes given as ltrb (..., 4) in strides around the same location; (...).
 
-    The IoU is (intersection + 1) / (union + 1), as in the authors' code: kinder to boxes of less than a stride.
+    The IoU is (intersection + 1) / (union + 1), as in the authors' code, which is kinder to boxes below one stride.
     """
     def area(x: Tensor) -> Tensor:
         return (x[..., 0] + x[..., 2]) * (x[..., 1] + x[..., 3])
@@ -93,9 +94,9 @@ def dice_loss(p: Tensor, g: Tensor) -> Tensor:
 
 
 def projection_loss(p: Tensor, box: Tensor) -> Tensor:
-    """A mask and its box have the same shadow on either axis: dice of the maxima over rows and columns. -> (K,)"""
+    """A mask and its box cast the same shadow on each axis: dice of the maxima over rows and columns. -> (K,)"""
     box = box.to(p.dtype)
-    # max, not amax: of equal cells one gets the gradient, as in the authors' code; amax would share it among them
+    # max, not amax: one of several equal cells gets the gradient, as in the authors' code; amax divides it among them
     return dice_loss(p.max(2).values, box.amax(2)) + dice_loss(p.max(1).values, box.amax(1))
 
 
@@ -127,51 +128,87 @@ def disagreement(logits: Tensor) -> list[Tensor]:
     probabilities, so no log(0). logits (K, h, w) -> 4 x (K, h', w').
     """
     one = F.softplus(logits)
-    terms = []
+    costs = []
     for offset in OFFSETS:
         (a, b), (sa, sb) = pair(logits, offset), pair(one, offset)
-        terms.append(sa + sb - F.softplus(a + b))
-    return terms
+        costs.append(sa + sb - F.softplus(a + b))
+    return costs
 
 
-def pair_weights(alike: list[Tensor], inside: Tensor, valid: Tensor, image: Tensor) -> list[Tensor]:
-    """How often each pair counts, 0, 1 or 2, for every box: 4 x (G, h', w') uint8.
+class MaskGrid(NamedTuple):
+    """Which cells of the stride-4 grid (h, w) of a batch may form pairs for which box."""
 
-    (i, j) counts where the two are `alike` (4 x (G, h', w') bool), i is `inside` the box (G, h, w) and j is a
-    `valid` cell of the image (B, h, w); its mirror (j, i) counts likewise. image (G,): each box's image.
+    inside: Tensor  # (G, h, w) bool: cells inside the box
+    valid: Tensor   # (B, h, w) bool: cells that may be a neighbour, see valid_cells
+    image: Tensor   # (G,) the image of each box
+
+
+def mask_grid(batch: Batch, height: int, width: int) -> MaskGrid:
+    boxes = torch.cat(batch.boxes)
+    counts = torch.tensor([len(b) for b in batch.boxes])
+    image = torch.arange(len(counts)).repeat_interleave(counts).to(boxes.device)
+    return MaskGrid(box_masks(boxes, height, width),
+                    valid_cells(batch.sizes, batch.original_sizes, height, width, boxes.device), image)
+
+
+def valid_cells(sizes: list[tuple[int, int]], original_sizes: list[tuple[int, int]], height: int, width: int,
+                device: torch.device) -> Tensor:
+    """Cells (B, height, width) of the stride-4 grid that lie in the image and may be a neighbour.
+
+    The bottom 10 pixel rows of the file (scaled) are left out, as in BoxInst: many images end in a black bar.
+    """
+    y = torch.arange(height, device=device)[:, None] * 4 + 2
+    x = torch.arange(width, device=device) * 4 + 2
+    return torch.stack([(y < h - int(10 * h / file_h)) & (x < w)
+                        for (h, w), (file_h, _) in zip(sizes, original_sizes)])
+
+
+def pair_weights(related: list[Tensor], grid: MaskGrid) -> list[Tensor]:
+    """How often each pair counts for each box, 0, 1 or 2: 4 x (G, h', w') uint8.
+
+    (i, j) counts if the two are `related` (4 x (G, h', w') bool), i lies inside the box and j is a valid cell of the
+    image; its mirror image (j, i) counts likewise.
     """
     weights = []
-    for same, offset in zip(alike, OFFSETS):
-        (in_i, in_j), (ok_i, ok_j) = pair(inside, offset), pair(valid, offset)
-        weights.append(((in_i & ok_j[image]).byte() + (in_j & ok_i[image]).byte()) * same)
+    for same, offset in zip(related, OFFSETS):
+        (in_i, in_j), (ok_i, ok_j) = pair(grid.inside, offset), pair(grid.valid, offset)
+        weights.append(((in_i & ok_j[grid.image]).byte() + (in_j & ok_i[grid.image]).byte()) * same)
     return weights
 
 
-def weighted_pairs(terms: list[Tensor], weights: list[Tensor], gt: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of weight * term and sum of weights of each instance, both (K,)."""
-    total = sum((term * weight[gt]).sum((1, 2)) for term, weight in zip(terms, weights))
-    count = sum(weight.sum((1, 2), dtype=torch.float32) for weight in weights)[gt]
-    return total * (gt >= 0), count * (gt >= 0)
+def weighted_pairs(costs: list[Tensor], weights: list[Tensor], box: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of weight * cost and sum of weights of each instance, both (K,)."""
+    total = sum((cost * weight[box]).sum((1, 2)) for cost, weight in zip(costs, weights))
+    count = sum(weight.sum((1, 2), dtype=torch.float32) for weight in weights)[box]
+    return total, count
 
 
 # ------------------------------------------------------------------------------------- L_box-sup (BoxInst Sec. 3)
 
 
-def box_supervised_losses(logits: Tensor, terms: list[Tensor], inside: Tensor, color_weights: list[Tensor],
-                          gt: Tensor) -> dict[str, Tensor]:
-    """Max-projection and colour pairwise loss. logits (K, h, w), terms = disagreement(logits), inside (G, h, w)."""
-    projection = projection_loss(logits.sigmoid(), inside[gt]) * (gt >= 0)
-    total, count = weighted_pairs(terms, color_weights, gt)
-    return {"loss_projection": projection.sum() / over_processes((gt >= 0).sum()),
+def box_supervised_losses(logits: Tensor, costs: list[Tensor], inside: Tensor, color_weights: list[Tensor],
+                          box: Tensor) -> dict[str, Tensor]:
+    """Max-projection and colour pairwise loss.
+
+    logits (K, h, w), costs = disagreement(logits), inside (G, h, w), color_weights = color_pairs(...), box (K,).
+    """
+    projection = projection_loss(logits.sigmoid(), inside[box])
+    total, count = weighted_pairs(costs, color_weights, box)
+    return {"loss_projection": projection.sum() / over_processes(logits.new_tensor(len(box))),
             "loss_pairwise": total.sum() / over_processes(count.sum())}
+
+
+def color_pairs(images: Tensor, grid: MaskGrid) -> list[Tensor]:
+    """Weights of the pairs of similar colour, see pair_weights. images (B, 3, 4h, 4w) RGB 0..255, not augmented."""
+    return pair_weights([same[grid.image] for same in similar_colors(images)], grid)
 
 
 @torch.no_grad()
 def similar_colors(images: Tensor, threshold: float = 0.3) -> list[Tensor]:
     """Pairs of cells of similar colour, exp(-|Lab_i - Lab_j| / 2) >= threshold: 4 x (B, h', w') bool.
 
-    images (B, 3, 4h, 4w) RGB 0..255, not augmented. A cell's colour is the mean of its 4x4 pixels, in whole
-    numbers. BoxInst's threshold: 0.3 is that of its code and of the authors', its paper says 0.1.
+    The colour of a cell is the mean of its 4x4 pixels, rounded down. The threshold is that of BoxInst's code and of the
+    authors'; BoxInst's paper has 0.1.
     """
     lab = rgb_to_lab(F.avg_pool2d(images.float(), 4).floor())
     similar = []
@@ -189,65 +226,60 @@ def rgb_to_lab(rgb: Tensor) -> Tensor:
     """sRGB (B, 3, ...) 0..255 to CIE Lab with the white of D65."""
     rgb = rgb / 255
     rgb = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
-    to_xyz, white = (constant(x, rgb.device).to(rgb.dtype) for x in (TO_XYZ, WHITE))
+    to_xyz, white = rgb.new_tensor(TO_XYZ), rgb.new_tensor(WHITE)
     xyz = torch.einsum("dc,bc...->bd...", to_xyz / white[:, None], rgb)
     x, y, z = torch.where(xyz > 0.008856, xyz.clamp(min=0.008856) ** (1 / 3), 7.787 * xyz + 16 / 116).unbind(1)
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
 
 
-def valid_cells(sizes: list[tuple[int, int]], original_sizes: list[tuple[int, int]], height: int, width: int,
-                device: torch.device) -> Tensor:
-    """Cells (B, height, width) of the stride-4 grid that lie in the image and may be a neighbour.
-
-    The bottom 10 pixel rows of the file (scaled) are left out, as in BoxInst: many images end in a black bar.
-    """
-    y = torch.arange(height, device=device)[:, None] * 4 + 2
-    x = torch.arange(width, device=device) * 4 + 2
-    return torch.stack([(y < h - int(10 * h / file_h)) & (x < w)
-                        for (h, w), (file_h, _) in zip(sizes, original_sizes)])
-
-
 # ------------------------------------------------------------------------------------ L_mask-sup (paper Sec. 3.2)
 
 
-def mask_supervised_losses(logits: Tensor, terms: list[Tensor], masks: Tensor, scores: Tensor,
-                           affinity_weights: list[Tensor], gt: Tensor, pixel_loss: str = "dice") -> dict[str, Tensor]:
+PIXEL_LOSSES = {  # Table 3: of logits (K, h, w) and binary masks (K, h, w), -> (K,)
+    "dice": lambda logits, g: dice_loss(logits.sigmoid(), g),
+    "bce": bce_loss,
+    "avg": lambda logits, g: average_projection_loss(logits.sigmoid(), g),
+    "none": lambda logits, g: 0.0 * logits.sum((1, 2)),
+}
+
+
+def mask_supervised_losses(logits: Tensor, costs: list[Tensor], masks: Tensor, scores: Tensor,
+                           affinity_weights: list[Tensor], box: Tensor, pixel_loss: str = "dice") -> dict[str, Tensor]:
     """The two noise-aware sums of Eq. 2, (1 / N_p) sum_i s_i L(m_i^p, m_i^g), before their lambdas.
 
-    masks (G, h, w) the teacher's probabilities, 0 outside the box; scores (G,), 0 where a box has no pseudo mask.
-    N_p is the number of instances with one. pixel_loss: dice (the paper's), bce, avg or none (Table 3).
+    masks (G, h, w) the teacher's probabilities, 0 outside the box; scores (G,), 0 for a box without a pseudo mask.
+    N_p is the number of instances with one. pixel_loss: one of PIXEL_LOSSES.
     """
-    s = scores[gt] * (gt >= 0)
-    valid_masks = over_processes((s > 0).sum())
-    target = (masks > 0.5)[gt]
-    if pixel_loss == "bce":
-        pixel = bce_loss(logits, target)
-    elif pixel_loss == "none":
-        pixel = 0.0 * logits.sum((1, 2))
-    else:
-        pixel = {"dice": dice_loss, "avg": average_projection_loss}[pixel_loss](logits.sigmoid(), target)
-    total, count = weighted_pairs(terms, affinity_weights, gt)
+    s = scores[box]                                                                  # (K,)
+    pixel = PIXEL_LOSSES[pixel_loss](logits, (masks > 0.5)[box])
+    total, count = weighted_pairs(costs, affinity_weights, box)
     affinity = total / count.clamp(min=1)
-    return {"loss_pixel": (s * pixel).sum() / valid_masks, "loss_affinity": (s * affinity).sum() / valid_masks}
+    num_masks = over_processes((s > 0).sum())
+    return {"loss_pixel": (s * pixel).sum() / num_masks, "loss_affinity": (s * affinity).sum() / num_masks}
+
+
+def affinity_pairs(masks: Tensor, grid: MaskGrid) -> list[Tensor]:
+    """Weights of the pairs that have one label in the pseudo masks (G, h, w), see pair_weights."""
+    return pair_weights(similar_labels(refine(masks)), grid)
 
 
 @torch.no_grad()
 def refine(g: Tensor) -> Tensor:
-    """Eq. 3: half the probability itself, half the mean of its 3x3 surroundings (itself included). (G, h, w)"""
+    """Eq. 3: half the probability, half the mean of the 3x3 cells around it, itself included. (G, h, w)"""
     return (g + F.avg_pool2d(g[:, None], 3, stride=1, padding=1)[:, 0]) / 2
 
 
 @torch.no_grad()
-def alike_labels(g: Tensor, threshold: float = 0.5) -> list[Tensor]:
+def similar_labels(g: Tensor, threshold: float = 0.5) -> list[Tensor]:
     """Eq. 4: pairs with affinity mu_ij = g_i g_j + (1 - g_i)(1 - g_j) > tau_a, g refined: 4 x (G, h', w') bool.
 
-    Eq. 5 is then `disagreement` averaged over these pairs. As printed it would be -(log(p_i p_j) +
-    log((1 - p_i)(1 - p_j))), whose minimum is p = 1/2 everywhere: it would erase masks. The authors' code and
-    BoxInst have -log(p_i p_j + (1 - p_i)(1 - p_j)), which falls when neighbours agree. It also averages over an
-    instance's pairs at once, not cell by cell. We follow it in both.
+    Eq. 5 is then `disagreement` averaged over these pairs. As printed, -(log(p_i p_j) + log((1 - p_i)(1 - p_j))) has
+    its minimum at p = 1/2 everywhere and would erase masks. The authors' code and BoxInst have
+    -log(p_i p_j + (1 - p_i)(1 - p_j)), which falls when neighbours agree. The authors also average over all pairs of
+    an instance at once, not cell by cell. This code follows theirs in both.
     """
-    alike = []
+    similar = []
     for offset in OFFSETS:
         a, b = pair(g, offset)
-        alike.append(a * b + (1 - a) * (1 - b) > threshold)
-    return alike
+        similar.append(a * b + (1 - a) * (1 - b) > threshold)
+    return similar

@@ -11,6 +11,7 @@ Read from top to bottom as an image travels through it:
 Teacher and student are two of these with different weights. Sources: FCOS (Tian et al., ICCV 2019),
 CondInst (Tian et al., ECCV 2020).
 """
+import contextlib
 import copy
 import functools
 import math
@@ -269,6 +270,8 @@ class CondInst(nn.Module):
     channels: width of FPN and heads, a multiple of 32 (GroupNorm). The mask branch is min(128, channels) wide.
     """
 
+    amp_dtype: torch.dtype | None = None  # mixed precision of forward; masks and losses are computed in float32
+
     def __init__(self, backbone: nn.Module, num_classes: int, channels: int = 256, mask_channels: int = 16):
         super().__init__()
         self.num_classes = num_classes
@@ -282,9 +285,10 @@ class CondInst(nn.Module):
 
     def forward(self, images: Tensor, sizes: list[tuple[int, int]]) -> Predictions:
         """images (B, 3, H, W) RGB 0..255, padded to multiples of 32; sizes: each image's true (height, width)."""
-        pyramid = self.fpn(self.backbone(self.normalise(images, sizes)))
-        locations = make_locations([p.shape[-2:] for p in pyramid], images.device)
-        return Predictions(*self.head(pyramid), self.mask_branch(pyramid[:3]), locations)
+        with torch.autocast(images.device.type, self.amp_dtype) if self.amp_dtype else contextlib.nullcontext():
+            pyramid = self.fpn(self.backbone(self.normalise(images, sizes)))
+            locations = make_locations([p.shape[-2:] for p in pyramid], images.device)
+            return Predictions(*self.head(pyramid), self.mask_branch(pyramid[:3]), locations)
 
     def compile_convolutions(self, backend: str = "inductor") -> None:
         """Have torch.compile translate backbone, FPN and towers, once for each size of padded images that comes.

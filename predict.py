@@ -19,13 +19,13 @@ from tqdm import tqdm
 from data import Sample, readable_batches, resized_size, view
 from evaluate import coco_results
 from formats.coco import CocoBoxes, DataError, UndecodableImage, first_five
-from formats.files import one_line_errors, replacing, warn
+from formats.files import one_line_errors, optional, replacing, warn
 from formats.pictures import check_sizes, find_images, load_image
 from model import RESCORED_THRESHOLD, SCORE_THRESHOLD, CondInst, load_model, predict_confident
 from tools.command_line import (AMP, RESCORE, go_together, input_size, model_options, output_file, pick_amp, positive,
                                 probability, rescored, write_json)
 from tools.draw import draw_objects
-from tools.label import ASSIGNED, PROMPTED, label_dataset, model_classes, opencv, polygons, report_agreement, with_masks
+from tools.label import ASSIGNED, PROMPTED, label_dataset, model_classes, polygons, report_agreement, with_masks
 from tools.review import write_review
 
 
@@ -49,13 +49,11 @@ class Images(Dataset):
 
 
 def find_objects(model: CondInst, images: Images, classes: list[dict], *, score_threshold: float, rescore: bool,
-                 device: torch.device, amp_dtype: torch.dtype | None, batch_size: int,
-                 workers: int) -> tuple[list[dict], int]:
+                 device: torch.device, batch_size: int, workers: int) -> tuple[list[dict], int]:
     """The confident detections of all images in COCO's results format, and how many images could be decoded."""
     results, seen = [], 0
     for batch in readable_batches(images, "predict", batch_size=batch_size, workers=workers, device=device):
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            found = predict_confident(model, batch.images, batch.sizes, batch.original_sizes, score_threshold, rescore)
+        found = predict_confident(model, batch.images, batch.sizes, batch.original_sizes, score_threshold, rescore)
         for image_id, instances in zip(batch.image_ids, found):
             results += coco_results(image_id, instances, classes)
         seen += len(found)
@@ -242,10 +240,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     with one_line_errors():
         if args.polygons:
-            opencv()  # raises before the work, not after it
+            optional("cv2", "--polygons")  # raises before the work, not after it
         model, info = load_model(args.ckpt, args.weights)
-        options = dict(device=args.device, amp_dtype=pick_amp(args.amp, args.device), batch_size=args.batch_size,
-                       workers=args.workers)
+        model.amp_dtype = pick_amp(args.amp, args.device)
+        options = dict(device=args.device, batch_size=args.batch_size, workers=args.workers)
         work = label_boxes if args.boxes else predict_images
         work(args, model.to(args.device), info, input_size(args, info), options)
 

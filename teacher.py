@@ -1,7 +1,8 @@
 """The teacher of BoxTeacher (paper Sec. 3.1): an average of the student over time that labels boxes with masks.
 
-    update   theta <- alpha theta + (1 - alpha) xi, the exponential moving average (EMA)
-    label    clean image -> teacher -> mask-aware scores (Eq. 1) -> Alg. 1 -> a pseudo mask for each box
+    update         theta <- alpha theta + (1 - alpha) xi, the exponential moving average (EMA)
+    pseudo_label   clean image -> teacher -> mask-aware scores (Eq. 1) -> Alg. 1 -> a pseudo mask for each box
+    match          the last two steps for one image; labels for one's own boxes (tools/label.py) use it too
 """
 import copy
 from typing import NamedTuple
@@ -11,95 +12,96 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou, clip_boxes_to_image
 
-from assign import assign_masks
+from assign import IOU_THRESHOLD, assign_masks
 from data import Batch
 from masks import box_masks, cells, decode, paste_masks
 from model import CondInst, Detections, Predictions, detect, mask_logits
-
-SCORES = ("mask-aware", "cls", "iou", "mean-entropy")  # Table 5; "released", see released_masks, is a way of its own
 
 
 class PseudoLabels(NamedTuple):
     """A mask for each of the G boxes of a batch, on the stride-4 grid of the student's images."""
 
     masks: Tensor   # (G, h, w) probabilities, 0 outside the box
-    scores: Tensor  # (G,) how far to trust it; 0: this box got none
+    scores: Tensor  # (G,) how far to trust it; 0: this box has none
+
+
+class Match(NamedTuple):
+    """Alg. 1 for one image with G boxes: the N detections that overlap a box, and which box gets which."""
+
+    found: Detections  # boxes in pixels of the student's image, clipped to it
+    iou: Tensor        # (N, G) of their boxes with the ground truth
+    masks: Tensor      # (N, h, w) probabilities on the student's grid
+    scores: Tensor     # (N,) the weight of each mask
+    assigned: Tensor   # (G,) on the CPU: the detection whose mask a box gets, or -1
 
 
 def make_teacher(student: CondInst) -> CondInst:
     """An exact copy that no gradient reaches.
 
-    Like the authors' it stays in training mode: its batch norms see their own batches and so keep statistics of
-    the teacher's own features. Those buffers are never averaged; evaluation (eval mode) uses them.
+    Like the authors' it stays in training mode: its batch norms normalise with its own batches and keep running
+    statistics of its own features. Those buffers are never averaged; evaluation (eval mode) uses them.
     """
     return copy.deepcopy(student).requires_grad_(False).train()
 
 
 def ema_momentum(iteration: int, ceiling: float = 0.999) -> float:
-    """alpha of the update that precedes this 0-based iteration: young averages forget faster; 0 (a copy) at first."""
+    """alpha of the update before this 0-based iteration: a young average forgets faster; 0 (a copy) at first."""
     return min(ceiling, 1 - 1 / (iteration + 1))
 
 
 @torch.no_grad()
-def update(teacher: CondInst, student: CondInst, momentum: float, statistics: bool = False,
-           skipped: Tensor | None = None) -> None:
-    """EMA of the parameters.
-
-    statistics: take over the student's batch norm statistics, for an average that sees no images of its own.
-    skipped: bool of one element, of which only the device knows whether it is true: then the parameters stay.
-    """
-    theta, xi = list(teacher.parameters()), list(student.parameters())
-    weight = torch.full((), 1 - momentum, device=theta[0].device)
-    torch._foreach_lerp_(theta, xi, [weight if skipped is None else weight * ~skipped] * len(theta))
+def update(teacher: CondInst, student: CondInst, momentum: float, statistics: bool = False) -> None:
+    """EMA of the parameters. statistics: copy the student's batch-norm statistics too, for an average that is never
+    trained on images itself (train.py --average)."""
+    for theta, xi in zip(teacher.parameters(), student.parameters()):
+        theta.lerp_(xi, 1 - momentum)
     if statistics:
-        for own, students in zip(teacher.buffers(), student.buffers()):
-            own.copy_(students)
+        for theta, xi in zip(teacher.buffers(), student.buffers()):
+            theta.copy_(xi)
 
 
 @torch.no_grad()
-def label(teacher: CondInst, batch: Batch, score: str = "mask-aware") -> PseudoLabels:
-    """Pseudo masks for all boxes of a batch."""
+def pseudo_label(teacher: CondInst, batch: Batch, score: str = "mask-aware") -> PseudoLabels:
+    """Pseudo masks for batch.boxes from the teacher's view of the images. score: one of SCORES, or "released"."""
     predictions = teacher(batch.teacher_images, batch.teacher_sizes)
-    return pseudo_labels(predictions, batch, score)
-
-
-@torch.no_grad()
-def pseudo_labels(predictions: Predictions, batch: Batch, score: str = "mask-aware") -> PseudoLabels:
-    """From the teacher's predictions on batch.teacher_images to pseudo masks for batch.boxes.
-
-    Only predictions that overlap some box enough to be assigned get a mask, at stride 4, not at full size (which
-    `released` needs).
-    """
     height, width = batch.images.shape[-2] // 4, batch.images.shape[-1] // 4
     masks, scores = [], []
     for b, (boxes, size, teacher_size) in enumerate(zip(batch.boxes, batch.sizes, batch.teacher_sizes)):
         image = predictions.of_image(b)
-        found, iou = overlapping(detect(image), boxes, size, teacher_size)
-        logits = mask_logits(image, [found.locations])
-        if score == "released":
-            p, order, s = released_masks(logits, found.scores, teacher_size, size, height, width)
-        else:
-            p = to_student_grid(logits.sigmoid(), teacher_size, size, height, width)                # (N, h, w)
-            h, w = cells(size)  # padding has no part in a score
-            order = s = SCORE_FUNCTIONS[score](found.scores, p[:, :h, :w], box_masks(found.boxes, h, w), iou)
-        match = assign_masks(iou, order)                                                            # (G,)
-        masks.append(F.pad(p, (0, 0, 0, 0, 0, 1))[match] * box_masks(boxes, height, width))         # at -1: nothing
-        scores.append(F.pad(s, (0, 1))[match])
+        matched = match(image, detect(image), boxes, size, teacher_size, (height, width), score)
+        given = matched.assigned >= 0
+        mask, weight = boxes.new_zeros(len(boxes), height, width), boxes.new_zeros(len(boxes))
+        mask[given] = matched.masks[matched.assigned[given]]
+        weight[given] = matched.scores[matched.assigned[given]]
+        masks.append(mask * box_masks(boxes, height, width))
+        scores.append(weight)
     return PseudoLabels(torch.cat(masks), torch.cat(scores))
 
 
-def overlapping(found: Detections, boxes: Tensor, size: tuple[int, int],
-                teacher_size: tuple[int, int]) -> tuple[Detections, Tensor]:
-    """The detections that overlap some box enough to be assigned, in pixels of the student's image, and their IoU.
+def match(image: Predictions, found: Detections, boxes: Tensor, size: tuple[int, int], teacher_size: tuple[int, int],
+          grid: tuple[int, int], score: str = "mask-aware", classes: Tensor | None = None,
+          iou_threshold: float = IOU_THRESHOLD, score_threshold: float = 0.05) -> Match:
+    """Alg. 1 for one image: which detection's mask goes to which of the boxes (G, 4), xyxy pixels.
 
-    Here the host waits for the teacher's network, as it does in `detect` for the candidates and for what NMS keeps.
+    image, found: the teacher's predictions and detections on its view of (height, width) teacher_size; size: that of
+    the student's image, to which boxes and grid (h, w) belong. classes (G,): a box takes detections of this class
+    alone; -1, or None: of any. Masks are drawn only for detections that overlap a box by at least iou_threshold.
     """
-    x0, y0, x1, y1 = found.boxes.unbind(1)
-    x, y = size[1] / teacher_size[1], size[0] / teacher_size[0]
-    found = found._replace(boxes=clip_boxes_to_image(torch.stack([x0 * x, y0 * y, x1 * x, y1 * y], 1), size))
-    iou = box_iou(found.boxes, boxes)                                                               # (N, G)
-    able = (iou >= 0.5).any(1).nonzero()[:, 0]
-    return Detections(*(x[able] for x in found)), iou[able]
+    scale = found.boxes.new_tensor([size[1] / teacher_size[1], size[0] / teacher_size[0]] * 2)
+    found = found._replace(boxes=clip_boxes_to_image(found.boxes * scale, size))
+    iou = box_iou(found.boxes, boxes)                                                            # (N, G)
+    if classes is not None:
+        iou = iou * ((found.labels[:, None] == classes) | (classes < 0))
+    eligible = (iou >= iou_threshold).any(1)
+    found, iou = Detections(*(x[eligible] for x in found)), iou[eligible]
+
+    logits = mask_logits(image, [found.locations])
+    if score == "released":
+        p, order, weight = released_masks(logits, found.scores, teacher_size, size, *grid)
+    else:
+        p, (h, w) = to_student_grid(logits.sigmoid(), teacher_size, size, *grid), cells(size)    # (N, h, w)
+        order = weight = SCORES[score](found.scores, p[:, :h, :w], box_masks(found.boxes, h, w), iou)
+    return Match(found, iou, p, weight, assign_masks(iou, order, iou_threshold, score_threshold))
 
 
 def to_student_grid(p: Tensor, teacher_size: tuple[int, int], size: tuple[int, int], height: int,
@@ -113,8 +115,8 @@ def to_student_grid(p: Tensor, teacher_size: tuple[int, int], size: tuple[int, i
     if len(p) == 0:
         return p.new_zeros(0, height, width)
 
-    def normalised_coordinates(cells: int, size: int, teacher_size: int, teacher_cells: int) -> Tensor:
-        t = (torch.arange(cells, device=p.device) * 4 + 2.5) * teacher_size / size - 0.5
+    def normalised_coordinates(count: int, size: int, teacher_size: int, teacher_cells: int) -> Tensor:
+        t = (torch.arange(count, device=p.device) * 4 + 2.5) * teacher_size / size - 0.5
         return (t - 2) / 4 * 2 / max(teacher_cells - 1, 1) - 1     # -1 and 1 are the middles of the outer cells
 
     y = normalised_coordinates(height, size[0], teacher_size[0], p.shape[1])
@@ -139,15 +141,15 @@ def released_masks(logits: Tensor, c: Tensor, teacher_size: tuple[int, int], siz
 
 
 # ------------------------------------------------------------------- scores of pseudo masks (Eq. 1 and Table 5)
-# Each takes the detector's confidence c (N,), mask probabilities p (N, h, w), the predicted boxes as masks
-# (N, h, w) and the IoU with the ground truth (N, G), and gives (N,) within 0 ... 1.
+# Each takes the detector's confidence c (N,), mask probabilities p (N, h, w) of the cells within the image, the
+# predicted boxes as masks (N, h, w) and the IoU with the ground truth (N, G), and returns (N,) from 0 to 1.
 
 
 def mask_aware_score(c: Tensor, p: Tensor, box: Tensor, iou: Tensor) -> Tensor:
     """Eq. 1: sqrt(c * mean probability of the mask's pixels (p > 0.5) inside the box).
 
-    The box is the predicted one: the score orders Alg. 1, before any ground-truth box is known to be its own.
-    (The authors' program differs: released_masks.)
+    `box` is the predicted box: this score orders Alg. 1, so no ground-truth box is assigned yet. (The authors' program
+    differs: released_masks.)
     """
     positive = (p > 0.5) & box
     quality = (p * positive).sum((1, 2)) / positive.sum((1, 2)).clamp(min=1)
@@ -159,7 +161,7 @@ def class_score(c: Tensor, p: Tensor, box: Tensor, iou: Tensor) -> Tensor:
 
 
 def iou_score(c: Tensor, p: Tensor, box: Tensor, iou: Tensor) -> Tensor:
-    return F.pad(iou, (0, 1)).amax(1)  # the added column of zeros: there may be no box at all
+    return iou.amax(1) if iou.shape[1] else torch.zeros_like(c)
 
 
 def mean_entropy_score(c: Tensor, p: Tensor, box: Tensor, iou: Tensor) -> Tensor:
@@ -167,4 +169,4 @@ def mean_entropy_score(c: Tensor, p: Tensor, box: Tensor, iou: Tensor) -> Tensor
     return 1 + (torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)).mean((1, 2))
 
 
-SCORE_FUNCTIONS = dict(zip(SCORES, (mask_aware_score, class_score, iou_score, mean_entropy_score)))
+SCORES = {"mask-aware": mask_aware_score, "cls": class_score, "iou": iou_score, "mean-entropy": mean_entropy_score}

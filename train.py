@@ -12,7 +12,9 @@ a run that is stopped, killed or started on other processes goes on from its las
 import argparse
 import contextlib
 import itertools
+import inspect
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -29,8 +31,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-import teacher as teacher_module
-from boxteacher import compute_losses, total_loss
+import teacher
+from boxteacher import Step, boxteacher_losses, condinst_losses, total_loss
 from data import COMPILED_STRIDE, STRIDE, Batch, TrainBatches, ignore_signals
 from evaluate import coco_metrics, evaluate, print_tables
 from formats import checkpoint
@@ -43,6 +45,12 @@ from model import PIXEL_STD, CondInst, build_model
 from recipe import RECIPES, learning_rate, make_plan, parse_arguments, ramp_factor
 from tools.command_line import output_file, pick_amp, start_distributed
 from tools.log import Log, draw_sheet, summary_writer
+from tools.quality import measure
+
+
+# torch 2.14 renamed the option that has each forward pass copy the buffers of process 0 to all others
+SYNC_BUFFERS = next(name for name in ("forward_sync_buffers", "broadcast_buffers")
+                    if name in inspect.signature(DistributedDataParallel).parameters)
 
 
 class TrainingError(UserError):
@@ -53,58 +61,58 @@ class TrainingError(UserError):
 
 
 class StepResult(NamedTuple):
-    """All on the device: to ask for a number is to wait until the device has done the step."""
-
     losses: dict[str, Tensor]   # means over the micro-steps, "loss" the total
     counts: dict[str, Tensor]   # sums over the micro-steps
     norm: Tensor                # of the gradient, before clipping
-    skipped: Tensor             # bool: loss or gradient not finite on some process: nothing was updated
-    broken: Tensor              # bool: skipped, and not because fp16's scaler is still looking for its scale
-    stop: Tensor                # bool: some process was asked to stop
+    finite: bool                # loss and gradient, on all processes; otherwise nothing was updated
+    broken: bool                # not finite for another reason than the fp16 scaler lowering its scale
+    stop: bool                  # some process was asked to stop
 
 
 def train_step(run: "Run", batches: list[Batch], iteration: int, stop_asked: bool) -> StepResult:
-    """One optimiser step over the micro-batches, then the teacher's EMA."""
+    """One optimiser step over the micro-batches, then the EMA of the teacher."""
     args, plan = run.args, run.plan
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(iteration, plan)
     losses, counts = {}, {}
     statistics = [x.clone() for x in run.statistics]
     for number, batch in enumerate(batches, 1):
-        last = number == len(batches)
         if isinstance(run.student, DistributedDataParallel):
-            run.student.require_backward_grad_sync = last  # gradients meet once a step, not once a micro-step
-        labeller = run.teacher if args.method == "boxteacher" else None
-        part, count = compute_losses(run.student, labeller, batch, args, run.autocast())
-        loss = part["loss"] = total_loss(part, ramp_factor(iteration, plan))
-        # a loss that is not finite spoils the whole gradient, and with it those of all processes: all skip the step
-        run.scaler.scale(loss * (1 + 0 * loss.detach()) / len(batches)).backward()
-        for name, value in part.items():
+            run.student.require_backward_grad_sync = number == len(batches)  # gradients meet once a step
+        step = run.losses(batch)
+        loss = total_loss(step.losses, ramp_factor(iteration, plan))
+        run.scaler.scale(loss / len(batches)).backward()
+        for name, value in (step.losses | {"loss": loss}).items():
             losses[name] = losses.get(name, 0) + value.detach() / len(batches)
-        for name, value in count.items():
+        for name, value in measure(step, batch).items():
             counts[name] = counts.get(name, 0) + value
 
     run.scaler.unscale_(run.optimizer)
-    norm = nn.utils.get_total_norm([p.grad for p in run.parameters])
-    if args.clip_grad:
-        nn.utils.clip_grads_with_norm_(run.parameters, args.clip_grad, norm)
-    skipped = ~norm.isfinite()
-    run.optimizer.found_inf = skipped.float()  # where this is 1 a fused optimiser leaves all as it is
-    run.optimizer.step()
-    for now, before in zip(run.statistics, statistics):
-        now.copy_(torch.where(skipped, before, now))
-    if run.teacher is not None:
-        alpha = teacher_module.ema_momentum(iteration + 1, args.ema)
-        teacher_module.update(run.teacher, run.model, alpha, statistics=args.method != "boxteacher", skipped=skipped)
-    # with fp16 a gradient may overflow while the loss is finite: the scaler then scales less, down to 1 in earnest
-    scale = run.scaler.scale(torch.ones((), device=run.device))  # 1 without fp16
-    broken = skipped & (~losses["loss"].isfinite() | (scale <= 1))
-    flags = torch.stack([broken, torch.full_like(broken, stop_asked)]).float()
-    if run.world_size > 1:
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    norm = nn.utils.clip_grad_norm_(run.parameters, args.clip_grad or math.inf)
+    loss_finite, norm_finite, go_on = agreed(losses["loss"].isfinite(), norm.isfinite(), not stop_asked)
+    finite = loss_finite and norm_finite
+    if finite:
+        run.scaler.step(run.optimizer)
+        if run.teacher is not None:
+            teacher.update(run.teacher, run.model, teacher.ema_momentum(iteration + 1, args.ema),
+                           statistics=args.method != "boxteacher")
+    else:
+        for now, before in zip(run.statistics, statistics):  # the forward pass has moved them
+            now.copy_(before)
+    # fp16: a gradient may overflow although the loss is finite; the scaler then lowers its scale, at the least to 1
+    broken = not loss_finite or not norm_finite and run.scaler.get_scale() <= 1
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    return StepResult(losses, counts, norm, skipped, *flags.bool())
+    return StepResult(losses, counts, norm, finite, broken, not go_on)
+
+
+def agreed(*flags: Tensor | bool) -> list[bool]:
+    """Each flag if it holds on all processes. The host waits here for the device."""
+    device = next(flag.device for flag in flags if isinstance(flag, Tensor))
+    together = torch.stack([torch.as_tensor(flag, device=device) for flag in flags]).float()
+    if dist.is_initialized():
+        dist.all_reduce(together, dist.ReduceOp.MIN)
+    return together.bool().tolist()
 
 
 # ------------------------------------------------------------------------------------------------------ the run
@@ -140,39 +148,37 @@ class Run:
                 print(f"starts from {args.init} (method {start['method']})")
         elif backbone is not None:
             start_backbone(self.model.backbone, backbone, args.backbone, args.backbone_weights)
+        self.model.amp_dtype = self.amp_dtype
         self.model.to(device).train()
         averaged = args.method == "boxteacher" or args.average
-        self.teacher = teacher_module.make_teacher(self.model) if averaged else None
+        self.teacher = teacher.make_teacher(self.model) if averaged else None
         # batch norm's averages, which the forward pass moves before a loss is known to be finite
         self.statistics = [x for model in (self.model, self.teacher) if model for module in model.modules()
                            if isinstance(module, nn.BatchNorm2d) for x in module.buffers()]
 
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.decay = args.weight_decay if args.weight_decay is not None else RECIPES[args.optimizer][1]
-        # fused: in one pass over memory, and the device itself skips a step (train_step)
         if args.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(self.parameters, self.plan.lr, momentum=0.9, weight_decay=self.decay,
-                                             fused=True)
+            self.optimizer = torch.optim.SGD(self.parameters, self.plan.lr, momentum=0.9, weight_decay=self.decay)
         else:
-            self.optimizer = torch.optim.AdamW(self.parameters, self.plan.lr, weight_decay=self.decay, fused=True)
+            self.optimizer = torch.optim.AdamW(self.parameters, self.plan.lr, weight_decay=self.decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
         if state is not None:
             self.resume(state)
-        if args.optimizer == "sgd":
-            for p in self.parameters:  # where the first step is skipped torch would leave them as memory happened to be
-                if self.optimizer.state[p].get("momentum_buffer") is None:
-                    self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         for network in (self.model, self.teacher) if args.compile else ():
             if network is not None:
                 network.compile_convolutions()
         self.student = self.model
         if world_size > 1:
-            devices = [device] if device.type == "cuda" else None
-            self.student = DistributedDataParallel(self.model, devices, broadcast_buffers=False,
-                                                   gradient_as_bucket_view=True)
+            self.student = DistributedDataParallel(self.model, [device] if device.type == "cuda" else None,
+                                                   gradient_as_bucket_view=True, **{SYNC_BUFFERS: False})
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+    def losses(self, batch: Batch) -> Step:
+        args = self.args
+        if args.method == "condinst":
+            return condinst_losses(self.student, batch)
+        return boxteacher_losses(self.student, self.teacher if args.method == "boxteacher" else None, batch, args.score,
+                                 args.pixel_loss, args.lambda_pixel, args.lambda_affinity)
 
     def evaluated(self) -> CondInst:
         return self.teacher or self.model
@@ -192,13 +198,9 @@ class Run:
         self.model.load_state_dict(state["student"])
         if self.teacher is not None:
             self.teacher.load_state_dict(state["teacher"])
-        for group in state["optimizer"]["param_groups"]:  # which older checkpoints have not fused
-            group |= {"weight_decay": self.decay, "fused": True, "foreach": False}
+        for group in state["optimizer"]["param_groups"]:  # older checkpoints have fused optimisers
+            group |= {"weight_decay": self.decay, "fused": None, "foreach": None}
         self.optimizer.load_state_dict(state["optimizer"])
-        for p, kept in self.optimizer.state.items():  # fused optimisers go through memory: it shall be laid out alike
-            for name, value in kept.items():
-                if isinstance(value, Tensor) and value.shape == p.shape:
-                    kept[name] = torch.empty_like(p).copy_(value)
         if state["scaler"]:  # empty where the run had no fp16 so far
             self.scaler.load_state_dict(state["scaler"])
         self.iteration = state["iteration"]
@@ -275,7 +277,7 @@ def start_backbone(backbone: nn.Module, weights: dict, name: str, source: str) -
 def run_evaluation(run: Run, log: Log, annotations: CocoBoxes) -> None:
     results = evaluate(run.evaluated(), annotations, min_size=run.args.teacher_min_size,
                        max_size=run.args.teacher_max_size, rescore=run.args.method == "boxteacher",
-                       workers=run.args.workers, device=run.device, amp_dtype=run.amp_dtype,
+                       workers=run.args.workers, device=run.device,
                        worker_init_fn=ignore_signals)
     if run.rank == 0:
         metrics = coco_metrics(annotations.json_path, results)
@@ -287,12 +289,11 @@ def draw_labels(run: Run, log: Log, annotations: CocoBoxes) -> None:
     if run.rank == 0:
         draw_sheet(run.out / f"labels-{run.iteration:07}.png", f"their masks at iteration {run.iteration}",
                    run.evaluated(), annotations, score=run.args.score, min_sizes=run.args.min_size,
-                   max_size=run.args.max_size, teacher_size=(run.args.teacher_min_size, run.args.teacher_max_size),
-                   autocast=run.autocast())
+                   max_size=run.args.max_size, teacher_size=(run.args.teacher_min_size, run.args.teacher_max_size))
         log.reset()  # its time is not that of an iteration
 
 
-def look(run: Run, log: Log, annotations: CocoBoxes, validation: CocoBoxes | None) -> None:
+def evaluate_and_draw(run: Run, log: Log, annotations: CocoBoxes, validation: CocoBoxes | None) -> None:
     """Draw labels and evaluate. Not compiled: their images are not padded to few sizes."""
     with torch.compiler.set_stance("force_eager") if run.args.compile else contextlib.nullcontext():
         draw_labels(run, log, annotations)
@@ -326,51 +327,20 @@ def check_skipped(batches: list[Batch], broken: set[str], images: int) -> None:
         raise TrainingError(f"{len(broken)} images cannot be decoded, the last: {note}")
 
 
-class Verdicts:
-    """What steps say of themselves, `broken` and `stop`, read by the host a step later: it waits until a step's copy is
-    there, while the device does the next one."""
-
-    def __init__(self, run: Run):
-        self.run, self.unread, self.broken_in_a_row = run, [], 0
-
-    def add(self, batches: list[Batch], result: StepResult) -> None:
-        """Of the step at run.iteration."""
-        flags = torch.stack([result.broken, result.stop]).to("cpu", non_blocking=True)
-        copied = torch.cuda.Event() if result.broken.is_cuda else None
-        if copied:
-            copied.record()
-        image_ids = [i for batch in batches for i in batch.image_ids]
-        self.unread.append((self.run.iteration, image_ids, result, flags, copied))
-
-    def read(self, all_of_them: bool) -> bool:
-        """All but the last step's, or all: -> whether a stop was asked for. TrainingError at the third broken step in a
-        row."""
-        stop = False
-        while len(self.unread) > (0 if all_of_them else 1):
-            *seen, flags, copied = self.unread.pop(0)
-            if copied:
-                copied.synchronize()
-            broken, asked = flags.tolist()
-            self.broken_in_a_row, stop = self.broken_in_a_row + 1 if broken else 0, stop or asked
-            if self.broken_in_a_row == 3:
-                report_nonfinite(self.run, *seen)
-        return stop
-
-
-def report_nonfinite(run: Run, iteration: int, image_ids: list[int], result: StepResult) -> None:
-    """Write what each process saw to nonfinite.json and end the run. The checkpoint before it stays as it is."""
-    seen = {"rank": run.rank, "image_ids": image_ids,
-            "gradient_norm": str(float(result.norm)),
-            "losses": {name: str(float(value)) for name, value in result.losses.items()}}  # JSON has no NaN
-    everyone = [seen]
+def report_nonfinite(run: Run, batches: list[Batch], result: StepResult) -> None:
+    """Write what each process had to nonfinite.json and end the run. The last checkpoint stays as it is."""
+    own = {"rank": run.rank, "image_ids": [i for batch in batches for i in batch.image_ids],
+           "gradient_norm": str(float(result.norm)),
+           "losses": {name: str(float(value)) for name, value in result.losses.items()}}  # JSON has no NaN
+    everyone = [own]
     if run.world_size > 1:
         everyone = [None] * run.world_size
-        dist.all_gather_object(everyone, seen)
+        dist.all_gather_object(everyone, own)
     path = run.out / "nonfinite.json"
     if run.rank == 0:
-        path.write_text(json.dumps({"iter": iteration, "lr": learning_rate(iteration, run.plan),
+        path.write_text(json.dumps({"iter": run.iteration, "lr": learning_rate(run.iteration, run.plan),
                                     "processes": everyone}, indent=1))
-    raise TrainingError(f"loss or gradient not finite three times in a row at iteration {iteration}: image ids and "
+    raise TrainingError(f"loss or gradient not finite three times in a row at iteration {run.iteration}: image ids and "
                         f"losses are in {path}; a smaller --lr, a longer --warmup or --clip-grad 10 usually help")
 
 
@@ -380,31 +350,32 @@ def train(run: Run, batches: TrainBatches, validation: CocoBoxes | None, signals
     loader = DataLoader(batches, batch_size=None, sampler=range(run.iteration * k, plan.iterations * k),
                         num_workers=args.workers, collate_fn=TrainBatches.collate, worker_init_fn=ignore_signals,
                         pin_memory=run.device.type == "cuda")
-    undecodable, verdicts = set(), Verdicts(run)
+    undecodable, broken_in_a_row = set(), 0
     log = Log(run.out, plan.iterations, run.iteration, run.rank, run.world_size, args.tensorboard)
     micro_batches = iter(loader)
     while run.iteration < plan.iterations:
-        waiting = time.perf_counter()
-        now = [batch.to(run.device) for batch in itertools.islice(micro_batches, k)]
-        waited = time.perf_counter() - waiting
-        check_skipped(now, undecodable, len(batches.annotations))
+        start = time.perf_counter()
+        micro = [batch.to(run.device) for batch in itertools.islice(micro_batches, k)]
+        waited = time.perf_counter() - start
+        check_skipped(micro, undecodable, len(batches.annotations))
 
-        result = train_step(run, now, run.iteration, bool(signals.asked))
-        verdicts.add(now, result)
-        log.step(result.losses, result.counts, result.skipped, waited)
+        result = train_step(run, micro, run.iteration, bool(signals.asked))
+        broken_in_a_row = broken_in_a_row + 1 if result.broken else 0
+        if broken_in_a_row == 3:
+            report_nonfinite(run, micro, result)
+        log.step(result.losses, result.counts, result.finite, waited)
         run.iteration += 1
         pause = run.iteration == plan.iterations or run.iteration % args.eval_every == 0  # to look at the model
         logging = pause or run.iteration % args.log_every == 0
         saving = pause or run.iteration % args.checkpoint_every == 0
-        stop = verdicts.read(all_of_them=logging or saving)  # these wait for the device anyway
-        if logging or stop:
+        if logging or result.stop:
             log.write(run.iteration, learning_rate(run.iteration - 1, plan), ramp_factor(run.iteration - 1, plan))
-        if saving or stop:
+        if saving or result.stop:
             run.save()
-        if stop:
+        if result.stop:
             return signals.asked or signal.SIGTERM
         if pause:
-            look(run, log, batches.annotations, validation)
+            evaluate_and_draw(run, log, batches.annotations, validation)
     return 0
 
 

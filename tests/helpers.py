@@ -101,7 +101,7 @@ def made_up(images: list[list], size: tuple[int, int]) -> Predictions:
 
 
 def make_batch(boxes: list[list], size, teacher_size, padded) -> Batch:
-    """What pseudo_labels reads of a batch: boxes, sizes and the padded size of the student's images."""
+    """What pseudo_label reads of a batch: boxes, sizes and the padded size of the student's images."""
     boxes = [torch.tensor(b, dtype=torch.float32).reshape(-1, 4) for b in boxes]
     count = len(boxes)
     return Batch(images=torch.zeros(count, 3, *padded, dtype=torch.uint8), sizes=[size] * count,

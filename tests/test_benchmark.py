@@ -145,7 +145,7 @@ def test_four_offsets_are_the_eight_neighbours_in_a_third_of_the_memory():
         assert torch.equal(losses.pair(similar[:, place], offset)[0].bool(), same)
 
     def ours():
-        weights = losses.pair_weights([c[image] for c in colors], inside, valid, image)
+        weights = losses.pair_weights([c[image] for c in colors], losses.MaskGrid(inside, valid, image))
         total, count = losses.weighted_pairs(losses.disagreement(logits), weights, gt)
         values["ours"] = total.sum() / count.sum()
         values["ours"].backward()

@@ -448,10 +448,9 @@ def test_a_run_is_not_continued_with_another_optimiser_or_method(drawn, warm, st
     assert message in one_line_error(capsys)
 
 
-@pytest.mark.parametrize("optimizer, name", [("sgd", "momentum_buffer"), ("adamw", "exp_avg")])
-def test_the_optimisers_state_is_laid_out_as_the_weights(drawn, warm, tmp_path, optimizer, name):
-    """A checkpoint may have it in another layout, as those from before the weights had their channels last; a fused
-    optimiser goes through memory and would mix everything up."""
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_an_older_checkpoint_goes_on(drawn, warm, tmp_path, optimizer):
+    """One of a fused optimiser, its state in another memory layout, as from before the weights had channels last."""
     options = ("--init", str(warm), "--iters", "100", "--optimizer", optimizer)
     run, annotations = new_run(drawn, tmp_path, *options)
     batch = one_batch(annotations)
@@ -459,16 +458,16 @@ def test_the_optimisers_state_is_laid_out_as_the_weights(drawn, warm, tmp_path, 
     run.iteration = 51
     run.save()
     state = load(tmp_path / "last.pt")
-    for its in state["optimizer"]["state"].values():
-        for key, value in its.items():
-            its[key] = value.contiguous()
+    for kept in state["optimizer"]["state"].values():
+        for key, value in kept.items():
+            kept[key] = value.contiguous()
+    for group in state["optimizer"]["param_groups"]:
+        group |= {"fused": True, "foreach": False}
     torch.save(state, tmp_path / "last.pt")
     again, _ = new_run(drawn, tmp_path, *options)
     for one in (run, again):
         train.train_step(one, [batch], 51, False)
-    assert same(run.model.state_dict(), again.model.state_dict())
-    kept = [(p, its[name]) for p, its in again.optimizer.state.items()]
-    assert len(kept) > 50 and all(p.stride() == x.stride() and x.any() for p, x in kept)
+    assert same(run.model.state_dict(), again.model.state_dict()) and not again.optimizer.param_groups[0]["fused"]
 
 
 def test_going_on_with_another_weight_decay_and_precision(drawn, warm, tmp_path, monkeypatch, capsys):
@@ -480,7 +479,7 @@ def test_going_on_with_another_weight_decay_and_precision(drawn, warm, tmp_path,
 
     def seen(run, *rest):
         decays.append((run.optimizer.param_groups[0]["weight_decay"], run.scaler.is_enabled()))
-        return step(run, *rest)._replace(stop=torch.tensor(True))
+        return step(run, *rest)._replace(stop=True)
 
     monkeypatch.setattr(train, "train_step", seen)
     command(*options_of(drawn, warm, tmp_path / "out", "--weight-decay", "0.01", "--amp", "fp16"))

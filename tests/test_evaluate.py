@@ -231,8 +231,7 @@ def test_evaluate_passes_its_options_on_and_restores_the_mode(dataset, monkeypat
 
     class Spy(Looker):
         def forward(self, images, sizes):
-            seen.append((self.training, torch.is_grad_enabled(), tuple(images.shape), sizes,
-                         torch.is_autocast_enabled("cpu")))
+            seen.append((self.training, torch.is_grad_enabled(), tuple(images.shape), sizes))
             return images
 
     def spy(images, sizes, *options):
@@ -245,10 +244,10 @@ def test_evaluate_passes_its_options_on_and_restores_the_mode(dataset, monkeypat
     for training in (True, False):
         model.train(training)
         evaluate.evaluate(model, annotations, min_size=32, max_size=48, score_threshold=0.4, rescore=False,
-                          batch_size=3, workers=0, amp_dtype=torch.bfloat16, progress=False)
+                          batch_size=3, workers=0, progress=False)
         assert model.training is training
     shape, sizes = (3, 3, 64, 64), [(32, 48), (48, 32), (32, 32)]  # padded to a multiple of 32
-    assert seen[0] == (False, False, shape, sizes, True) and len(seen) == 4
+    assert seen[0] == (False, False, shape, sizes) and len(seen) == 4
     assert asked[0] == (sizes, SIZES[:3], 0.4, False) and len(asked) == 4
 
     def broken(*args):
@@ -322,7 +321,8 @@ def test_as_a_user_runs_it_with_a_real_model(checkpoint, dataset, tmp_path):
 
 def test_sizes_scores_and_rescoring_come_from_the_checkpoint_or_the_options(checkpoint, dataset, monkeypatch):
     seen = []
-    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **options: seen.append(options) or [])
+    monkeypatch.setattr(evaluate, "evaluate",
+                        lambda model, *_, **options: seen.append(options | {"amp_dtype": model.amp_dtype}) or [])
     state = torch.load(checkpoint, weights_only=True)
     evaluate.main(evaluation(checkpoint, dataset))
     evaluate.main(evaluation(checkpoint, dataset, "--min-size", 100, "--max-size", 200, "--rescore", "off",

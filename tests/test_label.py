@@ -12,8 +12,9 @@ from pycocotools import mask as coco_mask
 from assign import image_targets
 from formats.coco import CocoBoxes
 from helpers import given_controllers, made_up, random_predictions
-from tools.label import (ASSIGNED, PROMPTED, Labels, agreement, assigned_rows, box_pixels, cut_masks, label_dataset,
-                   label_image, model_classes, owners, polygons, prompt, report_agreement, with_masks)
+from tools.label import (ASSIGNED, PROMPTED, BoxMasks, agreement, assigned_locations, box_pixels, cut_masks,
+                         label_dataset, label_image, model_classes, owners, polygons, prompt, report_agreement,
+                         with_masks)
 from masks import box_masks
 from model import build_model, mask_logits
 
@@ -68,7 +69,7 @@ def test_a_box_takes_detections_of_its_own_class_and_one_location_answers_once()
     predictions = made_up([[(box[0].tolist(), 0.01, EVERYWHERE), (box[0].tolist(), 0.5, EVERYWHERE)]], size)
 
     def rows(boxes, classes):
-        return assigned_rows(predictions, boxes, size, 0.05, classes)[0].tolist()
+        return assigned_locations(predictions, boxes, size, 0.05, classes)[0].tolist()
 
     row = int(predictions.class_logits[0, :, 1].argmax())
     assert rows(box, None) == rows(box, torch.tensor([1])) == rows(box, torch.tensor([-1])) == [row]
@@ -129,7 +130,7 @@ def test_assigned_masks_stay_and_prompted_boxes_ask_elsewhere():
     x, y = image.locations.xy[best]
     image.ltrb[0, best] = torch.stack([x - 16, y - 24, 72 - x, 64 - y]) / image.locations.stride[best]
     image.class_logits[0, best, 0] = 3
-    before, before_scores = assigned_rows(image, boxes, size, 0.05, classes)
+    before, before_scores = assigned_locations(image, boxes, size, 0.05, classes)
     assert (before == best).sum() == 1 and (before >= 0).sum() == 1
     rows, scores = prompt(image, boxes, classes, size, before, before_scores)
     found = before >= 0
@@ -160,7 +161,7 @@ def test_a_found_mask_that_lies_beside_its_box_is_asked_for_again():
     right[:, 8:] = 6
     image = made_up([[([16, 24, 90, 64], 0.9, right)]], size)
     row = int(image.class_logits[0, :, 0].argmax())
-    assert assigned_rows(image, box, size, 0.05, torch.tensor([0]))[0].tolist() == [row]
+    assert assigned_locations(image, box, size, 0.05, torch.tensor([0]))[0].tolist() == [row]
     controllers = image.controllers.at([torch.full_like(image.locations.level, row)])[None]
     controllers[0, :, -1] += 20                     # the others see something everywhere
     controllers[0, row, -1] -= 20
@@ -252,7 +253,7 @@ def test_the_file_keeps_what_it_had(tmp_path):
     annotations = CocoBoxes(tmp_path / "boxes.json", tmp_path)
     rle = coco_mask.encode(np.asfortranarray(np.eye(30, 40, dtype=np.uint8)))
     rle = {"size": rle["size"], "counts": rle["counts"].decode()}
-    new = with_masks(annotations, Labels([rle, rle], np.array([0.7, 0.2]), [ASSIGNED, PROMPTED]), min_score=0.5)
+    new = with_masks(annotations, BoxMasks([rle, rle], np.array([0.7, 0.2]), [ASSIGNED, PROMPTED]), min_score=0.5)
     own = [{"segmentation": rle, "area": 30, "score": 0.7, "source": ASSIGNED},
            {"segmentation": [], "score": 0.2, "source": PROMPTED},
            {"segmentation": [], "score": 0.0, "source": None}, {}]
@@ -293,7 +294,7 @@ def test_agreement_by_hand(drawn, tmp_path, capsys):
     scores = np.linspace(0.9, 0.5, len(rles))
     scores[1] = 0
     sources = [ASSIGNED, None, PROMPTED, *[ASSIGNED] * (len(rles) - 3)]
-    report_agreement(annotations, Labels(rles, scores, sources))
+    report_agreement(annotations, BoxMasks(rles, scores, sources))
     lines = capsys.readouterr().out.splitlines()
     values = {line[:36].strip(): line[36:].split() for line in lines[2:-1]}
 
@@ -313,5 +314,5 @@ def test_agreement_by_hand(drawn, tmp_path, capsys):
     assert values["under 32 x 32 pixels"] == means(given & (area < 32 ** 2)) != means(given)
     assert values["32 x 32 to 96 x 96"] == means(given & (area >= 32 ** 2)) and values["larger"] == ["0", "-", "-"]
     assert lines[-1].endswith(f": {(masks[given].sum() + filled[1]) / n:.3f}")
-    report_agreement(annotations, Labels([None] * n, np.zeros(n), [None] * n))
+    report_agreement(annotations, BoxMasks([None] * n, np.zeros(n), [None] * n))
     assert capsys.readouterr().out.count("       -       -\n") == 8

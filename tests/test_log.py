@@ -30,7 +30,7 @@ CELL = PANEL + GAP
 
 def step(one: Log, loss: float, skipped: bool = False, waited: float = 0.0, **counts: float) -> None:
     one.step({"loss": torch.tensor(loss)}, {name: torch.tensor(value) for name, value in counts.items()},
-             torch.tensor(skipped), waited)
+             not skipped, waited)
 
 
 def test_a_line_holds_the_means_of_its_iterations(tmp_path, capsys):
@@ -136,8 +136,7 @@ def sheet_size(images: int, columns: int) -> tuple[int, int]:
 def draw_labels(run, annotations: CocoBoxes, path: Path) -> None:
     args = run.args
     draw_sheet(path, "masks", run.evaluated(), annotations, score=args.score, min_sizes=args.min_size,
-               max_size=args.max_size, teacher_size=(args.teacher_min_size, args.teacher_max_size),
-               autocast=run.autocast())
+               max_size=args.max_size, teacher_size=(args.teacher_min_size, args.teacher_max_size))
 
 
 def drawn_by(run, annotations: CocoBoxes, path: Path) -> np.ndarray:
@@ -177,7 +176,7 @@ def test_masks_are_drawn_where_they_are(drawn, tmp_path, monkeypatch):
     seen = []
 
     def label(model, batch, score):
-        seen.append((model.training, torch.is_autocast_enabled("cpu"), batch.augmented, tuple(batch.sizes),
+        seen.append((model.training, model.amp_dtype, batch.augmented, tuple(batch.sizes),
                      tuple(batch.teacher_sizes)))
         masks = torch.zeros(1, 16, 16)
         masks[0, 4:12, 4:8] = 0.9 if given else 0
@@ -187,11 +186,11 @@ def test_masks_are_drawn_where_they_are(drawn, tmp_path, monkeypatch):
                      "--teacher-min-size", "96", "--teacher-max-size", "96")
     data = copy_set(drawn, tmp_path / "set", change)
     annotations = CocoBoxes(data / "annotations/instances_train2017.json", data / "train2017")
-    monkeypatch.setattr(log, "label", label)
+    monkeypatch.setattr(log, "pseudo_label", label)
     sheets = []
     for given in (0.0, 0.75, 0.5):
         sheets.append(drawn_by(run, annotations, tmp_path / "x.png"))
-    assert seen == [(False, True, None, ((64, 64),), ((96, 96),))] * 3
+    assert seen == [(False, torch.bfloat16, None, ((64, 64),), ((96, 96),))] * 3
     bare, sure, unsure = (panel(image, 1) for image in sheets)
     assert (panel(sheets[0], 0) == panel(sheets[1], 0)).all()
     changed, inside = (bare != sure).any(2), slice(85, 235)

@@ -12,11 +12,11 @@ from helpers import SMALL, finding, losses_of, one_line_error, only_training
 from tools import selftraining
 import train
 from masks import box_masks
-from boxteacher import mask_quality
 from formats.checkpoint import load
 from formats.coco import CocoBoxes
 from model import CondInst
 from teacher import PseudoLabels
+from tools.quality import mask_quality
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from helpers import check, made_up, make_batch, relative_error
 from masks import aligned_bilinear, box_masks
 from model import build_model, mask_logits
-from teacher import (SCORES, class_score, ema_momentum, iou_score, label, make_teacher, mask_aware_score,
-                     mean_entropy_score, pseudo_labels, to_student_grid, update)
+from teacher import (SCORES, class_score, ema_momentum, iou_score, make_teacher, mask_aware_score,
+                     mean_entropy_score, pseudo_label, to_student_grid, update)
 
 
 def small_model(seed: int = 0):
@@ -98,7 +98,7 @@ def test_same_size_gives_the_teachers_own_map_cut_to_the_box():
     rows = [(p.amax(1) > -20).nonzero()[:, 0] for p in predictions.class_logits]
     rows[0] = rows[0][(predictions.class_logits[0, rows[0], 0] > -20).argsort(descending=True)]  # 0, then 1
     own = mask_logits(predictions, rows).sigmoid()
-    labels = pseudo_labels(predictions, make_batch(boxes, size, size, padded))
+    labels = pseudo_label(lambda *_: predictions, make_batch(boxes, size, size, padded))
     assert labels.masks.shape == (3, 24, 32)
     assert relative_error(labels.masks, own * box_masks(torch.tensor(sum(boxes, [])), 24, 32)) <= 1e-5
     for mask, score, p, box, c in zip(labels.masks, labels.scores, own, sum(boxes, []), (0.9, 0.8, 0.7)):
@@ -114,7 +114,7 @@ def test_released_labels_take_turns_by_one_number_and_weigh_by_another():
     sure, vague = torch.full((12, 16), 6.0), torch.full((12, 16), 0.4)      # q 0.998 and 0.599
     image = [(boxes[0][0], 0.25, sure), (boxes[0][0], 0.81, vague),       # c is the root of these
                (boxes[0][1], 0.81, vague), (boxes[0][1], 0.49, sure)]
-    labels = pseudo_labels(made_up([image], padded), make_batch(boxes, padded, padded, padded), "released")
+    labels = pseudo_label(lambda *_: made_up([image], padded), make_batch(boxes, padded, padded, padded), "released")
     expected = [math.sqrt(math.sqrt(0.9) * torch.sigmoid(torch.tensor(0.4)).item()),
                 math.sqrt(math.sqrt(0.7) * torch.sigmoid(torch.tensor(6.0)).item())]
     assert labels.scores.tolist() == pytest.approx(expected, abs=1e-4)
@@ -133,7 +133,7 @@ def test_a_teacher_of_another_size_lands_on_the_same_place(size, padded, teacher
     box, center = [20.0, 16, 100, 72], (60.0, 44.0)
     teacher_box = [v * scale[1 - i % 2] for i, v in enumerate(box)]
     predictions = made_up([[(teacher_box, 0.9, plane(teacher_padded, scale, *center))]], teacher_padded)
-    labels = pseudo_labels(predictions, make_batch([[box]], size, teacher_size, padded))
+    labels = pseudo_label(lambda *_: predictions, make_batch([[box]], size, teacher_size, padded))
     inside = box_masks(torch.tensor([box]), padded[0] // 4, padded[1] // 4)
 
     def error(dx: float) -> float:
@@ -187,7 +187,7 @@ def test_unassigned_boxes_get_nothing():
     ones = torch.full((12, 16), 5.0)
     instances = [([14, 12, 58, 62], 0.9, ones), ([70, 40, 110, 80], 0.9, ones)]  # the other: IoU 0.14, 0.4
     predictions = made_up([instances], padded)
-    labels = pseudo_labels(predictions, make_batch(boxes, padded, padded, padded))
+    labels = pseudo_label(lambda *_: predictions, make_batch(boxes, padded, padded, padded))
     assert (labels.scores > 0).tolist() == [True, False, False]
     assert labels.masks[0].any() and not labels.masks[1:].any()
 
@@ -198,7 +198,7 @@ def test_predictions_beyond_the_image_are_clipped_before_they_are_matched():
     size = padded = (96, 128)
     beyond = [-60.0, 20, 50, 70]  # unclipped its IoU is 0.45
     predictions = made_up([[(beyond, 0.9, torch.full((12, 16), 3.0))]], padded)
-    labels = pseudo_labels(predictions, make_batch([[[0.0, 20, 50, 70]]], size, size, padded))
+    labels = pseudo_label(lambda *_: predictions, make_batch([[[0.0, 20, 50, 70]]], size, size, padded))
     assert labels.scores[0] > 0.5 and labels.masks.any()
 
 
@@ -208,7 +208,7 @@ def test_images_without_boxes(score, boxes):
     padded = (96, 128)
     instances = [([10.0, 10, 60, 60], 0.9, torch.full((12, 16), 5.0))]
     batch = make_batch(boxes, padded, padded, padded)
-    labels = pseudo_labels(made_up([instances, instances], padded), batch, score)
+    labels = pseudo_label(lambda *_: made_up([instances, instances], padded), batch, score)
     count = len(boxes[1])
     assert labels.masks.shape == (count, 24, 32) and labels.scores.shape == (count,)
     assert labels.masks.dtype == labels.scores.dtype == torch.float32 and (labels.scores > 0).all()
@@ -218,7 +218,7 @@ def test_images_without_boxes(score, boxes):
 def test_no_prediction_at_all(score):
     padded = (96, 128)
     batch = make_batch([[[10.0, 10, 60, 60]]], padded, padded, padded)
-    labels = pseudo_labels(made_up([[]], padded), batch, score)
+    labels = pseudo_label(lambda *_: made_up([[]], padded), batch, score)
     assert labels.scores.tolist() == [0] and not labels.masks.any()
 
 
@@ -229,7 +229,7 @@ def test_the_best_mask_by_the_score_wins():
     instances = [(box, 0.8, torch.full((12, 16), 0.1)), ([16.0, 16, 80, 60], 0.6, torch.full((12, 16), 6.0))]
     batch = make_batch([[box]], padded, padded, padded)
     predictions = made_up([instances], padded)
-    by_class, by_mask = (pseudo_labels(predictions, batch, score) for score in ("cls", "mask-aware"))
+    by_class, by_mask = (pseudo_label(lambda *_: predictions, batch, score) for score in ("cls", "mask-aware"))
     assert by_class.scores.item() == pytest.approx(math.sqrt(0.8), abs=1e-5)
     assert by_class.masks.max().item() == pytest.approx(1 / (1 + math.exp(-0.1)), abs=1e-5)
     assert by_mask.masks.max() > 0.99 and by_mask.scores.item() == pytest.approx(
@@ -257,7 +257,7 @@ def test_padding_does_not_reach_the_mean_entropy():
 
     def score(padded, mask) -> float:
         batch = make_batch([[box]], size, size, padded)
-        return pseudo_labels(made_up([[(box, 0.9, mask)]], padded), batch, "mean-entropy").scores.item()
+        return pseudo_label(lambda *_: made_up([[(box, 0.9, mask)]], padded), batch, "mean-entropy").scores.item()
 
     undecided_beyond = F.pad(mask, (0, 16))
     assert score((96, 256), undecided_beyond) == pytest.approx(score(size, mask), abs=1e-6)
@@ -271,7 +271,7 @@ def test_label_needs_no_gradient_and_averages_no_buffer():
     batch = batch._replace(teacher_images=images)
     before = [p.clone() for p in teacher.parameters()]
     running = teacher.mask_branch.tower[0][1].running_mean.clone()
-    labels = label(teacher, batch)
+    labels = pseudo_label(teacher, batch)
     assert labels.masks.shape == (1, 24, 32) and not any(x.requires_grad for x in labels)
     assert all(torch.equal(p, b) for p, b in zip(teacher.parameters(), before))
     assert not torch.equal(teacher.mask_branch.tower[0][1].running_mean, running)

@@ -56,7 +56,7 @@ def test_thirty_steps_on_one_batch_lower_every_loss_of_boxes(warm):
 def test_twenty_steps_on_one_batch_lower_the_losses_of_pseudo_masks(drawn, warm, tmp_path, monkeypatch):
     """A student that has forgotten its masks learns them again from the teacher, which is held still: otherwise
     it moves the target, and labels more boxes from step to step."""
-    monkeypatch.setattr(train.teacher_module, "update", lambda *_, **__: None)
+    monkeypatch.setattr(train.teacher, "update", lambda *_, **__: None)
     run, annotations = new_run(drawn, tmp_path, "--init", str(warm), "--optimizer", "adamw", "--lr", "5e-4",
                                "--iters", "100", "--warmup", "0", "--clip-grad", "10")
     torch.nn.init.normal_(run.model.head.controller.weight, std=0.01)
@@ -189,7 +189,7 @@ def test_compiled_steps_are_the_same_steps(drawn, warm, tmp_path, monkeypatch):
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert runs[0].model.state_dict().keys() == runs[1].model.state_dict().keys()  # a checkpoint is one all the same
     seen = len(graphs)
-    train.look(runs[1], Log(tmp_path, runs[1].plan, 0), annotations, None)  # 64 pixels: a size of its own
+    train.evaluate_and_draw(runs[1], Log(tmp_path, runs[1].plan, 0), annotations, None)  # 64 pixels: a size of its own
     assert len(graphs) == seen >= 6 and (tmp_path / "labels-0000000.png").exists()
 
 
@@ -198,22 +198,21 @@ def test_compiled_steps_are_the_same_steps(drawn, warm, tmp_path, monkeypatch):
 
 def spoil(monkeypatch, bad: set[int], how: str = "loss") -> list[tuple]:
     """Make the loss, or the gradient alone, of the calls in `bad` not finite; -> the weights before each."""
-    original, step, calls, seen = train.compute_losses, train.train_step, [], []
+    original, step, calls, seen = train.Run.losses, train.train_step, [], []
 
-    def compute_losses(student, *rest):
-        losses, counts = original(student, *rest)
+    def losses(run, batch):
+        result = original(run, batch)
         calls.append(None)
         if len(calls) - 1 in bad:
-            parameter = next(student.parameters())
-            zero = (parameter * 0).sum().sqrt()                             # its gradient is nan
-            losses["loss_cls"] = losses["loss_cls"] + (math.nan if how == "loss" else zero)
-        return losses, counts
+            zero = (next(run.model.parameters()) * 0).sum().sqrt()          # its gradient is nan
+            result.losses["loss_cls"] = result.losses["loss_cls"] + (math.nan if how == "loss" else zero)
+        return result
 
     def train_step(run, *rest):
         seen.append((weights(run.model), weights(run.teacher)))
         return step(run, *rest)
 
-    monkeypatch.setattr(train, "compute_losses", compute_losses)
+    monkeypatch.setattr(train.Run, "losses", losses)
     monkeypatch.setattr(train, "train_step", train_step)
     return seen
 
@@ -240,22 +239,22 @@ def test_a_skipped_step_does_not_spoil_the_line_it_is_part_of(drawn, warm, tmp_p
     assert line["skipped_steps"] == 1 and 0 < line["loss"] < 10 and line["positives"] > 0
 
 
-def test_between_two_lines_of_the_log_verdicts_come_a_step_later(drawn, tmp_path, monkeypatch, capsys):
-    """Three bad steps end the run though nothing is logged yet; a stop that was asked for comes before the end, too."""
+def test_bad_steps_and_stops_count_between_two_lines_of_the_log(drawn, tmp_path, monkeypatch, capsys):
+    """Three bad steps end the run though nothing is logged yet; a stop that was asked for ends it after its step."""
     calls = spoil(monkeypatch, {1, 2, 3})
     options = [*only_training(drawn), *SMALL, "--iters", 9, "--log-every", 9]
     assert command(*options, "--out", tmp_path / "bad") == 1
-    assert "three times in a row at iteration 3" in one_line_error(capsys) and len(calls) == 5
+    assert "three times in a row at iteration 3" in one_line_error(capsys) and len(calls) == 4
     monkeypatch.undo()
     step = train.train_step
     monkeypatch.setattr(train, "train_step", lambda run, batches, i, _: step(run, batches, i, i == 2))
     assert command(*options, "--out", tmp_path / "stopped") == 128 + signal.SIGTERM
-    assert load(tmp_path / "stopped/last.pt")["iteration"] == 4
-    assert [line["iter"] for line in losses_of(tmp_path / "stopped")] == [4]
+    assert load(tmp_path / "stopped/last.pt")["iteration"] == 3
+    assert [line["iter"] for line in losses_of(tmp_path / "stopped")] == [3]
 
 
-def test_a_checkpoint_is_saved_when_its_verdict_is_known(drawn, tmp_path, monkeypatch, capsys):
-    """Else the same command would go on beyond the steps that ended the run."""
+def test_the_step_that_ends_a_run_saves_nothing(drawn, tmp_path, monkeypatch, capsys):
+    """Otherwise the same command would go on beyond it."""
     spoil(monkeypatch, {2, 3, 4})
     options = [*only_training(drawn), *SMALL, "--iters", 9, "--log-every", 9, "--checkpoint-every", 1]
     assert command(*options, "--out", tmp_path) == 1
@@ -268,26 +267,24 @@ def test_fp16_skips_what_overflows_and_scales_less(drawn, warm, tmp_path, monkey
     batch, before = one_batch(annotations), weights(run.model)
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 120)
     results = [train_step(run, [batch], 50, False)]
-    assert results[0].skipped and not results[0].broken and same(weights(run.model), before)
+    assert not results[0].finite and not results[0].broken and same(weights(run.model), before)
     assert run.scaler.get_scale() == 2.0 ** 119 and results[0].losses["loss"].isfinite()
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 10)
-    assert not train_step(run, [batch], 50, False).skipped and not same(weights(run.model), before)
+    assert train_step(run, [batch], 50, False).finite and not same(weights(run.model), before)
     monkeypatch.setattr(train, "total_loss", lambda *args: total_loss(*args) * math.nan)
     result, before = train_step(run, [batch], 50, False), weights(run.model)
-    assert result.skipped and result.broken and run.scaler.get_scale() == 2.0 ** 9
+    assert not result.finite and result.broken and run.scaler.get_scale() == 2.0 ** 9
     assert same(weights(run.model), before)
 
 
 def test_a_first_step_that_is_skipped_leaves_no_momentum(drawn, warm, tmp_path, monkeypatch):
-    """torch would begin with whatever is in memory."""
     run, annotations = new_run(drawn, tmp_path, "--init", str(warm), "--iters", "100")
-    assert all(not run.optimizer.state[p]["momentum_buffer"].any() for p in run.parameters)
     batch, before = one_batch(annotations), weights(run.model)
     with monkeypatch.context() as patch:
         patch.setattr(train, "total_loss", lambda *args: total_loss(*args) * math.inf)
-        assert train_step(run, [batch], 50, False).skipped and same(weights(run.model), before)
-    assert all(not run.optimizer.state[p]["momentum_buffer"].any() for p in run.parameters)
-    assert not train_step(run, [batch], 50, False).skipped and not same(weights(run.model), before)
+        assert not train_step(run, [batch], 50, False).finite and same(weights(run.model), before)
+    assert not run.optimizer.state
+    assert train_step(run, [batch], 50, False).finite and not same(weights(run.model), before)
 
 
 def test_two_in_a_row_go_on(drawn, tmp_path, monkeypatch):
@@ -479,7 +476,7 @@ import train
 
 faulthandler.dump_traceback_later(120, exit=True)  # a process that waits for ever says where
 torch.set_num_threads(1)
-destroy, original, step = dist.destroy_process_group, train.compute_losses, train.train_step
+destroy, original, step = dist.destroy_process_group, train.Run.losses, train.train_step
 group = train.start_distributed(torch.device("cpu"))
 calls, runs = [], json.loads(open(sys.argv[1]).read())
 
@@ -488,12 +485,12 @@ class Run(train.Run):
         super().__init__(*rest)
         train.last_run = self
 
-def compute_losses(*rest):
-    losses, counts = original(*rest)
+def losses(run, batch):
+    result = original(run, batch)
     calls.append(None)
     if dist.get_rank() == 1 and len(calls) == 2:
-        losses["loss_cls"] = losses["loss_cls"] * float("nan")
-    return losses, counts
+        result.losses["loss_cls"] = result.losses["loss_cls"] * float("nan")
+    return result
 
 def train_step(run, batches, iteration, stop):
     return step(run, batches, iteration, dist.get_rank() == 1 and iteration == 3)
@@ -510,7 +507,7 @@ def compare():
 train.Run, train.start_distributed, dist.destroy_process_group = Run, lambda device: group, compare
 for number, options in enumerate(runs, 1):
     if number == len(runs):
-        train.compute_losses, train.train_step = compute_losses, train_step
+        train.Run.losses, train.train_step = losses, train_step
     try:
         train.main(options)
     except SystemExit as end:

@@ -1,6 +1,5 @@
 """The whole network beside the authors' program: golden 11 (R-50) and 15 (Swin-B) from pixels to detections, and
 golden 12, one training step. The weights go in through the released key names."""
-import contextlib
 import math
 from types import SimpleNamespace
 
@@ -17,7 +16,7 @@ from masks import paste_masks
 from formats.released import CHECKPOINT, our_name, read_checkpoint
 from released_files import GOLDEN, SWIN_B, network, released
 from recipe import make_plan, ramp_factor
-from teacher import make_teacher, pseudo_labels
+from teacher import make_teacher, pseudo_label
 
 
 def sampled(part: str, actual: torch.Tensor, d: dict, name: str, tolerance: float = 1e-4) -> None:
@@ -121,8 +120,6 @@ def batch_of_golden_12(d: dict) -> Batch:
 
 THEIRS = {"loss_cls": "fcos_cls", "loss_box": "fcos_loc", "loss_centerness": "fcos_ctr", "loss_projection": "prj",
           "loss_pairwise": "pairwise", "loss_pixel": "mask", "loss_affinity": "mask_affinity"}
-OPTIONS = SimpleNamespace(method="boxteacher", score="released", pixel_loss="dice", lambda_pixel=0.5,
-                          lambda_affinity=0.1)
 
 
 def ramp_at(iteration: int) -> float:
@@ -136,21 +133,21 @@ with np.load(GOLDEN / "12_train_step.npz") as file:  # their names are text, whi
 
 @pytest.fixture(scope="module")
 def step(golden, r50_file):
-    """One step in training mode: golden numbers, batch, networks, losses, counts and the labels of both kinds."""
+    """One step in training mode: golden numbers, batch, networks, losses, positives and the labels of both kinds."""
     d, seen = golden("12_train_step"), []
 
     def both_labels(teacher, batch, score):
         with torch.no_grad():
             predictions = teacher(batch.teacher_images, batch.teacher_sizes)
-            seen.extend(pseudo_labels(predictions, batch, kind) for kind in (score, "mask-aware"))
+            seen.extend(pseudo_label(lambda *_: predictions, batch, kind) for kind in (score, "mask-aware"))
         return seen[0]
 
     student = load_model(r50_file)[0].train()  # golden 12 has the same weights for both
     teacher, batch = make_teacher(student), batch_of_golden_12(d)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(boxteacher, "label", both_labels)
-        losses, counts = boxteacher.compute_losses(student, teacher, batch, OPTIONS, contextlib.nullcontext())
-    return SimpleNamespace(d=d, batch=batch, student=student, teacher=teacher, losses=losses, counts=counts,
+        patch.setattr(boxteacher, "pseudo_label", both_labels)
+        losses, positives = boxteacher.boxteacher_losses(student, teacher, batch, "released")[:2]
+    return SimpleNamespace(d=d, batch=batch, student=student, teacher=teacher, losses=losses, positives=positives,
                            labels=seen[0], paper=seen[1])
 
 
@@ -173,7 +170,7 @@ def test_golden_12_losses(step):
         ours = step.losses[name] * (ramp if name in boxteacher.RAMPED else 1)
         check(f"12 {name}", ours, step.d[f"loss_{theirs}"], 1e-5)
     check("12 sum of the losses", boxteacher.total_loss(step.losses, ramp), step.d["loss_total"], 1e-5)
-    check("12 number of positives", step.counts["positives"], step.d["num_positive_locations"], 0)
+    check("12 number of positives", step.positives, step.d["num_positive_locations"], 0)
 
 
 def test_golden_12_batch_norms(step):
@@ -189,11 +186,11 @@ def test_golden_12_gradients(step, r50_file, monkeypatch):
     changes, and then, in float32, a norm moves by up to 1e-3 from one kernel of a convolution to the next."""
     d = step.d
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    monkeypatch.setattr(boxteacher, "label", lambda *_: type(step.labels)(*(x.double() for x in step.labels)))
+    monkeypatch.setattr(boxteacher, "pseudo_label", lambda *_: type(step.labels)(*(x.double() for x in step.labels)))
     images = step.batch.images.double()
     batch = step.batch._replace(images=images, boxes=[boxes.double() for boxes in step.batch.boxes])
     student = load_model(r50_file)[0].train().double()
-    losses, _ = boxteacher.compute_losses(student, step.teacher, batch, OPTIONS, contextlib.nullcontext())
+    losses = boxteacher.boxteacher_losses(student, step.teacher, batch, "released").losses
     boxteacher.total_loss(losses, ramp_at(5000)).backward()
 
     gradients = {name: p.grad for name, p in student.named_parameters() if p.requires_grad}

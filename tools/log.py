@@ -23,7 +23,7 @@ from formats.coco import CocoBoxes, DataError
 from formats.files import optional, replacing, warn
 from masks import decode, paste_masks
 from model import CondInst, Instances
-from teacher import label
+from teacher import pseudo_label
 from tools.draw import SheetRow, sheet
 
 IMAGES = 8  # on a sheet
@@ -84,12 +84,12 @@ class Log:
         self.losses, self.counts, self.steps, self.skipped = {}, {}, 0, 0
         self.start, self.waited = time.perf_counter(), 0.0
 
-    def step(self, losses: dict[str, Tensor], counts: dict[str, Tensor], skipped: Tensor, waited: float) -> None:
-        """Add an iteration. skipped: bool of one element; waited: seconds of waiting for images."""
-        self.steps, self.waited, self.skipped = self.steps + 1, self.waited + waited, self.skipped + skipped
+    def step(self, losses: dict[str, Tensor], counts: dict[str, Tensor], finite: bool, waited: float) -> None:
+        """Add an iteration. finite: the step was taken, not skipped; waited: seconds of waiting for images."""
+        self.steps, self.waited, self.skipped = self.steps + 1, self.waited + waited, self.skipped + (not finite)
         for sums, values in ((self.losses, losses), (self.counts, counts)):
             for name, value in values.items():
-                sums[name] = sums.get(name, 0) + torch.where(skipped, 0, value)
+                sums[name] = sums.get(name, 0) + (value if finite else torch.zeros_like(value))
         if self.bar is not None:
             self.bar.update()
 
@@ -98,8 +98,7 @@ class Log:
         processes. Skipped steps do not count; if all were skipped, the values are null. Every process calls this.
         """
         values = torch.stack([v.float() for v in (*self.losses.values(), *self.counts.values())])
-        skipped = int(self.skipped)  # waits until the device has done all these iterations
-        values /= self.steps - skipped
+        values /= self.steps - self.skipped
         if self.world_size > 1:
             dist.all_reduce(values)
             values[:len(self.losses)] /= self.world_size
@@ -112,7 +111,7 @@ class Log:
             self.record(iteration, {
                 "lr": lr, "ramp": ramp,
                 **{name: v if math.isfinite(v) else None for name, v in values.items()},
-                "skipped_steps": skipped, "seconds": seconds, "data_seconds": self.waited / self.steps})
+                "skipped_steps": self.skipped, "seconds": seconds, "data_seconds": self.waited / self.steps})
             text = " ".join(f"{name.removeprefix('loss_')} {values[name]:.3f}" for name in self.losses)
             if self.bar.disable:
                 left = datetime.timedelta(seconds=round(seconds * (self.iterations - iteration)))
@@ -139,7 +138,7 @@ class Log:
 
 
 def draw_sheet(path: Path, title: str, model: CondInst, annotations: CocoBoxes, *, score: str, min_sizes: list[int],
-               max_size: int, teacher_size: tuple[int, int], autocast: torch.autocast) -> None:
+               max_size: int, teacher_size: tuple[int, int]) -> None:
     """Write a PNG of training images, the same ones each time, with their boxes and with the masks that `model` as a
     teacher gives these. If the annotations were read with masks, the true ones stand beside them.
 
@@ -151,8 +150,7 @@ def draw_sheet(path: Path, title: str, model: CondInst, annotations: CocoBoxes, 
     try:
         rows = []
         for batch in clean_views(annotations, sheet_images(annotations), min_sizes, max_size, teacher_size):
-            with autocast:
-                pseudo = label(model, batch.to(device), score)
+            pseudo = pseudo_label(model, batch.to(device), score)
             (size,), (boxes,), (labels,) = batch.sizes, batch.boxes, batch.labels
             found = Instances(boxes, pseudo.scores.float().cpu(), labels, enlarged(pseudo.masks, size), size)
             truth = None if batch.masks is None else decode(enlarged(batch.masks[0].float(), size), size)

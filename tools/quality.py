@@ -1,33 +1,32 @@
-"""How well the scores of Table 5 know the quality of a mask (paper Fig. 3, "Mask Scores v.s. Mask IoU").
+"""How good masks are, where the data set has true ones: during training, and against their scores (paper Fig. 3).
 
+    python train.py --measure-labels ...                                  label_iou and student_iou in metrics.jsonl
     python evaluate.py --ckpt runs/boxteacher-r50-coco/final.pt --data coco --score-quality quality.png
 
-A score is worth something as a weight of pseudo masks if it is high where the mask is good. So each pseudo mask that
-the images' boxes would get is one dot: x is the score, y the IoU of the mask with the ground truth's. In detail:
+The second draws "Mask Scores v.s. Mask IoU": a score is a good weight for pseudo masks if it is high for good masks.
+Each pseudo mask that the images' boxes would get is one dot, with its score as x and its IoU with the true mask as y:
 
     detections   those of an evaluation: score threshold, NMS, the 100 best, images at the test size
-    assigned     Alg. 1 in the order of the mask-aware score, so that all four scores are asked about the same masks:
-                 at most one a ground-truth box (no crowd, any class)
-    x            teacher.SCORE_FUNCTIONS, with the arguments that teacher.pseudo_labels gives them
-    y            IoU of the two masks as Alg. 1 hands them on: the stride-4 grid, p > 0.5, both cut to the ground-truth
-                 box. An object too small for a cell of the grid has nothing to compare with and is left out
+    assigned     by Alg. 1 in the order of the mask-aware score, so that all four scores rate the same masks: at most
+                 one a ground-truth box (no crowd, any class)
+    x            teacher.SCORES
+    y            IoU of the masks on the stride-4 grid, p > 0.5, both cut to the ground-truth box. An object smaller
+                 than a cell has no true mask there and is left out
 
-`iou` is told the ground-truth box, the others are not; that the mask-aware score also chose the masks makes its own
-values vary less and lowers its correlation. Read on: `matches` makes the dots of a batch, `report`
-correlates, prints and draws them.
+The score `iou` sees the ground-truth box, the others do not. The mask-aware score also chose the masks, which narrows
+its own range and lowers its correlation.
 """
-import os
-
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.ops import box_iou, clip_boxes_to_image
+from torch import Tensor
 
-from assign import assign_masks
+from boxteacher import Step
 from data import Batch
+from formats.files import replacing
 from masks import box_masks, cells
-from model import Detections, Predictions, detect, mask_logits
-from teacher import SCORE_FUNCTIONS, SCORES
+from model import Predictions, detect
+from teacher import SCORES, PseudoLabels, match
 from tools.curves import INK, axes
 
 PLOT = 320                  # side of a panel's square from 0 to 1, pixels
@@ -38,34 +37,69 @@ RADIUS = 3.0                # of a dot, pixels
 DOT = (30, 90, 200)
 
 
+# ---------------------------------------------------------------------------------------------- during training
+
+
+def measure(step: Step, batch: Batch) -> dict[str, Tensor]:
+    """Counts of a training step, to be logged as sums; nothing is learnt from them.
+
+    boxes, positives, pseudo_masks: numbers of boxes, of locations that learn one, of boxes with a pseudo mask. If the
+    batch of a box-supervised step carries true masks, also sums over boxes of the masks' IoU with them: student_iou
+    over student_boxes, and label_iou over pseudo_masks.
+    """
+    boxes = torch.cat(batch.boxes)
+    counts = {"boxes": boxes.new_tensor(len(boxes)), "positives": step.positives, "pseudo_masks": boxes.new_zeros(())}
+    if step.pseudo is not None:
+        counts["pseudo_masks"] = (step.pseudo.scores > 0).sum()
+    if batch.masks is not None and "loss_projection" in step.losses:
+        counts |= mask_quality(step.logits, step.box, torch.cat(batch.masks), boxes, step.pseudo)
+    return counts
+
+
+@torch.no_grad()
+def mask_quality(logits: Tensor, box: Tensor, truth: Tensor, boxes: Tensor,
+                 pseudo: PseudoLabels | None) -> dict[str, Tensor]:
+    """Sums over boxes of the IoU of the student's and the teacher's masks with the true ones.
+
+    logits (K, h, w) of instances of the boxes box (K,); truth (G, h, w) bool; boxes (G, 4) xyxy pixels. A box has the
+    mean IoU of the masks of its instances, cut to the box as the teacher's are. With a teacher, the student's count
+    only for boxes that have a pseudo mask, so that the two can be compared.
+    """
+    inside, zero = box_masks(boxes, *logits.shape[-2:]), logits.new_zeros(len(boxes))
+    instances = zero.index_add(0, box, logits.new_ones(len(box)))
+    student = zero.index_add(0, box, mask_iou((logits > 0) & inside[box], truth[box])) / instances.clamp(min=1)
+    seen = instances > 0 if pseudo is None else (instances > 0) & (pseudo.scores > 0)
+    quality = {"student_iou": (student * seen).sum(), "student_boxes": seen.sum()}
+    if pseudo is not None:
+        quality["label_iou"] = (mask_iou(pseudo.masks > 0.5, truth) * (pseudo.scores > 0)).sum()
+    return quality
+
+
+def mask_iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of masks (N, h, w) bool, (N,); 0 for two empty ones."""
+    return (a & b).sum((1, 2)) / (a | b).sum((1, 2)).clamp(min=1)
+
+
+# ---------------------------------------------------------------------------------------------- against their scores
+
+
 @torch.no_grad()
 def matches(predictions: Predictions, batch: Batch, score_threshold: float = 0.05) -> list[list[float]]:
-    """The pseudo masks of a batch that has ground-truth masks: rows of the scores, as in SCORES, and the mask IoU.
-
-    score_threshold as in `detect`. All numbers are within 0 ... 1.
+    """The pseudo masks of a batch that has ground-truth masks: rows of the scores, in the order of SCORES, and the mask
+    IoU, all from 0 to 1. score_threshold as in `detect`.
     """
     rows = []
     for b, (boxes, true_masks, size) in enumerate(zip(batch.boxes, batch.masks, batch.sizes)):
-        image = predictions.of_image(b)
-        found = detect(image, score_threshold)
-        found = found._replace(boxes=clip_boxes_to_image(found.boxes, size))
-        iou = box_iou(found.boxes, boxes)                                                           # (N, G)
-        able = (iou >= 0.5).any(1)
-        if not able.any():
-            continue
-        found, iou = Detections(*(x[able] for x in found)), iou[able]
+        image, (h, w) = predictions.of_image(b), cells(size)
+        matched = match(image, detect(image, score_threshold), boxes, size, size, (h, w))
+        box = box_masks(matched.found.boxes, h, w)
+        scores = [score(matched.found.scores, matched.masks, box, matched.iou) for score in SCORES.values()]
 
-        h, w = cells(size)  # padding has no part in a score
-        p = mask_logits(image, [found.locations]).sigmoid()[:, :h, :w]                                 # (N', h, w)
-        box = box_masks(found.boxes, h, w)
-        scores = [score(found.scores, p, box, iou) for score in SCORE_FUNCTIONS.values()]  # mask-aware first
-
-        match = assign_masks(iou, scores[0])                                     # (G,)
-        given, inside = match >= 0, box_masks(boxes, h, w)
-        mask, truth = (p[match] > 0.5) & inside, true_masks[:, :h, :w] & inside                     # (G, h, w)
-        union = (mask | truth).sum((1, 2)).clamp(min=1)
-        mask_iou = (mask & truth).sum((1, 2)) / union
-        rows += torch.stack([*(s[match] for s in scores), mask_iou], 1)[given & truth.any(2).any(1)].tolist()
+        given = (matched.assigned >= 0).nonzero()[:, 0]                                             # of the G boxes
+        k, inside = matched.assigned[given], box_masks(boxes[given], h, w)
+        mask, truth = (matched.masks[k] > 0.5) & inside, true_masks[given, :h, :w] & inside
+        seen = truth.flatten(1).any(1)
+        rows += torch.stack([*(s[k] for s in scores), mask_iou(mask, truth)], 1)[seen].tolist()
     return rows
 
 
@@ -75,8 +109,8 @@ def report(rows: list[list[float]], path: str) -> dict:
     {"matches": N, "scores": {score: {"pearson": r, "spearman": r}}}; r is None where there is none.
     """
     table = np.array(rows, np.float64).reshape(-1, len(SCORES) + 1)
-    mask_iou = table[:, -1]
-    scores = {name: {"pearson": pearson(x, mask_iou), "spearman": pearson(ranks(x), ranks(mask_iou))}
+    iou = table[:, -1]
+    scores = {name: {"pearson": pearson(x, iou), "spearman": pearson(ranks(x), ranks(iou))}
               for name, x in zip(SCORES, table.T)}
     print(f"score quality: correlation with the mask IoU, {len(table)} pseudo masks")
     print(f"{'':12}{'Pearson':>10}{'Spearman':>10}")
@@ -90,7 +124,7 @@ def report(rows: list[list[float]], path: str) -> dict:
 # ---------------------------------------------------------------------------------------------- correlations
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Correlation of x and y (N,); None where either does not vary, as with fewer than two values."""
+    """Correlation of x and y (N,); None if either is constant, as with fewer than two values."""
     if not len(x) or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
     return float(np.corrcoef(x, y)[0, 1])
@@ -126,8 +160,8 @@ def scatter(table: np.ndarray, scores: dict, path: str) -> None:
         draw.text((middle, TOP - 14), correlations, INK, small, "mm")
     xy = [place(k, table[:, k], table[:, -1]) for k in range(len(scores))]
     canvas.paste(DOT, mask=dots(np.concatenate(xy), *canvas.size, opacity(len(table))))
-    canvas.save(path + ".tmp", format="PNG")
-    os.replace(path + ".tmp", path)
+    with replacing(path) as temporary:
+        canvas.save(temporary, format="PNG")
 
 
 def place(panel: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:

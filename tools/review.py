@@ -19,7 +19,7 @@ from formats.coco import CocoBoxes, UndecodableImage
 from formats.files import replacing
 from formats.pictures import load_image
 from tools.draw import fill_mask, outline_mask
-from tools.label import ASSIGNED, PROMPTED, Labels
+from tools.label import ASSIGNED, PROMPTED, BoxMasks
 
 SIDES = (190, 320)  # the longer side of a cut-out lies between these, pixels
 LISTED = 20_000     # boxes below --min-score that the page lists without a picture, at most
@@ -60,7 +60,7 @@ FIGURE = """<figure>{picture}<figcaption><span class="score">{score:.2f}</span><
 {file}</figcaption></figure>"""
 
 
-def write_review(annotations: CocoBoxes, labels: Labels, ids: list, links: list[tuple[str, str]], path: str,
+def write_review(annotations: CocoBoxes, labels: BoxMasks, ids: list, links: list[tuple[str, str]], path: str,
                  count: int, min_score: float) -> None:
     """Write the page with the `count` lowest-scored masks, and a list of further boxes below min_score.
 
@@ -101,7 +101,7 @@ def escaped(text) -> str:
     return html.escape(str(text).encode("utf-8", "replace").decode("utf-8"))
 
 
-def cut_outs(annotations: CocoBoxes, labels: Labels, boxes: list[int], image_of: list[int]) -> dict[int, str]:
+def cut_outs(annotations: CocoBoxes, labels: BoxMasks, boxes: list[int], image_of: list[int]) -> dict[int, str]:
     """For each of the numbered boxes the JPEG of its surroundings, in base64; "" if its image cannot be read."""
     found = dict.fromkeys(boxes, "")
     by_image = {}
