@@ -1,5 +1,6 @@
 """What several test modules use: golden comparisons, predictions made up by hand, data sets, small runs."""
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -270,6 +271,18 @@ def one_line_error(capsys) -> str:
 
 def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+# ------------------------------------------------------------------------------------------------ hostile files
+
+class Code:
+    """Unpickled without care, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
 
 # -------------------------------------------------------------------------------------------------- evaluate.py

@@ -1,4 +1,5 @@
-"""backbone.py: ResNets, frozen norms, batch norm over processes; and the script of docs/forking.md, run as it stands."""
+"""backbone.py: ResNets, Swin, frozen norms, batch norm over processes; the script of docs/forking.md, run as it stands."""
+import math
 import os
 import re
 import subprocess
@@ -8,13 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from backbone import BatchNorm, FrozenBatchNorm
+from backbone import BACKBONES, BatchNorm, DeformConv, FrozenBatchNorm, WindowAttention, make_backbone
 from formats.checkpoint import CheckpointError
+from formats.released import read_checkpoint
 from helpers import SMALL, metrics, only_training, relative_error
-from model import build_model, load_model
+from model import PIXEL_STD, build_model, load_model
+from released_files import BOTTOM_UP, deformable, network
 
 PROJECT = Path(__file__).resolve().parent.parent
 NETWORK = '''
@@ -199,3 +204,89 @@ def test_batch_norm_of_one_process_is_the_ordinary_one():
     inputs = batch_norm_inputs()
     ours, reference = (run_batch_norm(norm, *inputs) for norm in (BatchNorm(6), nn.BatchNorm2d(6)))
     assert all(torch.equal(ours[name], reference[name]) for name in reference)
+
+
+# ----------------------------------------------------------------------------- deformable convolution, backbones
+
+
+def naive_deformable(x, offset_mask, weight, stride):
+    """Tap k of cell (i, j) reads x at its place + (dy, dx), linearly between cells, zero outside, times its share."""
+    offset, share = offset_mask[:18].unflatten(0, (9, 2)), offset_mask[18:].sigmoid()
+    c, height, width = x.shape
+    out = torch.zeros(weight.shape[0], *offset_mask.shape[1:])
+    for i in range(out.shape[1]):
+        for j in range(out.shape[2]):
+            for k in range(9):
+                y = i * stride - 1 + k // 3 + float(offset[k, 0, i, j])
+                x0 = j * stride - 1 + k % 3 + float(offset[k, 1, i, j])
+                value = torch.zeros(c)
+                for row in (math.floor(y), math.floor(y) + 1):
+                    for column in (math.floor(x0), math.floor(x0) + 1):
+                        if 0 <= row < height and 0 <= column < width:
+                            value += (1 - abs(y - row)) * (1 - abs(x0 - column)) * x[:, row, column]
+                out[:, i, j] += share[k, i, j] * (weight[:, :, k // 3, k % 3] @ value)
+    return out
+
+
+def test_a_deformable_block_from_the_released_keys_by_hand():
+    """res3.0 of R-101-DCN: offsets, modulation, and the stride in the 3x3."""
+    weights = network("boxteacher_r101_3x", deformable)
+    state = read_checkpoint({"model": weights}, PIXEL_STD)
+    model = build_model(**state["model"]).eval()
+    model.load_state_dict(state["student"])
+
+    def norm(x, key):
+        mean, var, weight, bias = (weights[f"{block}{key}.norm.{name}"].view(-1, 1, 1)
+                                   for name in ("running_mean", "running_var", "weight", "bias"))
+        return (x - mean) / (var + 1e-5).sqrt() * weight + bias
+
+    block = BOTTOM_UP + "res3.0."
+    x = torch.randn(256, 9, 12, generator=torch.Generator().manual_seed(0)).relu()
+    out = norm(F.conv2d(x, weights[block + "conv1.weight"]), "conv1").relu()
+    offsets = F.conv2d(out, weights[block + "conv2_offset.weight"], weights[block + "conv2_offset.bias"], stride=2,
+                       padding=1)
+    out = norm(naive_deformable(out, offsets, weights[block + "conv2.weight"], 2), "conv2").relu()
+    out = norm(F.conv2d(out, weights[block + "conv3.weight"]), "conv3")
+    out = (out + norm(F.conv2d(x, weights[block + "shortcut.weight"], stride=2), "shortcut")).relu()
+    with torch.no_grad():
+        ours = model.backbone.body["c3"][0](x[None])[0]
+    assert offsets[:18].abs().mean() > 0.3 and relative_error(ours, out) <= 1e-5
+
+
+def test_a_new_deformable_convolution_is_half_a_plain_one():
+    plain = torch.nn.Conv2d(6, 8, 3, 2, 1, bias=False).requires_grad_(False)
+    x = torch.randn(2, 6, 9, 11)
+    assert relative_error(DeformConv(plain)(x), (plain(x) / 2).detach()) <= 1e-6
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(DeformConv(plain)(x), (plain(x).float() / 2).detach()) <= 0.02
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_backbones_give_three_maps_and_learn_from_c3_on(name):
+    frozen = name != "r18-slim"
+    backbone = make_backbone(name, frozen).train()
+    maps = backbone(torch.randn(1, 3, 64, 96))
+    assert [tuple(x.shape) for x in maps] == [(1, w, 64 // s, 96 // s) for w, s in zip(backbone.channels, (8, 16, 32))]
+    sum(x.square().mean() for x in maps).backward()
+    early = ("body.stem", "body.c2", "features.0.", "features.1.", "features.2.")
+    for parameter, p in backbone.named_parameters():
+        assert p.requires_grad == (p.grad is not None) == (not (frozen and parameter.startswith(early))), parameter
+
+
+def test_stochastic_depth_of_swin():
+    """It rises to 0.2 and leaves the frozen stage alone."""
+    def depth(frozen: bool) -> list[float]:
+        return [m.p for m in make_backbone("swin-t", frozen).modules()
+                if isinstance(m, torchvision.ops.StochasticDepth)]
+
+    free, frozen = depth(False), depth(True)
+    assert free == pytest.approx([0.2 * i / 11 for i in range(12)]) and frozen == [0, 0, *free[2:]]
+
+
+def test_window_attention_is_torchvisions_but_shifts_single_windows_too():
+    ours = WindowAttention(64, [7, 7], [3, 3], 2)
+    theirs = torchvision.models.swin_transformer.ShiftedWindowAttention(64, [7, 7], [3, 3], 2)
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    for size, same in (((8, 15), True), ((14, 14), True), ((20, 9), True), ((7, 9), False), ((5, 20), False)):
+        x = torch.randn(2, *size, 64)
+        assert (relative_error(ours(x), theirs(x)) <= 1e-5) == same

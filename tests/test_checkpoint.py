@@ -1,4 +1,4 @@
-"""Checkpoint files that survive anything, and runs that go on from them as if nothing had been."""
+"""Checkpoint files that survive a kill at any moment, and runs that resume from them to the bit."""
 import itertools
 import json
 import os
@@ -17,7 +17,7 @@ import torch
 import train
 from formats import checkpoint
 from formats.checkpoint import CheckpointError, load, load_latest, save
-from helpers import SMALL, command, losses_of, metrics, new_run, one_batch, one_line_error, only_training, same
+from helpers import SMALL, Code, command, losses_of, metrics, new_run, one_batch, one_line_error, only_training, same
 from model import PIXEL_STD, build_model, load_model
 from tools.checkpoint import convert, describe
 from train import initialise
@@ -35,7 +35,7 @@ def state_of(iteration: int = 5, teacher: bool = True, classes=CLASSES, channels
 
 
 def tiny(iteration: int, **more) -> dict:
-    """The least that is a checkpoint of a run."""
+    """The smallest checkpoint of a run."""
     return {"model": {}, "classes": [], "method": "boxinst", "config": {}, "iteration": iteration, "student": {},
             "teacher": None, "optimizer": {}, **more}
 
@@ -52,18 +52,8 @@ def test_what_was_saved_is_loaded_and_the_one_before_is_kept(tmp_path):
     assert load_latest(tmp_path)["iteration"] == 3
 
 
-class Code:
-    """Unpickled without care, it makes a file."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
 def unusable_files(folder: Path) -> dict[str, str]:
-    """name: a part of the message."""
+    """Written into the folder; {name: a part of the message}."""
     save(tiny(1, x=torch.zeros(1000)), folder / "good.pt")
     content = (folder / "good.pt").read_bytes()
     for share in (0, 1, 50, 99):
@@ -107,7 +97,7 @@ def test_latest_falls_back_to_the_previous_one_and_says_so(tmp_path, capsys):
     assert load_latest(tmp_path)["iteration"] == 1
     warning = capsys.readouterr().err
     assert warning.startswith("warning: ") and str(last) in warning and warning.count("\n") == 1
-    save(tiny(3), last, previous)                          # the damaged one is not worth keeping
+    save(tiny(3), last, previous)                          # the damaged one is not kept
     assert load(last)["iteration"] == 3 and load(previous)["iteration"] == 1
     last.unlink()                                                   # killed between the two renames
     assert load_latest(tmp_path)["iteration"] == 1
@@ -151,7 +141,7 @@ def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint(tmp_path, cap
                     save(state, last, previous)
                     save(state, final)
             finally:
-                os._exit(1)                                         # never back into pytest
+                os._exit(1)                                         # never return into pytest
         while not final.exists():
             assert os.waitpid(child, os.WNOHANG) == (0, 0), "saving failed"
             time.sleep(0.001)
@@ -162,7 +152,7 @@ def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint(tmp_path, cap
         assert latest["iteration"] >= max(reached, 1)               # nothing that was saved is lost
         assert all((state["x"] == state["iteration"]).all() for state in (latest, load(final)))
         reached = latest["iteration"]
-    assert reached >= 10 and capsys.readouterr().err == ""          # not one damaged file on the way
+    assert reached >= 10 and capsys.readouterr().err == ""          # no file was ever damaged
 
 
 # ----------------------------------------------------------------------------------------------------- models
@@ -218,7 +208,7 @@ def test_initialise_refuses_another_network_in_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
-# --------------------------------------------------------------------------------------------------- going on
+# ---------------------------------------------------------------------------------------------------- resuming
 
 ITERATIONS = 8
 
@@ -249,7 +239,7 @@ def assert_same_runs(one: Path, two: Path) -> None:
 
 @pytest.fixture(scope="module")
 def straight(drawn, warm, tmp_path_factory) -> Path:
-    """The run that nothing interrupts."""
+    """The uninterrupted run."""
     out = tmp_path_factory.mktemp("straight") / "out"
     assert command(*options_of(drawn, warm, out)) == 0
     return out
@@ -262,7 +252,7 @@ def launch(arguments: list[str]) -> subprocess.Popen:
 
 
 def wait_for_lines(out: Path, count: int) -> None:
-    """Until metrics.jsonl has so many."""
+    """Wait until metrics.jsonl has `count` lines."""
     until = time.monotonic() + 120
     while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < count:
         assert time.monotonic() < until, "the run wrote nothing"

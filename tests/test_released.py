@@ -1,6 +1,5 @@
-"""formats/released.py and what describes a checkpoint: files in every layout that others released, good and bad."""
+"""formats/released.py and tools/checkpoint.py: files in every layout that others released, good and bad."""
 import json
-import math
 import pickle
 
 import numpy as np
@@ -12,14 +11,13 @@ from PIL import Image
 
 import evaluate
 import train
-from backbone import BACKBONES, DeformConv, WindowAttention, make_backbone
+from backbone import WindowAttention, make_backbone
 from formats.checkpoint import FORMAT, CheckpointError, load, load_weights, save
 from formats.coco import COCO_CLASSES
-from formats.pickled import read
 from formats.released import CHECKPOINT, our_name, read_backbone, read_checkpoint
-from helpers import relative_error
+from helpers import Code, relative_error
 from model import PIXEL_MEAN, PIXEL_STD, build_model, load_model, predict
-from released_files import BOTTOM_UP, LAYOUTS, SWIN_B, deformable, network, released
+from released_files import BOTTOM_UP, LAYOUTS, SWIN_B, network, released
 from tools import checkpoint
 from weights import picture as image_of
 
@@ -39,7 +37,7 @@ def r50_path(r50, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Two of golden's photos, 128 x 160 and 96 x 160, in COCO layout with COCO's classes."""
+    """Two of the photos in golden/, 128 x 160 and 96 x 160, in COCO layout with COCO's classes."""
     folder = tmp_path_factory.mktemp("photos")
     images, annotations = [], []
     for split in ("train2017", "val2017"):
@@ -67,7 +65,7 @@ def evaluated(path, images, tmp_path, *more) -> list[dict]:
 
 
 def refused(main, arguments, capsys) -> str:
-    """The one line with which a command refuses, without "error: "."""
+    """The one line with which a command ends, without "error: "."""
     with pytest.raises(SystemExit) as end:
         main([str(x) for x in arguments])
     line = capsys.readouterr().err
@@ -83,7 +81,7 @@ BACKBONE_OF = {"boxteacher_r50": "r50", "boxteacher_r101": "r101", "boxteacher_r
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_released_layout_is_inspected_and_evaluated(layout, images, tmp_path, capsys):
-    """The file through both commands; what is special to it ends up in the network and in the scores."""
+    """Both commands take the file; what is special about it shows in the network and in the scores."""
     content = released(layout)
     path = tmp_path / f"{layout}.pth"
     torch.save(content, path)
@@ -164,7 +162,8 @@ def test_numbers_of_numpy_and_half_precision_are_admitted(r50, tmp_path):
 
 @pytest.mark.parametrize("layout", ["boxteacher_r50", "boxteacher_swin_b"])
 def test_every_key_counts(layout):
-    """A key that is left out, misshapen or unknown is named, by its name or by ours; those of no use may be absent."""
+    """A key that is missing, misshapen or unknown is named, as in the file or as in our network; unused ones may be
+    missing."""
     content = released(layout)["model"]
     state = read_checkpoint({"model": content}, PIXEL_STD)
     dropped = set(state["dropped"])
@@ -200,16 +199,6 @@ def test_backbones_that_we_do_not_have_are_named(r50):
 # ------------------------------------------------------------------------------------------------ bad files
 
 
-class Code:
-    """Unpickled without care, it makes a file."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return open, (self.path, "w")
-
-
 def test_bad_files_are_refused_in_one_line_and_run_nothing(r50, r50_path, images, tmp_path, capsys):
     ran = tmp_path / "ran"
     whole = r50_path.read_bytes()
@@ -232,89 +221,6 @@ def test_bad_files_are_refused_in_one_line_and_run_nothing(r50, r50_path, images
         if name != "seven.pth":
             assert part in refused(checkpoint.main, [path], capsys)
     assert not ran.exists()
-
-
-def test_a_pickle_may_hold_arrays_and_nothing_else(tmp_path):
-    path = tmp_path / "a.pkl"
-    arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": [np.float64(2.5), "text"]}
-    arrays |= {"c": np.arange(6, dtype=">i2").reshape(2, 3).T, "d": np.array(True), "e": np.zeros((0, 3))}
-    for protocol in range(6):
-        path.write_bytes(pickle.dumps(arrays, protocol))
-        back = read(path)
-        assert back["b"] == arrays["b"] and all(np.array_equal(back[key], arrays[key]) for key in "acde")
-        assert [back[key].shape for key in "acde"] == [(2, 3), (3, 2), (), (0, 3)] and back["c"].dtype == np.int16
-    for wrong in (np.array(["text"]), np.array([None]), np.zeros(2, np.complex64), np.zeros(2, np.longdouble),
-                  np.zeros(2, [("a", "O")]), np.dtype("V8")):
-        path.write_bytes(pickle.dumps({"a": wrong}))
-        with pytest.raises(ValueError, match="only arrays of numbers are admitted"):
-            read(path)
-    for wrong in (print, np.load, np.ndarray.tofile, torch.zeros(2), Code(tmp_path / "ran")):
-        path.write_bytes(pickle.dumps({"a": wrong}))
-        with pytest.raises(ValueError, match="only arrays are admitted"):
-            read(path)
-    assert not (tmp_path / "ran").exists()
-
-
-class Crafted:
-    """A pickle that describes a type of 8 bytes which are a pointer, and lets numpy follow it."""
-
-    def __reduce__(self):
-        return np.zeros(1).__reduce__()[0], (np.ndarray, Pointer(), b"b")
-
-
-class Pointer:
-    def __reduce__(self):
-        return np.float64().__reduce__()[0], (PointerType(), b"A" * 8)
-
-
-class PointerType:
-    def __reduce__(self):
-        return np.dtype, ("V8", False, True), (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 0)
-
-
-def test_a_pickle_cannot_reach_into_memory(tmp_path):
-    (tmp_path / "a.pkl").write_bytes(pickle.dumps(Crafted()))
-    torch.save(Crafted(), tmp_path / "a.pth")
-    for name in ("a.pkl", "a.pth"):
-        with pytest.raises(ValueError, match="only arrays of numbers"):
-            read(tmp_path / name)
-
-
-class Flags:
-    """The type of a number, declared to be a pointer to an object."""
-
-    def __reduce__(self):
-        return np.dtype, ("f8", False, True), (3, "<", None, None, None, -1, -1, 63)
-
-
-def array(shape: tuple, kind, data: bytes):
-    """What a pickle has of an array, with whatever it says of its shape and type."""
-    class Described:
-        def __reduce__(self):
-            return (*np.zeros(1).__reduce__()[:2], (1, shape, kind, False, data))
-    return Described()
-
-
-def test_a_pickle_does_not_decide_what_is_memory(tmp_path):
-    """Sizes and types are those of the bytes in the file."""
-    class Bytes:
-        def __reduce__(self):
-            return bytes, (10 ** 12,)
-
-    for suffix in (".pkl", ".pth"):
-        def written(content) -> str:
-            if suffix == ".pkl":
-                (tmp_path / "a.pkl").write_bytes(pickle.dumps(content))
-            else:
-                torch.save(content, tmp_path / "a.pth")
-            return read(tmp_path / f"a{suffix}")
-
-        plain = written(array((1,), Flags(), np.float64(2.5).tobytes()))
-        assert plain.tolist() == [2.5] and plain.dtype == np.float64 and not plain.dtype.hasobject
-        for wrong in (array((10 ** 12,), np.dtype("f8"), b"8" * 8), array((2 ** 32, 2 ** 32), np.dtype("f8"), b""),
-                      array((-1, 0), np.dtype("f8"), b""), array((2,), np.dtype("f8"), "text"), Bytes()):
-            with pytest.raises(ValueError):
-                written(wrong)
 
 
 def test_odd_keys_and_values_are_one_line(r50, tmp_path):
@@ -340,97 +246,11 @@ def test_the_classes_of_coco(coco_mini):
         assert COCO_CLASSES == [{"id": row["id"], "name": row["name"]} for row in json.load(file)["categories"]]
 
 
-# ----------------------------------------------------------------------------- deformable convolution, backbones
-
-
-def naive_deformable(x, offset_mask, weight, stride):
-    """Tap k of cell (i, j) reads x at its place + (dy, dx), linearly between cells, zero outside, times its share."""
-    offset, share = offset_mask[:18].unflatten(0, (9, 2)), offset_mask[18:].sigmoid()
-    c, height, width = x.shape
-    out = torch.zeros(weight.shape[0], *offset_mask.shape[1:])
-    for i in range(out.shape[1]):
-        for j in range(out.shape[2]):
-            for k in range(9):
-                y = i * stride - 1 + k // 3 + float(offset[k, 0, i, j])
-                x0 = j * stride - 1 + k % 3 + float(offset[k, 1, i, j])
-                value = torch.zeros(c)
-                for row in (math.floor(y), math.floor(y) + 1):
-                    for column in (math.floor(x0), math.floor(x0) + 1):
-                        if 0 <= row < height and 0 <= column < width:
-                            value += (1 - abs(y - row)) * (1 - abs(x0 - column)) * x[:, row, column]
-                out[:, i, j] += share[k, i, j] * (weight[:, :, k // 3, k % 3] @ value)
-    return out
-
-
-def test_a_deformable_block_from_the_released_keys_by_hand():
-    """res3.0 of R-101-DCN: offsets, modulation, and the stride in the 3x3."""
-    weights = network("boxteacher_r101_3x", deformable)
-    state = read_checkpoint({"model": weights}, PIXEL_STD)
-    model = build_model(**state["model"]).eval()
-    model.load_state_dict(state["student"])
-
-    def norm(x, key):
-        mean, var, weight, bias = (weights[f"{block}{key}.norm.{name}"].view(-1, 1, 1)
-                                   for name in ("running_mean", "running_var", "weight", "bias"))
-        return (x - mean) / (var + 1e-5).sqrt() * weight + bias
-
-    block = BOTTOM_UP + "res3.0."
-    x = torch.randn(256, 9, 12, generator=torch.Generator().manual_seed(0)).relu()
-    out = norm(F.conv2d(x, weights[block + "conv1.weight"]), "conv1").relu()
-    offsets = F.conv2d(out, weights[block + "conv2_offset.weight"], weights[block + "conv2_offset.bias"], stride=2,
-                       padding=1)
-    out = norm(naive_deformable(out, offsets, weights[block + "conv2.weight"], 2), "conv2").relu()
-    out = norm(F.conv2d(out, weights[block + "conv3.weight"]), "conv3")
-    out = (out + norm(F.conv2d(x, weights[block + "shortcut.weight"], stride=2), "shortcut")).relu()
-    with torch.no_grad():
-        ours = model.backbone.body["c3"][0](x[None])[0]
-    assert offsets[:18].abs().mean() > 0.3 and relative_error(ours, out) <= 1e-5
-
-
-def test_a_new_deformable_convolution_is_half_a_plain_one():
-    plain = torch.nn.Conv2d(6, 8, 3, 2, 1, bias=False).requires_grad_(False)
-    x = torch.randn(2, 6, 9, 11)
-    assert relative_error(DeformConv(plain)(x), (plain(x) / 2).detach()) <= 1e-6
-    with torch.autocast("cpu", torch.bfloat16):
-        assert relative_error(DeformConv(plain)(x), (plain(x).float() / 2).detach()) <= 0.02
-
-
-@pytest.mark.parametrize("name", BACKBONES)
-def test_backbones_give_three_maps_and_learn_from_c3_on(name):
-    frozen = name != "r18-slim"
-    backbone = make_backbone(name, frozen).train()
-    maps = backbone(torch.randn(1, 3, 64, 96))
-    assert [tuple(x.shape) for x in maps] == [(1, w, 64 // s, 96 // s) for w, s in zip(backbone.channels, (8, 16, 32))]
-    sum(x.square().mean() for x in maps).backward()
-    early = ("body.stem", "body.c2", "features.0.", "features.1.", "features.2.")
-    for parameter, p in backbone.named_parameters():
-        assert p.requires_grad == (p.grad is not None) == (not (frozen and parameter.startswith(early))), parameter
-
-
-def test_stochastic_depth_of_swin():
-    """It rises to 0.2 and leaves the frozen stage alone."""
-    def depth(frozen: bool) -> list[float]:
-        return [m.p for m in make_backbone("swin-t", frozen).modules()
-                if isinstance(m, torchvision.ops.StochasticDepth)]
-
-    free, frozen = depth(False), depth(True)
-    assert free == pytest.approx([0.2 * i / 11 for i in range(12)]) and frozen == [0, 0, *free[2:]]
-
-
-def test_window_attention_is_torchvisions_but_shifts_single_windows_too():
-    ours = WindowAttention(64, [7, 7], [3, 3], 2)
-    theirs = torchvision.models.swin_transformer.ShiftedWindowAttention(64, [7, 7], [3, 3], 2)
-    theirs.load_state_dict(ours.state_dict(), strict=False)
-    for size, same in (((8, 15), True), ((14, 14), True), ((20, 9), True), ((7, 9), False), ((5, 20), False)):
-        x = torch.randn(2, *size, 64)
-        assert (relative_error(ours(x), theirs(x)) <= 1e-5) == same
-
-
 # ------------------------------------------------------------------------------------------- ImageNet backbones
 
 
 def msra_file(path, weights: dict) -> None:
-    """A detectron2 .pkl in the names of Caffe2; the batch norms are a factor and a term, their statistics merged in."""
+    """A detectron2 .pkl with the names of Caffe2; a batch norm is a factor and a term that contain its statistics."""
     parts = {"conv1": "branch2a", "conv2": "branch2b", "conv3": "branch2c", "shortcut": "branch1"}
     blobs = {"fc1000_w": np.zeros((1000, 2048), np.float32), "fc1000_b": np.zeros(1000, np.float32),
              "conv1_b": np.zeros(64, np.float32), "conv1_w_momentum": np.zeros(3, np.float32)}
@@ -453,7 +273,7 @@ def merged(weights: dict) -> dict:
 
 @pytest.mark.parametrize("names", ["caffe2", "detectron2"])
 def test_msra_weights_are_those_of_a_released_network(r50, tmp_path, names):
-    """A network that starts with the .pkl computes what one does that was released with these weights."""
+    """A network that starts from the .pkl has the weights of one that was released with them."""
     weights = without_prefix(r50)["model"]
     backbone, path = merged(weights), tmp_path / "R-50.pkl"
     if names == "caffe2":
@@ -613,7 +433,7 @@ def train_options(images, out, *more) -> list[str]:
 
 
 def test_round_trip_of_a_trained_model(images, tmp_path, capsys):
-    """Trained, saved, inspected, converted, loaded: the same detections, bit for bit."""
+    """Trained, saved, described, converted and loaded, a model has the same detections to the bit."""
     options = "--backbone", "r18-slim", "--backbone-weights", "none", "--channels", 32, "--iters", 3
     train.main(train_options(images, tmp_path / "run", *options))
     last, out = tmp_path / "run" / "last.pt", tmp_path / "converted.pt"
@@ -628,7 +448,7 @@ def test_round_trip_of_a_trained_model(images, tmp_path, capsys):
 
 @pytest.mark.parametrize("layout", ["boxteacher_r50", "condinst_r50"])
 def test_fine_tuning_keeps_the_conventions_of_a_released_file(layout, images, tmp_path, capsys):
-    """--init: stride place and mask channels come with the weights; the run goes on, and its result is evaluated."""
+    """--init: strided layer and mask channels come with the weights; the run resumes, and its result is evaluated."""
     path, out = tmp_path / "released.pth", tmp_path / "run"
     torch.save(released(layout), path)
     options = train_options(images, out, "--init", path, "--lr", 1e-6)
