@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from formats.coco import (FORMS, KEYS, NAMES, DataError, category_problems, clipped, content_problems, datasets,
-                          image_problems, line_about, load_json, small_problems)
+                          image_problems, line_about, load_json, small_problems, sorted_classes)
 from formats.pictures import as_stated, folder_of_images, undecodable_limit, usual_folders
 
 FEW = 10         # boxes; a class with fewer is a finding
@@ -64,7 +64,7 @@ def check_file(path: str, image_dir: str | None, evaluated: bool = False) -> tup
     images, categories, annotations = (sound(content, kind) for kind in ("images", "categories", "annotations"))
     sizes, labels = {row["id"]: (row["height"], row["width"]) for row in images}, {row["id"] for row in categories}
     annotations = [row for row in annotations if row["image_id"] in sizes and row["category_id"] in labels]
-    classes = [{"id": row["id"], "name": row["name"]} for row in sorted(categories, key=lambda row: row["id"])]
+    classes = sorted_classes(categories)
     if images:
         image_dir = image_dir or folder_of_images(path, images[0]["file_name"])
         findings += image_findings(path, images, image_dir, evaluated)
@@ -92,8 +92,6 @@ def sound(content, kind: str) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------------- images
-
-
 
 def image_findings(path: str, images: list[dict], image_dir: str | None, evaluated: bool) -> list[str]:
     """Images that are missing, unreadable, of another size than stated, or listed twice."""

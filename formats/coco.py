@@ -207,6 +207,10 @@ def category_problems(path: str, classes: list[dict], val_path: str, val_classes
         yield f"{val_path} has other categories than {path}: both must list the same ids and names"
 
 
+def sorted_classes(categories: list[dict]) -> list[dict]:
+    return [{"id": row["id"], "name": row["name"]} for row in sorted(categories, key=lambda row: row["id"])]
+
+
 def compressed_rle(path: str, annotation: dict, size: tuple[int, int]) -> bytes:
     """Counts of the compressed RLE of an annotation's `segmentation`: polygons, an RLE, compressed or not, or an empty
     list, which is an empty mask. `size` is the image's. Raises DataError."""
@@ -288,8 +292,7 @@ class CocoBoxes:
         content = read_coco(self.json_path)
         images, annotations = content["images"], content["annotations"]
         raise_first(image_problems(self.json_path, images, self.image_dir))
-        self.classes = [{"id": row["id"], "name": row["name"]}
-                        for row in sorted(content["categories"], key=lambda row: row["id"])]
+        self.classes = sorted_classes(content["categories"])
         self.image_ids = np.array([row["id"] for row in images], np.int64)
         self.sizes = np.array([(row["height"], row["width"]) for row in images], np.int32)
         self.name_bytes, self.name_offsets = packed([os.fsencode(row["file_name"]) for row in images])

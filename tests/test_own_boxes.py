@@ -1,4 +1,4 @@
-"""From one's own boxes to masks: the commands of README.md and docs/own-boxes.md, run as they stand there."""
+"""From one's own boxes to masks: the commands of README.md and docs/own-boxes.md, run as printed."""
 import json
 import os
 import re
