@@ -13,6 +13,7 @@ from backbone import BACKBONES
 from data import AUGMENTATIONS
 from formats.coco import NAMES
 from formats.released import IMAGENET
+from losses import PIXEL_LOSSES
 from teacher import SCORES
 from tools.command_line import (AMP, DEVICE, go_together, not_negative, not_negative_float, positive, positive_float,
                                 probability)
@@ -107,7 +108,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "average (Table 7), which labels nothing")
     add("--score", choices=[*SCORES, "released"], default="mask-aware",
         help="weight of a pseudo mask (Table 5); released: that of the authors' program, with its binary masks")
-    add("--pixel-loss", choices=["dice", "bce", "avg", "none"], default="dice", help="loss on pseudo masks (Table 3)")
+    add("--pixel-loss", choices=PIXEL_LOSSES, default="dice", help="loss on pseudo masks (Table 3)")
     add("--lambda-pixel", type=not_negative_float, default=0.5, help="weight of the pixel loss (Eq. 2)")
     add("--lambda-affinity", type=not_negative_float, default=0.1, help="weight of the affinity loss (Eq. 2)")
     add("--measure-labels", action="store_true", help="if the training annotations have masks, log the mean IoU of the "

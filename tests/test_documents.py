@@ -14,6 +14,8 @@ from backbone import BACKBONES
 from formats import commands
 from formats.checkpoint import load
 from helpers import SMALL, command, losses_of, same
+from losses import PIXEL_LOSSES
+from teacher import SCORES
 from tools import checkpoint, experiments, selftraining
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -144,6 +146,25 @@ def test_every_kind_of_training_trains_a_step(options, drawn, warm, tmp_path):
     final, method = load(tmp_path / "final.pt"), value([*options], "--method") or "boxteacher"
     assert not same(final["student"], load(warm)["student"])
     assert (lines[0]["pseudo_masks"] > 0) == (method == "boxteacher")
+
+
+def test_the_loss_and_the_score_of_the_forking_page_train(drawn, warm, tmp_path, monkeypatch):
+    added = {"PIXEL_LOSSES": {}, "SCORES": {}}
+    for language, block in FENCED.findall((PROJECT / "docs/forking.md").read_text()):
+        if language and not block.startswith("# lite0.py"):  # that script is for test_backbone.py
+            exec(block, added)
+    monkeypatch.setitem(PIXEL_LOSSES, "tversky", added["PIXEL_LOSSES"]["tversky"])
+    monkeypatch.setitem(SCORES, "certain", added["SCORES"]["certain"])
+    files = ["--train-json", drawn / "annotations/instances_train2017.json", "--train-images", drawn / "train2017"]
+    lines = {}
+    for loss, score in (("dice", "mask-aware"), ("tversky", "mask-aware"), ("tversky", "certain")):
+        out = tmp_path / f"{loss}-{score}"
+        assert command(*files, *SMALL, "--init", warm, "--iters", 1, "--out", out, "--pixel-loss", loss, "--score",
+                       score) == 0
+        lines[loss, score] = losses_of(out)[0]
+    values = [line["loss_pixel"] for line in lines.values()]
+    assert all(0 < v < 1 for v in values) and len(set(values)) == 3
+    assert all(line["pseudo_masks"] > 0 for line in lines.values())
 
 
 # ------------------------------------------------------------------------------------------- the pages themselves
