@@ -47,7 +47,7 @@ def save(state: dict, path: str | Path, previous: str | Path | None = None) -> N
             torch.save({"format": FORMAT, **state}, file)
             file.flush()
             os.fsync(file.fileno())
-        if previous is not None and zipfile.is_zipfile(path):  # a truncated one must not replace a good one
+        if previous is not None and zipfile.is_zipfile(path):  # a damaged one must not replace a good one
             os.replace(path, previous)
 
 

@@ -1,7 +1,7 @@
-"""Foreign files of weights: .pth or .pt of PyTorch, .pkl of detectron2. Reading one runs nothing in it.
+"""Read a foreign file of weights and run nothing in it: .pth or .pt of PyTorch, .pkl of detectron2.
 
-A pickle may name any function and have it called. Here it gets tensors, plain types and numpy's arrays of numbers. The
-arrays are put together by PARTS, since numpy's own functions let a file declare its bytes to be pointers.
+A pickle may call any function by its name. Here it can only build tensors, plain types and numpy's arrays of numbers.
+PARTS stand in for numpy's functions, since numpy.dtype lets a file declare that its bytes are pointers.
 """
 import pickle
 import re
@@ -13,7 +13,7 @@ import torch
 
 
 class NumberType:
-    """For numpy.dtype: numbers of up to 8 bytes. A pickle states kind and size first, then the byte order."""
+    """In place of numpy.dtype: numbers of up to 8 bytes. A pickle gives kind and size first, then the byte order."""
 
     def __init__(self, code: str, *_, order: str = ""):
         if not re.fullmatch(r"[<>|=]?[biuf][1248]", f"{order}{code}"):
@@ -31,7 +31,7 @@ def array_of(data: bytes | str, kind: NumberType, shape: tuple = (), order: str 
 
 
 class Array(np.ndarray):
-    """For numpy.ndarray, which a pickle creates empty and then fills."""
+    """In place of numpy.ndarray, which a pickle creates empty and then fills."""
 
     def __new__(cls, *_) -> "Array":
         return super().__new__(cls, 0)
@@ -65,7 +65,7 @@ def read(path: str | Path):
         raise ValueError("it is a folder: name a file in it")
     try:
         with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")                              # the error says enough of a foreign file
+            warnings.simplefilter("ignore")                              # about foreign files: the error is enough
             start = file.read(1)
             file.seek(0)
             if start in (b"", b"<"):
@@ -76,7 +76,7 @@ def read(path: str | Path):
                 return torch.load(file, map_location="cpu", weights_only=True)
     except (FileNotFoundError, ValueError):
         raise
-    except Exception as error:                       # torch and pickle raise many kinds for a damaged or foreign file
+    except Exception as error:                       # torch and pickle raise many types for a damaged file
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))              # torch's message about a function
         if refused:
             raise ValueError(f"it wants to run {refused[1]}; only arrays are admitted") from None

@@ -1,17 +1,18 @@
-"""Weights that others trained, in our names: released checkpoints, and ImageNet weights for the backbones.
+"""Weights that others trained, under our names: released checkpoints, and ImageNet weights for the backbones.
 
-    read_checkpoint   BoxTeacher's, and AdelaiDet's BoxInst and CondInst -> a checkpoint like our own (checkpoint.py)
+    read_checkpoint   BoxTeacher's, and AdelaiDet's BoxInst and CondInst -> a checkpoint like ours (checkpoint.py)
     read_backbone     torchvision's, detectron2's MSRA ResNets, the Swin authors' -> a state dict of backbone.py
 
 The released programs differ from ours in more than names:
 
-    BGR pixels less their mean         the first convolution is changed to read ours (`fold_pixels`)
-    MSRA's ResNets halve the map in the first 1x1 convolution, not in the 3x3            stride_in_1x1 of build_model
-    CondInst's mask branch has 8 channels, not 16                                        mask_channels of build_model
-    BoxTeacher reports sqrt(detection score x mask quality), the others the first alone  "method", read by evaluate.py
+    pixels are BGR less the mean                                      `fold_pixels` changes the first convolution
+    MSRA's ResNets have the stride in the first 1x1 convolution       stride_in_1x1 of build_model
+    CondInst's mask branch has 8 channels, not 16                     mask_channels of build_model
+    BoxTeacher reports sqrt(detection score x mask quality),
+    BoxInst and CondInst the detection score                          the checkpoint's "method"
 
-A key that has no name of ours and is not UNUSED is an error here. Whether the renamed weights fit a network shows when
-they are loaded (checkpoint.load_weights).
+Here a key is an error if it has no name of ours and is not UNUSED. Missing and misshapen weights are found when they
+are loaded (checkpoint.load_weights).
 """
 import re
 from collections import Counter
@@ -27,7 +28,7 @@ from formats.pickled import read
 
 
 def tensors(state: dict) -> dict[str, Tensor]:
-    """All values as tensors, floats as float32. Raises ValueError for a key or a value that is not a weight's."""
+    """All values as tensors, floats as float32. Raises ValueError for a key or value that cannot be a weight's."""
     result = {}
     for key, value in state.items():
         if not re.fullmatch(r"[\w.]{1,200}", str(key)):
@@ -43,13 +44,12 @@ def tensors(state: dict) -> dict[str, Tensor]:
 
 # --------------------------------------------------------------------------------------------------------- names
 
-# Their names (patterns) -> ours. In a checkpoint the backbone's begin with `backbone.bottom_up.`; after that, and in a
-# file of ImageNet weights, they are those of DETECTRON2 or SWIN.
+# Their names (patterns) -> ours. In a checkpoint, names of DETECTRON2 or SWIN follow `backbone.bottom_up.`.
 TORCHVISION = [
     (r"conv1\.(.+)", r"body.stem.0.\1"),
     (r"bn1\.(.+)", r"body.stem.1.\1"),
     (r"layer([1-4])\.(.+)", lambda m: f"body.c{int(m[1]) + 1}.{m[2]}"),
-    (r"(.+)", r"\1"),                     # Swin's, and a backbone's that you have added, are the same
+    (r"(.+)", r"\1"),                     # same names: Swin, or a backbone that you have added
 ]
 DETECTRON2 = [
     (r"stem\.conv1\.weight", r"body.stem.0.weight"),
@@ -87,7 +87,7 @@ CHECKPOINT = [
 
 
 def our_name(key: str, table: list) -> str | None:
-    """What we call their `key`, by the first pattern that fits; None where none does."""
+    """Our name of their `key`, by the first pattern that matches; None if none does."""
     for pattern, name in table:
         match = re.fullmatch(pattern, key)
         if match:
@@ -95,9 +95,9 @@ def our_name(key: str, table: list) -> str | None:
     return None
 
 
-# What no network of ours needs. Pattern of a whole key: what it is.
+# Keys that our networks do not need (patterns): what they hold.
 UNUSED = {
-    r"mask_branch\.(seg_head|logits)\..+": "the semantic branch, of use in training only",
+    r"mask_branch\.(seg_head|logits)\..+": "the semantic branch, for training only",
     r"mask_head\.sizes_of_interest|backbone\.bottom_up\..+\.relative_position_index": "a constant",
     r"mask_head\._iter": "the position of the ramp",
 }
@@ -124,7 +124,7 @@ def caffe2_name(key: str) -> str:
 
 def translate(weights: dict[str, Tensor], table: list, unused: dict[str, str],
               prefix: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Their `weights`, all of whose keys begin with `prefix`, under our names; and each dropped key with the reason.
+    """`weights`, whose keys all begin with `prefix`, under our names; and the reason for each dropped key.
 
     Keys that share a name are parts of one vector, in the order of the keys. Raises ValueError for an unknown key.
     """
@@ -151,8 +151,10 @@ def summary(dropped: dict[str, str]) -> list[str]:
 
 
 def fold_pixels(weights: dict[str, Tensor], pixel_std: tuple, prefix: str = "") -> None:
-    """Change a backbone that reads BGR less the mean, in place: it now reads RGB less the mean over pixel_std, which
-    makes it the same function. The means are the same three numbers here and there."""
+    """Make a backbone that reads BGR - mean read (RGB - mean) / pixel_std, in place, as the same function.
+
+    The mean is the same for both.
+    """
     for first in (prefix + "body.stem.0.weight", prefix + "features.0.0.weight"):
         if first in weights and weights[first].dim() == 4 and weights[first].shape[1] == 3:
             weights[first] = weights[first].flip(1) * torch.tensor(pixel_std).view(3, 1, 1)
@@ -165,7 +167,7 @@ def read_checkpoint(content, pixel_std: tuple) -> dict:
     """The content of a released checkpoint in the form of ours (checkpoint.py), for a network that divides its pixels
     by pixel_std. "dropped": the keys left out, and why.
 
-    Raises ValueError naming the key where one is unknown, or where one that shows the kind of network is missing.
+    Raises ValueError naming an unknown key, or a missing one from which the network's architecture would be read.
     """
     weights = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not any("fcos_head" in str(key) for key in weights):
@@ -174,7 +176,7 @@ def read_checkpoint(content, pixel_std: tuple) -> dict:
     weights = tensors(weights)
     pair = {"teacher": "teacher.", "student": "student."}
     paired = any(key.startswith(tuple(pair.values())) for key in weights)
-    prefixes = pair if paired else {"student": ""}                       # AdelaiDet's files hold one network
+    prefixes = pair if paired else {"student": ""}                       # AdelaiDet's files contain one network
     networks = {part: {key: weight for key, weight in weights.items() if key.startswith(prefix)}
                 for part, prefix in prefixes.items()}
     if not networks["student"]:
@@ -200,7 +202,7 @@ def read_checkpoint(content, pixel_std: tuple) -> dict:
 
 
 def build_arguments(weights: dict[str, Tensor]) -> dict:
-    """The arguments of build_model for a released network, from its keys and shapes."""
+    """The arguments of build_model for a released network, read from its keys and shapes."""
     def convolution(key: str) -> torch.Size:
         if key not in weights:
             raise ValueError(f"{key} is missing")
@@ -237,11 +239,11 @@ def finished_iterations(content: dict, weights: dict[str, Tensor]) -> int | None
 
 
 def read_backbone(name: str, source: str | Path, pixel_std: tuple) -> tuple[dict[str, Tensor], bool, dict[str, str]]:
-    """Weights for make_backbone(name, frozen=True), its stride_in_1x1, and keys left out. source: file or "imagenet".
+    """Weights for make_backbone(name, frozen=True), its stride_in_1x1, and the keys left out.
 
-    "imagenet" is torchvision's, downloaded. Files: a state dict of torchvision; detectron2's R-50.pkl and
-    R-101.pkl of MSRA; the Swin authors' .pth, which is used as BoxTeacher uses it, on BGR less its mean. None of them
-    has the offsets of deformable convolutions or the norms of Swin's outputs.
+    source: "imagenet" for torchvision's weights, downloaded, or a file: a state dict of torchvision; detectron2's
+    R-50.pkl and R-101.pkl of MSRA; the Swin authors' .pth, which reads BGR - mean as in BoxTeacher. None of them has
+    the offsets of deformable convolutions or the norms of Swin's outputs.
     Raises OSError if there is no file or no download, ValueError if it holds no weights of a backbone.
     """
     content = download(name) if source == "imagenet" else read(source)
@@ -258,18 +260,18 @@ def read_backbone(name: str, source: str | Path, pixel_std: tuple) -> tuple[dict
     detectron2 = any(key.startswith("stem.conv1.") for key in weights)
     swin = any(key.startswith("patch_embed.") for key in weights)
     for key in [key for key in weights if key.endswith("norm.weight") and detectron2]:
-        # MSRA merged the statistics into weight and bias: mean 0 and variance 1 (with the eps of the batch norm) remain
+        # MSRA merged the statistics into weight and bias: what remains is mean 0, and variance 1 with the norm's eps
         weights.setdefault(key.replace("norm.weight", "norm.running_mean"), torch.zeros_like(weights[key]))
         weights.setdefault(key.replace("norm.weight", "norm.running_var"), torch.ones_like(weights[key]) - 1e-5)
     weights, dropped = translate(weights, DETECTRON2 if detectron2 else SWIN if swin else TORCHVISION,
                                  UNUSED_OF_IMAGENET)
-    msra = detectron2 and author != "torchvision"  # detectron2 has torchvision's weights under its own names, too
+    msra = detectron2 and author != "torchvision"  # whose weights also exist under detectron2's names
     if msra or swin:
         fold_pixels(weights, pixel_std)
     return weights, msra and name in ("r50", "r101"), dropped
 
 
-IMAGENET = ("r18", "r34", "r50", "r101", "r101-dcn", "swin-t", "swin-s", "swin-b")  # torchvision has weights of these
+IMAGENET = ("r18", "r34", "r50", "r101", "r101-dcn", "swin-t", "swin-s", "swin-b")  # those with weights from torchvision
 
 
 def download(name: str) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""backbone.py: ResNets, Swin, frozen norms, batch norm over processes; the script of docs/forking.md, run as it stands."""
+"""backbone.py: ResNets, Swin, frozen norms, batch norm over processes; the script of docs/forking.md, run as it is."""
 import math
 import os
 import re
