@@ -271,7 +271,7 @@ def read_backbone(name: str, source: str | Path, pixel_std: tuple) -> tuple[dict
     return weights, msra and name in ("r50", "r101"), dropped
 
 
-IMAGENET = ("r18", "r34", "r50", "r101", "r101-dcn", "swin-t", "swin-s", "swin-b")  # those with weights from torchvision
+IMAGENET = ("r18", "r34", "r50", "r101", "r101-dcn", "swin-t", "swin-s", "swin-b")  # torchvision has their weights
 
 
 def download(name: str) -> dict[str, Tensor]:
