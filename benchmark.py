@@ -323,13 +323,13 @@ def measure_mask_memory(args: argparse.Namespace, folder: Path, size: tuple[int,
     inside = torch.zeros(boxes, h, w, dtype=torch.bool, device=device)
     inside[:, h // 4:h // 4 * 3, w // 4:w // 4 * 3] = True
     valid = torch.ones(2, h, w, dtype=torch.bool, device=device)
-    image, gt = torch.arange(boxes, device=device) % 2, torch.arange(instances, device=device) % boxes
+    image, box = torch.arange(boxes, device=device) % 2, torch.arange(instances, device=device) % boxes
     logits = torch.randn(instances, h, w, device=device, requires_grad=True)
     colors = similar_colors(images)
 
     def work():
-        weights = pair_weights([c[image] for c in colors], MaskGrid(inside, valid, image))
-        total, count = weighted_pairs(disagreement(logits), weights, gt)
+        weights = pair_weights([same[image] for same in colors], MaskGrid(inside, valid, image))
+        total, count = weighted_pairs(disagreement(logits), weights, box)
         (total.sum() / count.sum()).backward()
 
     return {"instances": instances, "cells": f"{h} x {w}", "peak MiB": tensor_peak(work, device)}

@@ -82,7 +82,7 @@ def show_growth(growth: dict) -> None:
         fits = [f"{key} ~ x ^ {e:.2f}" for key, e in curve["exponents"].items() if e is not None]
         first, last = curve["rows"][0], curve["rows"][-1]
         rate = last["images a second"] / first["images a second"]
-        print(f"    {name}: {', '.join(fits)}; {last['x']} have {rate:.2f} times the images a second of {first['x']}")
+        print(f"    {name}: {', '.join(fits)}; {rate:.2f} times the images a second at {last['x']} as at {first['x']}")
 
 
 def draw_growth(growth: dict, path: str) -> None:

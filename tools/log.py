@@ -134,7 +134,7 @@ class Log:
             self.writer.flush()  # by itself the writer keeps them for up to two minutes
 
 
-# --------------------------------------------------------------------------------------------------- images
+# ---------------------------------------------------------------------------------------------------- sheets
 
 
 def draw_sheet(path: Path, title: str, model: CondInst, annotations: CocoBoxes, *, score: str, min_sizes: list[int],
