@@ -4,15 +4,16 @@
     torchrun --nproc_per_node=8 train.py --backbone r50 --schedule 3x --augment strong            COCO, one machine
     torchrun --nnodes=2 --node_rank=N --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...
 
-One iteration: the losses of a batch (boxteacher.py), a step of the optimiser, the EMA of the teacher.
+One iteration is the losses of a batch (boxteacher.py), a step of the optimiser and the EMA of the teacher.
 
-Everything that changes over a run (images, learning rate, EMA momentum, ramps) is a function of the iteration, so
-a run that is stopped, killed or started on other processes goes on from its last checkpoint as if nothing had been.
+Everything that changes during a run (images, learning rate, EMA momentum, ramps) is a function of the iteration. So a
+run that was stopped or killed continues from its last checkpoint as if nothing had happened, on any number of
+processes.
 """
 import argparse
 import contextlib
-import itertools
 import inspect
+import itertools
 import json
 import math
 import multiprocessing
@@ -47,8 +48,7 @@ from tools.command_line import output_file, pick_amp, start_distributed
 from tools.log import Log, draw_sheet, summary_writer
 from tools.quality import measure
 
-
-# torch 2.14 renamed the option that has each forward pass copy the buffers of process 0 to all others
+# of DDP, to copy the buffers of process 0 to the others in each forward pass; torch 2.14 renamed it
 SYNC_BUFFERS = next(name for name in ("forward_sync_buffers", "broadcast_buffers")
                     if name in inspect.signature(DistributedDataParallel).parameters)
 
@@ -70,12 +70,15 @@ class StepResult(NamedTuple):
 
 
 def train_step(run: "Run", batches: list[Batch], iteration: int, stop_asked: bool) -> StepResult:
-    """One optimiser step over the micro-batches, then the EMA of the teacher."""
+    """One optimiser step over the micro-batches, then the EMA of the teacher.
+
+    All processes skip both if the loss or the gradient of any of them is not finite.
+    """
     args, plan = run.args, run.plan
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(iteration, plan)
     losses, counts = {}, {}
-    statistics = [x.clone() for x in run.statistics]
+    statistics = [x.clone() for x in run.statistics]  # a forward pass changes them before its loss is known
     for number, batch in enumerate(batches, 1):
         if isinstance(run.student, DistributedDataParallel):
             run.student.require_backward_grad_sync = number == len(batches)  # gradients meet once a step
@@ -97,9 +100,9 @@ def train_step(run: "Run", batches: list[Batch], iteration: int, stop_asked: boo
             teacher.update(run.teacher, run.model, teacher.ema_momentum(iteration + 1, args.ema),
                            statistics=args.method != "boxteacher")
     else:
-        for now, before in zip(run.statistics, statistics):  # the forward pass has moved them
+        for now, before in zip(run.statistics, statistics):
             now.copy_(before)
-    # fp16: a gradient may overflow although the loss is finite; the scaler then lowers its scale, at the least to 1
+    # fp16: a gradient may overflow although the loss is finite; the scaler then lowers its scale, down to 1
     broken = not loss_finite or not norm_finite and run.scaler.get_scale() <= 1
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
@@ -107,7 +110,7 @@ def train_step(run: "Run", batches: list[Batch], iteration: int, stop_asked: boo
 
 
 def agreed(*flags: Tensor | bool) -> list[bool]:
-    """Each flag if it holds on all processes. The host waits here for the device."""
+    """For each flag, whether it holds on all processes. The host waits here for the device."""
     device = next(flag.device for flag in flags if isinstance(flag, Tensor))
     together = torch.stack([torch.as_tensor(flag, device=device) for flag in flags]).float()
     if dist.is_initialized():
@@ -119,7 +122,7 @@ def agreed(*flags: Tensor | bool) -> list[bool]:
 
 
 class Run:
-    """What a run owns: the models, the optimiser, where it stands."""
+    """The state of a run: models, optimiser, iteration."""
 
     def __init__(self, args: argparse.Namespace, classes: list[dict], rank: int, world_size: int, device: torch.device):
         self.args, self.classes = args, classes
@@ -131,14 +134,14 @@ class Run:
         self.spec = {"backbone": args.backbone, "num_classes": len(classes), "channels": args.channels,
                      "frozen": args.backbone_weights != "none"}
 
-        # weights to go on from or to start with, and the conventions of the network that they are made for
+        # the weights to resume or start from, and the conventions of the network that they were trained in
         state, start, backbone = None if args.fresh else checkpoint.load_latest(self.out), None, None
         if state is None and args.init:
             start = checkpoint.load(args.init, PIXEL_STD)
         elif state is None and args.backbone_weights != "none":
             backbone, self.spec["stride_in_1x1"] = load_backbone(args.backbone, args.backbone_weights)
-        its = (state or start or {"model": {}})["model"]
-        self.spec |= {key: its[key] for key in ("mask_channels", "stride_in_1x1") if key in its}
+        source = (state or start or {"model": {}})["model"]
+        self.spec |= {key: source[key] for key in ("mask_channels", "stride_in_1x1") if key in source}
 
         torch.manual_seed(args.seed)
         self.model = build_model(**self.spec)
@@ -152,7 +155,6 @@ class Run:
         self.model.to(device).train()
         averaged = args.method == "boxteacher" or args.average
         self.teacher = teacher.make_teacher(self.model) if averaged else None
-        # batch norm's averages, which the forward pass moves before a loss is known to be finite
         self.statistics = [x for model in (self.model, self.teacher) if model for module in model.modules()
                            if isinstance(module, nn.BatchNorm2d) for x in module.buffers()]
 
@@ -174,6 +176,7 @@ class Run:
                                                    gradient_as_bucket_view=True, **{SYNC_BUFFERS: False})
 
     def losses(self, batch: Batch) -> Step:
+        """The losses of --method; boxinst is boxteacher without a teacher."""
         args = self.args
         if args.method == "condinst":
             return condinst_losses(self.student, batch)
@@ -181,50 +184,51 @@ class Run:
                                  args.pixel_loss, args.lambda_pixel, args.lambda_affinity)
 
     def evaluated(self) -> CondInst:
+        """The network that is evaluated: the average of the weights if there is one."""
         return self.teacher or self.model
 
     def resume(self, state: dict) -> None:
-        """Go on from a checkpoint of the same model; other options may differ and are named."""
+        """Continue from a checkpoint of the same model. Other options may differ; the changes are printed."""
         old = state["config"]
-        for key, was, here in (("model", state["model"], self.spec), ("classes", state["classes"], self.classes),
-                               ("method", state["method"], self.args.method),
-                               ("optimizer", old["optimizer"], self.args.optimizer),
-                               ("--average", state["teacher"] is not None, self.teacher is not None)):
-            if was != here:
-                raise CheckpointError(f"{self.out} holds a run with another {key} ({str(was)[:120]}, now "
-                                      f"{str(here)[:120]}); choose another --out, or --fresh to move it aside")
+        for key, old_value, new_value in (
+                ("model", state["model"], self.spec), ("classes", state["classes"], self.classes),
+                ("method", state["method"], self.args.method), ("optimizer", old["optimizer"], self.args.optimizer),
+                ("--average", state["teacher"] is not None, self.teacher is not None)):
+            if old_value != new_value:
+                raise CheckpointError(f"{self.out} holds a run with another {key} ({str(old_value)[:120]}, now "
+                                      f"{str(new_value)[:120]}); choose another --out, or --fresh to move it aside")
         changed = [f"{k} {old.get(k)} -> {v}" for k, v in self.config().items()
                    if old.get(k, v) != v and k not in ("fresh", "init", "backbone_weights")]
         self.model.load_state_dict(state["student"])
         if self.teacher is not None:
             self.teacher.load_state_dict(state["teacher"])
-        for group in state["optimizer"]["param_groups"]:  # older checkpoints have fused optimisers
+        for group in state["optimizer"]["param_groups"]:  # older checkpoints are of fused optimisers
             group |= {"weight_decay": self.decay, "fused": None, "foreach": None}
         self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # empty where the run had no fp16 so far
+        if state["scaler"]:  # empty if the run had no fp16 so far
             self.scaler.load_state_dict(state["scaler"])
         self.iteration = state["iteration"]
         if self.rank == 0:
             print(f"resumed {self.out} at iteration {self.iteration}")
             if changed:
                 print("changed since: " + ", ".join(changed))
-            for option, here in (("--init", self.args.init), ("--backbone-weights", self.args.backbone_weights)):
-                if here != old[option[2:].replace("-", "_")]:
-                    print(f"{option} {here} is not used: the run goes on from its own weights; --fresh starts anew")
+            for option, value in (("--init", self.args.init), ("--backbone-weights", self.args.backbone_weights)):
+                if value != old[option[2:].replace("-", "_")]:
+                    print(f"{option} {value} is not used: the run continues with its own weights; --fresh starts anew")
 
     def config(self) -> dict:
-        """Every option as plain types; the teacher's size is also the size to test at."""
+        """All options as plain types, and the size to test at, which is the teacher's."""
         plain = (int, float, str, list, type(None))
         options = {k: v if isinstance(v, plain) else str(v) for k, v in vars(self.args).items()}
         return options | {"test_min_size": self.args.teacher_min_size, "test_max_size": self.args.teacher_max_size}
 
     def save(self) -> None:
-        """last.pt, and final.pt at the end. Only the first process writes; all have the same state."""
+        """Write last.pt, and final.pt at the end. Only the first process writes; all have the same state."""
         if self.rank == 0:
             state = {"model": self.spec, "classes": self.classes, "method": self.args.method, "config": self.config(),
                      "iteration": self.iteration, "torch": str(torch.__version__), "student": self.model.state_dict(),
                      "teacher": None if self.teacher is None else self.teacher.state_dict()}
-            if self.iteration >= self.plan.iterations:  # first: where last.pt is complete, final.pt shall be there
+            if self.iteration >= self.plan.iterations:  # before last.pt: a complete run has a final.pt
                 checkpoint.save(state, self.out / "final.pt")
             checkpoint.save(state | {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()},
                             self.out / "last.pt", self.out / "previous.pt")
@@ -274,35 +278,27 @@ def start_backbone(backbone: nn.Module, weights: dict, name: str, source: str) -
         raise CheckpointError(f"--backbone-weights {source}: it does not hold the weights of {name}: {error}") from None
 
 
-def run_evaluation(run: Run, log: Log, annotations: CocoBoxes) -> None:
-    results = evaluate(run.evaluated(), annotations, min_size=run.args.teacher_min_size,
-                       max_size=run.args.teacher_max_size, rescore=run.args.method == "boxteacher",
-                       workers=run.args.workers, device=run.device,
-                       worker_init_fn=ignore_signals)
-    if run.rank == 0:
-        metrics = coco_metrics(annotations.json_path, results)
-        print_tables(metrics)
-        log.evaluation(run.iteration, metrics)
-
-
-def draw_labels(run: Run, log: Log, annotations: CocoBoxes) -> None:
-    if run.rank == 0:
-        draw_sheet(run.out / f"labels-{run.iteration:07}.png", f"their masks at iteration {run.iteration}",
-                   run.evaluated(), annotations, score=run.args.score, min_sizes=run.args.min_size,
-                   max_size=run.args.max_size, teacher_size=(run.args.teacher_min_size, run.args.teacher_max_size))
-        log.reset()  # its time is not that of an iteration
-
-
 def evaluate_and_draw(run: Run, log: Log, annotations: CocoBoxes, validation: CocoBoxes | None) -> None:
-    """Draw labels and evaluate. Not compiled: their images are not padded to few sizes."""
-    with torch.compiler.set_stance("force_eager") if run.args.compile else contextlib.nullcontext():
-        draw_labels(run, log, annotations)
+    """Draw masks on training images and evaluate, uncompiled: these images are not padded to few sizes."""
+    args, teacher_size = run.args, (run.args.teacher_min_size, run.args.teacher_max_size)
+    with torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext():
+        if run.rank == 0:
+            draw_sheet(run.out / f"labels-{run.iteration:07}.png", f"their masks at iteration {run.iteration}",
+                       run.evaluated(), annotations, score=args.score, min_sizes=args.min_size,
+                       max_size=args.max_size, teacher_size=teacher_size)
         if validation is not None:
-            run_evaluation(run, log, validation)
+            results = evaluate(run.evaluated(), validation, min_size=teacher_size[0], max_size=teacher_size[1],
+                               rescore=args.method == "boxteacher", workers=args.workers, device=run.device,
+                               worker_init_fn=ignore_signals)
+            if run.rank == 0:
+                metrics = coco_metrics(validation.json_path, results)
+                print_tables(metrics)
+                log.evaluation(run.iteration, metrics)
+    log.reset()  # this time is not that of an iteration
 
 
 class StopSignals:
-    """SIGTERM or SIGINT: remember it, so that the steps in hand are finished and saved. A second one ends at once."""
+    """Remembers a SIGTERM or SIGINT, so that the current step is finished and saved. A second one ends at once."""
 
     def __enter__(self) -> "StopSignals":
         self.asked = 0
@@ -310,7 +306,7 @@ class StopSignals:
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():  # whoever called us, and its children, are stopped as before
+        for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def ask(self, number: int, frame) -> None:
@@ -328,7 +324,8 @@ def check_skipped(batches: list[Batch], broken: set[str], images: int) -> None:
 
 
 def report_nonfinite(run: Run, batches: list[Batch], result: StepResult) -> None:
-    """Write what each process had to nonfinite.json and end the run. The last checkpoint stays as it is."""
+    """Write the images and losses of each process to nonfinite.json and raise TrainingError. The last checkpoint stays.
+    """
     own = {"rank": run.rank, "image_ids": [i for batch in batches for i in batch.image_ids],
            "gradient_norm": str(float(result.norm)),
            "losses": {name: str(float(value)) for name, value in result.losses.items()}}  # JSON has no NaN
@@ -345,7 +342,7 @@ def report_nonfinite(run: Run, batches: list[Batch], result: StepResult) -> None
 
 
 def train(run: Run, batches: TrainBatches, validation: CocoBoxes | None, signals: StopSignals) -> int:
-    """The loop from run.iteration to the end. Returns the signal that stopped it, or 0."""
+    """Train from run.iteration to the end. Returns the signal that stopped the loop, or 0."""
     args, plan, k = run.args, run.plan, run.args.accumulate
     loader = DataLoader(batches, batch_size=None, sampler=range(run.iteration * k, plan.iterations * k),
                         num_workers=args.workers, collate_fn=TrainBatches.collate, worker_init_fn=ignore_signals,
@@ -365,7 +362,7 @@ def train(run: Run, batches: TrainBatches, validation: CocoBoxes | None, signals
             report_nonfinite(run, micro, result)
         log.step(result.losses, result.counts, result.finite, waited)
         run.iteration += 1
-        pause = run.iteration == plan.iterations or run.iteration % args.eval_every == 0  # to look at the model
+        pause = run.iteration == plan.iterations or run.iteration % args.eval_every == 0  # to evaluate
         logging = pause or run.iteration % args.log_every == 0
         saving = pause or run.iteration % args.checkpoint_every == 0
         if logging or result.stop:
@@ -383,7 +380,7 @@ def train(run: Run, batches: TrainBatches, validation: CocoBoxes | None, signals
 
 
 def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoBoxes, CocoBoxes | None]:
-    """Both splits, checked; no evaluation where only training files were named, or a folder that has only these."""
+    """Both splits, checked. The second is None if the options, or the folder, have training files alone."""
     train_files, val_files = datasets(args.data, args.train_json, args.train_images, args.val_json, args.val_images)
     annotations = CocoBoxes(*train_files, masks=args.method == "condinst" or args.measure_labels)
     validate = bool(args.val_json or not args.train_json)
@@ -408,7 +405,7 @@ def training_batches(args: argparse.Namespace, annotations: CocoBoxes, rank: int
 
 
 def open_out(args: argparse.Namespace, rank: int) -> None:
-    """Make the run folder; with --fresh an earlier one becomes OUT.1, OUT.2, ..."""
+    """Make the run folder. With --fresh an earlier one is renamed to OUT.1, OUT.2, ..."""
     out = Path(args.out)
     if rank == 0:
         if args.fresh and out.exists():
@@ -421,7 +418,7 @@ def open_out(args: argparse.Namespace, rank: int) -> None:
 
 
 def describe(run: Run, annotations: CocoBoxes) -> None:
-    """The first lines of a run, and config.json."""
+    """Print the first lines of a run and write config.json."""
     plan, gpu = run.plan, torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
     print(f"python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
           f"{run.world_size} x {gpu}, autocast {run.amp_dtype or 'off'}")
@@ -430,7 +427,7 @@ def describe(run: Run, annotations: CocoBoxes) -> None:
     print(f"{plan.iterations} iterations of {run.args.batch_size} images, learning rate {plan.lr:g} after "
           f"{plan.warmup} of warm-up, {'cosine' if plan.cosine else f'a tenth at {plan.drops}'}; "
           f"ramp of noisy losses {plan.ramp}")
-    if run.iteration < plan.iterations:  # else these options train nothing
+    if run.iteration < plan.iterations:  # otherwise these options train nothing
         (run.out / "config.json").write_text(json.dumps(run.config() | {"plan": plan._asdict()}, indent=1))
 
 
@@ -438,7 +435,7 @@ def main(argv: list[str] | None = None) -> None:
     args, others = parse_arguments(argv), multiprocessing.active_children()
     try:
         if args.tensorboard:
-            summary_writer()  # raises before anything is done; in all processes, so that none waits for another
+            summary_writer()  # raises before anything is done, on all processes alike
         rank, world_size, device = start_distributed(args.device)
         annotations, validation = open_data(args, rank)
         batches = training_batches(args, annotations, rank, world_size)  # raises before anything is written
@@ -451,7 +448,7 @@ def main(argv: list[str] | None = None) -> None:
             with StopSignals() as signals:
                 stopped_by = train(run, batches, validation, signals)
         else:
-            if not (run.out / "final.pt").exists():  # a run that is to be shorter than it already is
+            if not (run.out / "final.pt").exists():  # --iters is now below the iterations that are done
                 run.save()
             if rank == 0:
                 print(f"{run.out} is complete: {run.iteration} iterations; evaluate.py --ckpt {run.out / 'final.pt'}")
@@ -462,10 +459,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(1)
     finally:
         for child in set(multiprocessing.active_children()).difference(others):
-            child.kill()  # loading processes ignore SIGTERM: an exit that waits for them would wait for ever
+            child.kill()  # loading processes ignore SIGTERM, so an exit that waits for them would never end
     if stopped_by:
         if rank == 0:
-            print(f"stopped at iteration {run.iteration}, saved: the same command goes on from there")
+            print(f"stopped at iteration {run.iteration}, saved: the same command continues from there")
         sys.exit(128 + stopped_by)
 
 

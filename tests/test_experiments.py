@@ -163,7 +163,7 @@ def test_a_signal_ends_the_programs_and_starts_no_more(drawn, tmp_path, number):
     finally:
         process.kill()
     assert process.returncode == 1 and out.startswith("| | seeds |")
-    assert err == "error: stopped: the same command goes on from there\n"
+    assert err == "error: stopped: the same command continues from there\n"
     assert not (tmp_path / "runs/seed1").exists()
 
 

@@ -180,7 +180,7 @@ class Experiments:
         for number, handler in before.items():
             signal.signal(number, handler)
         if self.stopped:
-            raise UserError("stopped: the same command goes on from there")
+            raise UserError("stopped: the same command continues from there")
         for future in futures.values():
             future.result()
 
