@@ -27,10 +27,9 @@ from model import Instances, confident
 
 COLOURS = [(230, 60, 60), (60, 150, 240), (70, 190, 80), (250, 170, 30), (170, 90, 220), (40, 200, 200),
            (240, 110, 190), (160, 110, 60), (190, 220, 50), (110, 120, 250), (0, 130, 110), (255, 215, 90)]
-PANEL = 320  # longer side of a panel, pixels
-GAP = 6      # between panels, pixels
-DRAWN = (480, 1600)  # limits of the longer side of a drawn image, pixels: names can be read, large images stay small
-HEADER = 30  # height of the line that names the panels, pixels
+DRAWN = (480, 1600)        # limits of the longer side of a drawn image, pixels: names stay legible, files small
+PANEL, GAP = 320, 6        # of a sheet, pixels: the longer side of a panel, the space between panels,
+HEADER = 30                # and the height of the line that names them
 BACKGROUND = (24, 24, 28)
 
 
