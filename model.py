@@ -1,18 +1,18 @@
 """The network of BoxTeacher: CondInst, that is FCOS with a dynamic mask head (paper Sec. 3.1 and 4).
 
-Read from top to bottom as an image travels through it:
+From top to bottom, the way of an image:
 
-    pixels -> backbone (C3-C5) -> FPN (P3-P7) -> FCOS head -> class, ltrb, centerness, controller at each location
-                                     |
+    pixels -> backbone (C3-C5) -> FPN (P3-P7) -> FCOS head -> class, ltrb, centerness at each location
+                                     |               |
+                                     |               +-> controller -> parameters of an instance's mask head
                                      +-> mask branch -> mask features at stride 8
-    controller + mask features -> dynamic mask head -> mask logits at stride 4
-    all of it -> detect -> paste_masks (masks.py) -> Instances of the image
+    mask head, mask features -> mask logits at stride 4
+    detections, mask logits -> paste_masks (masks.py) -> Instances of the image
 
-Teacher and student are two of these with different weights. Sources: FCOS (Tian et al., ICCV 2019),
+Teacher and student are two such networks with different weights. Sources: FCOS (Tian et al., ICCV 2019),
 CondInst (Tian et al., ECCV 2020).
 """
 import contextlib
-import copy
 import functools
 import math
 import os
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from backbone import BatchNorm, make_backbone
 from data import canvas_of, padded, pixels, resized_size, view
@@ -40,7 +40,7 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 
 
 class Locations(NamedTuple):
-    """The L places of all levels, level by level, row by row, at which FCOS predicts."""
+    """The L locations at which FCOS predicts, level by level, row by row."""
 
     xy: Tensor      # (L, 2) pixels of the network's input
     stride: Tensor  # (L,) pixels
@@ -48,18 +48,21 @@ class Locations(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """What the network says of a batch of B images before any threshold. All float32."""
+    """What the network predicts for a batch of B images, before any threshold; float32, but for box_maps."""
 
-    class_logits: Tensor        # (B, L, classes)
-    ltrb: Tensor                # (B, L, 4) distances to the box's left, top, right, bottom, in strides, >= 0
-    centerness: Tensor          # (B, L) logits
-    controllers: "Controllers"  # parameters of the mask head of an instance found there
-    mask_features: Tensor       # (B, 16, H/8, W/8)
+    class_logits: Tensor    # (B, L, classes)
+    ltrb: Tensor            # (B, L, 4) distances to the box's left, top, right, bottom, in strides, >= 0
+    centerness: Tensor      # (B, L) logits
+    box_maps: list[Tensor]  # (B, C, h, w) of each level: the box tower, the controller's input
+    mask_features: Tensor   # (B, 16, H/8, W/8)
     locations: Locations
+    controller: nn.Module   # the layer that turns box_maps into mask heads where asked, see Controller
 
     def of_image(self, index: int) -> "Predictions":
         """Those of one image, as a batch of one."""
-        return Predictions(*(x[index:index + 1] for x in self[:-1]), self.locations)
+        one = slice(index, index + 1)
+        return Predictions(self.class_logits[one], self.ltrb[one], self.centerness[one],
+                           [x[one] for x in self.box_maps], self.mask_features[one], self.locations, self.controller)
 
 
 class Detections(NamedTuple):
@@ -72,7 +75,7 @@ class Detections(NamedTuple):
 
 
 class Instances(NamedTuple):
-    """The final answer for one image, on the CPU, at the image's own size."""
+    """The instances found in one image, on the CPU, at the image's size."""
 
     boxes: Tensor          # (N, 4) xyxy pixels
     scores: Tensor         # (N,)
@@ -82,7 +85,7 @@ class Instances(NamedTuple):
 
     @property
     def masks(self) -> Tensor:
-        """(N, H, W) bool, made anew each time."""
+        """(N, H, W) bool, decoded at each access."""
         return decode(self.rles, self.size)
 
 
@@ -128,71 +131,53 @@ class FCOSHead(nn.Module):
         self.class_logits = nn.Conv2d(channels, num_classes, 3, padding=1)
         self.ltrb = nn.Conv2d(channels, 4, 3, padding=1)
         self.centerness = nn.Conv2d(channels, 1, 3, padding=1)
-        self.controller = nn.Conv2d(channels, num_params, 3, padding=1)
-        self.scales = nn.Parameter(torch.ones(len(STRIDES)))  # one learnt factor a level for ltrb
+        self.controller = Controller(channels, num_params, 3, padding=1)
+        self.scales = nn.Parameter(torch.ones(len(STRIDES)))  # of ltrb, one learnt factor a level
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.01)
                 nn.init.zeros_(module.bias)
-        # every class starts at probability 0.01, so that the background does not swamp the first steps
+        # every class starts at probability 0.01, so that the background does not dominate the first steps
         nn.init.constant_(self.class_logits.bias, -math.log(99))
-        # and every side at one stride, as FCOS's exp(0): a ReLU that starts around 0 passes half of the gradients
+        # every side starts at one stride, like FCOS's exp(0): around 0 the ReLU would block half of the gradients
         nn.init.ones_(self.ltrb.bias)
 
-    def forward(self, pyramid: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, "Controllers"]:
-        """Class logits (B, L, classes), ltrb (B, L, 4) in strides, centerness (B, L), controllers."""
+    def forward(self, pyramid: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """The first four fields of Predictions."""
         class_maps, box_maps = self.towers(pyramid)
         class_logits = [self.class_logits(x) for x in class_maps]
         ltrb = [F.relu(scale * self.ltrb(x)) for scale, x in zip(self.scales, box_maps)]
         centerness = [self.centerness(x) for x in box_maps]
         return (by_location(class_logits).float(), by_location(ltrb).float(),
-                by_location(centerness).float().squeeze(-1), Controllers(box_maps, self.controller))
+                by_location(centerness).float().squeeze(-1), box_maps)
 
     def towers(self, pyramid: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         return [self.class_tower(x) for x in pyramid], [self.box_tower(x) for x in pyramid]
 
 
 def by_location(maps: list[Tensor]) -> Tensor:
-    """Level maps (B, C, h, w) as (B, L, C)."""
+    """Maps (B, C, h, w) of the levels as (B, L, C)."""
     return torch.cat([m.permute(0, 2, 3, 1).flatten(1, 2) for m in maps], 1)
 
 
-class Controllers:
-    """The parameters of the mask heads (CondInst Sec. 3.1), a 3x3 convolution of the box tower's maps.
+class Controller(nn.Conv2d):
+    """The layer that gives each instance the parameters of its mask head (CondInst Sec. 3.1).
 
-    Of thousands of locations at most a hundred an image draw a mask, so it is computed where it is asked for alone:
-    everywhere it would be a tenth of the head's work.
+    A 3x3 convolution of the box tower. At most 100 of thousands of locations of an image draw a mask, so it runs only
+    there. Everywhere, it would be a tenth of the head's cost.
     """
 
-    def __init__(self, maps: list[Tensor], layer: nn.Conv2d):
-        """maps (B, C, h, w) of each level; layer: the convolution, C -> P."""
-        cells = by_location(maps)
-        self.cells = F.pad(cells, (0, 0, 0, 1))              # (B, L + 1, C): the last one is what lies outside, zeros
-        self.level_sizes, self.layer = [m.shape[-2:] for m in maps], layer
-
-    def at(self, rows: list[Tensor]) -> Tensor:
-        """(K, P), float32, of the locations rows[b] (k_b,) of image b, in that order."""
-        around = neighbourhoods(self.level_sizes, self.cells.device)
-        patches = torch.cat([cells[around[r]] for cells, r in zip(self.cells, rows)])         # (K, 9, C)
-        weight = self.layer.weight.permute(0, 2, 3, 1)                                        # (P, 3, 3, C)
-        with torch.autocast(self.cells.device.type, enabled=False):
-            return F.linear(patches.flatten(1).float(), weight.flatten(1), self.layer.bias)
-
-    def __getitem__(self, images: slice) -> "Controllers":
-        """Those of some of the B images."""
-        some = copy.copy(self)
-        some.cells = self.cells[images]
-        return some
-
-
-def neighbourhoods(level_sizes: list[tuple[int, int]], device: torch.device) -> Tensor:
-    """(L, 9): the locations of the 3x3 around each one, row by row; L where that lies outside of its level."""
-    first, windows, total = 0, [], sum(h * w for h, w in level_sizes)
-    for h, w in level_sizes:
-        numbers = torch.arange(first, first + h * w, device=device).view(h, w)
-        windows.append(F.pad(numbers, (1, 1, 1, 1), value=total).unfold(0, 3, 1).unfold(1, 3, 1).reshape(-1, 9))
-        first += h * w
-    return torch.cat(windows)
+    def at(self, maps: list[Tensor], locations: list[Tensor]) -> Tensor:
+        """Parameters (K, P), float32, at locations[b] (k_b,) of image b, in that order; maps (B, C, h, w) by level."""
+        cells = F.pad(by_location(maps), (0, 0, 1, 0))                             # (B, 1 + L, C): zeros lie outside
+        sizes = [x.shape[-2:] for x in maps]
+        numbers = torch.arange(1.0, cells.shape[1], device=cells.device).split([h * w for h, w in sizes])
+        around = torch.cat([F.unfold(n.view(1, 1, *size), 3, padding=1)[0] for n, size in zip(numbers, sizes)], 1)
+        around = around.T.long()                                                   # (L, 9) cells; outside a level 0
+        patches = torch.cat([x[around[place]] for x, place in zip(cells, locations)])              # (K, 9, C)
+        weight = self.weight.permute(0, 2, 3, 1)                                   # (P, 3, 3, C)
+        with torch.autocast(cells.device.type, enabled=False):
+            return F.linear(patches.flatten(1).float(), weight.flatten(1), self.bias)
 
 
 class MaskBranch(nn.Module):
@@ -223,26 +208,25 @@ MASK_HEAD_WIDTH = 8
 
 
 def num_mask_params(channels: int) -> int:
-    """Weights and biases of an instance's mask head of 1x1 layers (channels + 2) -> 8 -> 8 -> 1: 233 for 16."""
+    """Weights and biases of a mask head of 1x1 layers (channels + 2) -> 8 -> 8 -> 1: 233 for 16 channels."""
     n = MASK_HEAD_WIDTH
     return (channels + 2) * n + n * n + n + n + n + 1
 
 
-def dynamic_mask_head(mask_features: Tensor, controllers: Tensor, xy: Tensor, size_of_interest: Tensor,
+def dynamic_mask_head(mask_features: Tensor, parameters: Tensor, xy: Tensor, size_of_interest: Tensor,
                       counts: list[int]) -> Tensor:
-    """Each instance's own three-layer mask head over the mask features of its image (CondInst Sec. 3.1).
+    """Each instance's three-layer mask head on the mask features of its image (CondInst Sec. 3.1).
 
-    mask_features (B, C, H, W) at stride 8; controllers (K, P), xy (K, 2) pixels of the instance's location and
-    size_of_interest (K,) pixels, instances ordered by image, counts[b] of them in image b.
-    Returns logits (K, 2H, 2W) at stride 4.
+    mask_features (B, C, H, W) at stride 8; of the K instances, ordered by image, counts[b] in image b: parameters
+    (K, P), locations xy (K, 2) in pixels, and size_of_interest (K,) in pixels. Returns logits (K, 2H, 2W) at stride 4.
 
-    The input of layer 1 is the relative coordinate (xy - pixel) / size_of_interest beside the features. Written
-    as xy / size - pixel / size, its first half is a bias and its second reads the pixel coordinates, which all
-    instances share. So layer 1 of all instances of an image is ONE matrix product with the image's own map.
+    Layer 1 reads the features and the relative coordinate (xy - pixel) / size_of_interest. In the form xy / size -
+    pixel / size, the first term is a bias, and the second reads pixel coordinates, which all instances share. So layer
+    1 of all instances of an image is ONE matrix product with the image's map.
     """
     n, (batch, c, h, w) = MASK_HEAD_WIDTH, mask_features.shape
     with torch.autocast(mask_features.device.type, enabled=False):
-        w1, w2, w3, b1, b2, b3 = controllers.float().split([n * (c + 2), n * n, n, n, n, 1], dim=1)
+        w1, w2, w3, b1, b2, b3 = parameters.float().split([n * (c + 2), n * n, n, n, n, 1], dim=1)
         w1, w2, w3 = w1.unflatten(1, (n, c + 2)), w2.unflatten(1, (n, n)), w3.unflatten(1, (1, n))
         w_xy = w1[:, :, :2] / size_of_interest.view(-1, 1, 1)
         b1 = b1 + (w_xy * xy[:, None]).sum(-1)
@@ -254,9 +238,9 @@ def dynamic_mask_head(mask_features: Tensor, controllers: Tensor, xy: Tensor, si
 
         hidden = [torch.addmm(b.reshape(-1, 1), weight.reshape(-1, c + 2), image)   # (8 k, H*W)
                   for image, weight, b in zip(features, w1.split(counts), b1.split(counts))]
-        hidden = F.relu(torch.cat(hidden)).view(len(controllers), n, h * w)
+        hidden = F.relu(torch.cat(hidden)).view(len(parameters), n, h * w)
         hidden = F.relu(torch.baddbmm(b2[:, :, None], w2, hidden))
-        logits = torch.baddbmm(b3[:, :, None], w3, hidden).view(len(controllers), 1, h, w)
+        logits = torch.baddbmm(b3[:, :, None], w3, hidden).view(len(parameters), 1, h, w)
         return aligned_bilinear(logits, 2)[:, 0]
 
 
@@ -266,7 +250,7 @@ def dynamic_mask_head(mask_features: Tensor, controllers: Tensor, xy: Tensor, si
 class CondInst(nn.Module):
     """FCOS with a dynamic mask head.
 
-    backbone: a module that gives [C3, C4, C5] and names their widths in `channels`.
+    backbone: a module that returns [C3, C4, C5] and names their widths in `channels`.
     channels: width of FPN and heads, a multiple of 32 (GroupNorm). The mask branch is min(128, channels) wide.
     """
 
@@ -281,27 +265,27 @@ class CondInst(nn.Module):
         self.mask_branch = MaskBranch(channels, min(128, channels), mask_channels)
         self.register_buffer("mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
-        self.to(memory_format=torch.channels_last)  # colours of a pixel side by side: what convolutions like best
+        self.to(memory_format=torch.channels_last)  # 5 % faster on CPUs, docs/speed.md
 
     def forward(self, images: Tensor, sizes: list[tuple[int, int]]) -> Predictions:
         """images (B, 3, H, W) RGB 0..255, padded to multiples of 32; sizes: each image's true (height, width)."""
         with torch.autocast(images.device.type, self.amp_dtype) if self.amp_dtype else contextlib.nullcontext():
             pyramid = self.fpn(self.backbone(self.normalise(images, sizes)))
             locations = make_locations([p.shape[-2:] for p in pyramid], images.device)
-            return Predictions(*self.head(pyramid), self.mask_branch(pyramid[:3]), locations)
+            return Predictions(*self.head(pyramid), self.mask_branch(pyramid[:3]), locations, self.head.controller)
 
     def compile_convolutions(self, backend: str = "inductor") -> None:
-        """Have torch.compile translate backbone, FPN and towers, once for each size of padded images that comes.
+        """Let torch.compile compile backbone, FPN and towers, once for each size of padded images.
 
-        Translating takes minutes a size, so there shall be few of them: see data.COMPILED_STRIDE.
+        Each size takes minutes, so images are padded to few sizes (data.COMPILED_STRIDE).
         """
-        torch._dynamo.config.cache_size_limit = 64  # sizes; beyond it they would go on untranslated
+        torch._dynamo.config.cache_size_limit = 64  # sizes; torch 2.6 has no public option for it
         for part in (self.backbone, self.fpn):
             part.compile(backend=backend, dynamic=False)
         self.head.towers = torch.compile(self.head.towers, backend=backend, dynamic=False)
 
     def normalise(self, images: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
-        """Centre and scale the pixels; what lies outside an image's true size becomes 0, the mean colour."""
+        """Centre and scale the pixels; the padding becomes 0, the mean colour."""
         images = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         for image, (h, w) in zip(images, sizes):
             image[:, h:] = 0
@@ -315,17 +299,16 @@ def constant(values: tuple, device: torch.device) -> Tensor:
     return torch.tensor(values, device=device)
 
 
-def mask_logits(predictions: Predictions, rows: list[Tensor]) -> Tensor:
-    """Masks (K, H/4, W/4) of the instances at locations rows[b] (k_b,) of image b, in that order."""
-    controllers = predictions.controllers.at(rows)
-    locations, all_rows = predictions.locations, torch.cat(rows)
-    sizes = constant(SIZES_OF_INTEREST, controllers.device)[locations.level[all_rows]]
-    return dynamic_mask_head(predictions.mask_features, controllers, locations.xy[all_rows], sizes,
-                             [len(r) for r in rows])
+def mask_logits(predictions: Predictions, locations: list[Tensor]) -> Tensor:
+    """Mask logits (K, H/4, W/4) of the instances at locations[b] (k_b,) of image b, in that order."""
+    parameters, places = predictions.controller.at(predictions.box_maps, locations), torch.cat(locations)
+    xy, _, level = (x[places] for x in predictions.locations)
+    sizes = torch.tensor(SIZES_OF_INTEREST, device=level.device)[level]
+    return dynamic_mask_head(predictions.mask_features, parameters, xy, sizes, [len(x) for x in locations])
 
 
 def make_locations(level_sizes: list[tuple[int, int]], device: torch.device) -> Locations:
-    """Cell (row, column) of a level of stride s stands for pixel (column*s + s//2, row*s + s//2)."""
+    """Cell (row, column) of a level of stride s is at pixel (column * s + s // 2, row * s + s // 2)."""
     xy, stride, level = [], [], []
     for i, ((h, w), s) in enumerate(zip(level_sizes, STRIDES)):
         y, x = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
@@ -339,7 +322,7 @@ def build_model(backbone: str, num_classes: int, channels: int = 256, frozen: bo
                 stride_in_1x1: bool = False) -> CondInst:
     """A CondInst with random weights. backbone, frozen and stride_in_1x1: see backbone.py.
 
-    These arguments are what a checkpoint keeps as "model", to build the same network again.
+    A checkpoint holds these arguments as "model".
     """
     return CondInst(make_backbone(backbone, frozen, stride_in_1x1), num_classes, channels, mask_channels)
 
@@ -354,45 +337,44 @@ def decode_boxes(ltrb: Tensor, locations: Locations) -> Tensor:
 
 
 @torch.no_grad()
-def detect(image: Predictions, score_threshold: float = 0.05, per_level: int = 1000,
-           nms_threshold: float = 0.6, limit: int = 100) -> Detections:
-    """Detections of one image, see Predictions.of_image (FCOS Sec. 3.3).
+def detect(one: Predictions, score_threshold: float = 0.05, per_level: int = 1000, nms_threshold: float = 0.6,
+           limit: int = 100) -> Detections:
+    """Detections from the predictions of one image, see Predictions.of_image (FCOS Sec. 3.3).
 
-    A (location, class) pair is a candidate where class probability * centerness > score_threshold; each level
-    keeps its `per_level` best; NMS is class by class over all levels; the `limit` best remain.
+    A (location, class) pair is a candidate if class probability * centerness > score_threshold, and among the
+    `per_level` best of its level. NMS runs class by class over all levels; the `limit` best remain.
     """
-    quality, first = image.class_logits[0].sigmoid() * image.centerness[0].sigmoid()[:, None], 0       # (L, C)
-    values, places = [], []
-    for h, w in image.controllers.level_sizes:
-        best = quality[first:first + h * w].flatten().topk(min(per_level, h * w * quality.shape[1]))
+    quality = one.class_logits[0].sigmoid() * one.centerness[0].sigmoid()[:, None]                     # (L, C)
+    num_classes, first, values, pairs = quality.shape[1], 0, [], []
+    for level in quality.split([x[0, 0].numel() for x in one.box_maps]):
+        best = level.flatten().topk(min(per_level, level.numel()))
         values.append(best.values)
-        places.append(best.indices + first * quality.shape[1])
-        first += h * w
-    places = torch.cat(places)[torch.cat(values) > score_threshold]
-    rows, labels = places // quality.shape[1], places % quality.shape[1]
-    scores = quality[rows, labels].sqrt()
-    boxes = decode_boxes(image.ltrb[0], image.locations)[rows]
-    # batched_nms moves each class to a place of its own, which fails for boxes at negative coordinates
+        pairs.append(best.indices + first)
+        first += level.numel()
+    pairs = torch.cat(pairs)[torch.cat(values) > score_threshold]
+    locations, labels = pairs // num_classes, pairs % num_classes
+    scores = quality[locations, labels].sqrt()
+    boxes = decode_boxes(one.ltrb[0], one.locations)[locations]
+    # batched_nms shifts each class by the largest coordinate: classes would overlap if some were negative
     keep = batched_nms(boxes - boxes.min() if len(boxes) else boxes, scores, labels, nms_threshold)[:limit]
-    return Detections(boxes[keep], scores[keep], labels[keep], rows[keep])
+    return Detections(boxes[keep], scores[keep], labels[keep], locations[keep])
 
 
 @torch.no_grad()
 def find_instances(predictions: Predictions, sizes: list[tuple[int, int]], original_sizes: list[tuple[int, int]],
                    score_threshold: float = 0.05, rescore: bool = True) -> list[Instances]:
-    """The instances of each image of a batch, from what the network says of it; see `predict`."""
-    answers = []
+    """The instances of each image of a batch, from the network's predictions; see `predict`."""
+    instances = []
     for i, ((h, w), (height, width)) in enumerate(zip(sizes, original_sizes)):
-        image = predictions.of_image(i)
-        found = detect(image, score_threshold)
+        one = predictions.of_image(i)
+        found = detect(one, score_threshold)
         boxes = found.boxes * found.boxes.new_tensor([width / w, height / h, width / w, height / h])
-        boxes[:, 0::2] = boxes[:, 0::2].clamp(0, width)
-        boxes[:, 1::2] = boxes[:, 1::2].clamp(0, height)
-        keep = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
-        rles, quality = paste_masks(mask_logits(image, [found.locations[keep]]), (h, w), (height, width))
+        boxes = clip_boxes_to_image(boxes, (height, width))
+        keep = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        rles, quality = paste_masks(mask_logits(one, [found.locations[keep]]), (h, w), (height, width))
         scores = (found.scores[keep] * quality).sqrt() if rescore else found.scores[keep]
-        answers.append(Instances(boxes[keep].cpu(), scores.cpu(), found.labels[keep].cpu(), rles, (height, width)))
-    return answers
+        instances.append(Instances(boxes[keep].cpu(), scores.cpu(), found.labels[keep].cpu(), rles, (height, width)))
+    return instances
 
 
 @torch.no_grad()
@@ -400,8 +382,8 @@ def predict(model: CondInst, images: Tensor, sizes: list[tuple[int, int]], origi
             score_threshold: float = 0.05, rescore: bool = True) -> list[Instances]:
     """The instances of each image of a padded batch (as in CondInst.forward), model in eval mode.
 
-    original_sizes: (height, width) to which boxes and masks are brought. rescore: report sqrt(d * q), the
-    detector's score d times the quality q of the mask (paper Sec. 3.1), instead of d.
+    original_sizes: the (height, width) of the returned boxes and masks. rescore: report sqrt(d * q) of the detector's
+    score d and the quality q of the mask (paper Sec. 3.1), instead of d.
     """
     return find_instances(model(images, sizes), sizes, original_sizes, score_threshold, rescore)
 

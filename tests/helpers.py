@@ -17,7 +17,7 @@ import evaluate
 import train
 from data import Batch, TrainBatches
 from formats.coco import CocoBoxes
-from model import STRIDES, Controllers, Predictions, make_locations
+from model import STRIDES, Controller, Predictions, make_locations
 from train import Run, parse_arguments
 
 
@@ -50,23 +50,23 @@ def head_maps(d: dict, name: str) -> list[torch.Tensor]:
 
 # ---------------------------------------------------------------------------------- predictions made up by hand
 
-def given_controllers(parameters: torch.Tensor, size: tuple[int, int]) -> Controllers:
-    """Controllers that are `parameters` (B, L, P) at the locations of images of `size`: the layer hands on what it is
-    given."""
-    layer = torch.nn.Conv2d(parameters.shape[2], parameters.shape[2], 3, padding=1).requires_grad_(False)
-    torch.nn.init.dirac_(layer.weight)
-    torch.nn.init.zeros_(layer.bias)
+def given_parameters(parameters: torch.Tensor, size: tuple[int, int]) -> dict:
+    """The fields of Predictions that give mask heads `parameters` (B, L, P) at the locations of images of `size`: these
+    are the box maps, and the controller copies its input."""
+    controller = Controller(parameters.shape[2], parameters.shape[2], 3, padding=1).requires_grad_(False)
+    torch.nn.init.dirac_(controller.weight)
+    torch.nn.init.zeros_(controller.bias)
     sizes = [(-(-size[0] // s), -(-size[1] // s)) for s in STRIDES]
     levels = parameters.split([h * w for h, w in sizes], 1)
-    return Controllers([x.transpose(1, 2).unflatten(2, hw) for x, hw in zip(levels, sizes)], layer)
+    return {"box_maps": [x.transpose(1, 2).unflatten(2, hw) for x, hw in zip(levels, sizes)], "controller": controller}
 
 
 def predictions_of(logits: list, ltrb: list, centerness: list) -> Predictions:
     """Level maps (B, C, H, W) as Predictions, without anything for masks."""
     flat = [torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1) for maps in (logits, ltrb, centerness)]
     locations = make_locations([x.shape[-2:] for x in logits], torch.device("cpu"))
-    return Predictions(flat[0], flat[1], flat[2].squeeze(-1), Controllers(logits, torch.nn.Identity()),
-                       torch.zeros(len(flat[0]), 16, *logits[0].shape[-2:]), locations)
+    return Predictions(flat[0], flat[1], flat[2].squeeze(-1), logits,
+                       torch.zeros(len(flat[0]), 16, *logits[0].shape[-2:]), locations, torch.nn.Identity())
 
 
 MASK_CONTROLLER = torch.zeros(16, 233)  # row c: a mask head that gives feature c, as relu(f) - relu(-f)
@@ -86,7 +86,7 @@ def made_up(images: list[list], size: tuple[int, int]) -> Predictions:
     locations = make_locations([(-(-size[0] // s), -(-size[1] // s)) for s in STRIDES], torch.device("cpu"))
     batch, cells = len(images), len(locations.xy)
     class_logits, ltrb = torch.full((batch, cells, 3), -30.0), torch.zeros(batch, cells, 4)
-    controllers, features = torch.zeros(batch, cells, 233), torch.zeros(batch, 16, size[0] // 8, size[1] // 8)
+    parameters, features = torch.zeros(batch, cells, 233), torch.zeros(batch, 16, size[0] // 8, size[1] // 8)
     for b, instances in enumerate(images):
         taken = locations.level != 0
         for c, (box, probability, mask) in enumerate(instances):
@@ -96,9 +96,9 @@ def made_up(images: list[list], size: tuple[int, int]) -> Predictions:
             taken[row] = True
             ltrb[b, row] = torch.cat([locations.xy[row] - box[:2], box[2:] - locations.xy[row]]) / 8
             class_logits[b, row, c % 3] = torch.logit(torch.tensor(float(probability)))
-            controllers[b, row], features[b, c] = MASK_CONTROLLER[c], mask
-    return Predictions(class_logits, ltrb, torch.full((batch, cells), 30.0), given_controllers(controllers, size),
-                       features, locations)
+            parameters[b, row], features[b, c] = MASK_CONTROLLER[c], mask
+    return Predictions(class_logits, ltrb, torch.full((batch, cells), 30.0), mask_features=features,
+                       locations=locations, **given_parameters(parameters, size))
 
 
 def make_batch(boxes: list[list], size, teacher_size, padded) -> Batch:
@@ -116,10 +116,10 @@ def random_predictions(height: int, width: int, classes: int = 3, seed: int = 0)
     g = torch.Generator().manual_seed(seed)
     locations = make_locations([(-(-height // s), -(-width // s)) for s in STRIDES], torch.device("cpu"))
     n = len(locations.xy)
-    class_logits, controllers = torch.rand(1, n, classes, generator=g) - 9, torch.randn(1, n, 233, generator=g)
-    return Predictions(class_logits, torch.zeros(1, n, 4), torch.zeros(1, n),
-                       given_controllers(controllers, (height, width)),
-                       torch.randn(1, 16, height // 8, width // 8, generator=g), locations)
+    class_logits, parameters = torch.rand(1, n, classes, generator=g) - 9, torch.randn(1, n, 233, generator=g)
+    features = torch.randn(1, 16, height // 8, width // 8, generator=g)
+    return Predictions(class_logits, torch.zeros(1, n, 4), torch.zeros(1, n), mask_features=features,
+                       locations=locations, **given_parameters(parameters, (height, width)))
 
 
 def finding(annotations: CocoBoxes) -> Callable:

@@ -11,7 +11,7 @@ from pycocotools import mask as coco_mask
 
 from assign import image_targets
 from formats.coco import CocoBoxes
-from helpers import given_controllers, made_up, random_predictions
+from helpers import given_parameters, made_up, random_predictions
 from tools.label import (ASSIGNED, PROMPTED, BoxMasks, agreement, assigned_locations, box_pixels, cut_masks,
                          label_dataset, label_image, model_classes, owners, polygons, prompt, report_agreement,
                          with_masks)
@@ -162,10 +162,10 @@ def test_a_found_mask_that_lies_beside_its_box_is_asked_for_again():
     image = made_up([[([16, 24, 90, 64], 0.9, right)]], size)
     row = int(image.class_logits[0, :, 0].argmax())
     assert assigned_locations(image, box, size, 0.05, torch.tensor([0]))[0].tolist() == [row]
-    controllers = image.controllers.at([torch.full_like(image.locations.level, row)])[None]
-    controllers[0, :, -1] += 20                     # the others see something everywhere
-    controllers[0, row, -1] -= 20
-    image = image._replace(controllers=given_controllers(controllers, (96, 128)))
+    parameters = image.controller.at(image.box_maps, [torch.full_like(image.locations.level, row)])[None]
+    parameters[0, :, -1] += 20                     # the others see something everywhere
+    parameters[0, row, -1] -= 20
+    image = image._replace(**given_parameters(parameters, (96, 128)))
     labels = label_image(image, box, size, size, classes=torch.tensor([0]))
     assert labels.sources == [PROMPTED] and decoded(labels.rles).sum() == 40 * 40
 

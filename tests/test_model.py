@@ -6,29 +6,29 @@ from torch import nn
 
 import model as model_module
 from helpers import check, head_maps, predictions_of, relative_error
-from model import (SIZES_OF_INTEREST, STRIDES, Controllers, Detections, Instances, build_model, confident, detect,
+from model import (SIZES_OF_INTEREST, STRIDES, Controller, Detections, Instances, build_model, confident, detect,
                    dynamic_mask_head, mask_logits, num_mask_params, predict)
 from masks import aligned_bilinear, decode, encode, paste_masks
 
 
-# ------------------------------------------------------------------------------------------------ controllers
+# ------------------------------------------------------------------------------------------------ controller
 
 
-def test_controllers_are_a_convolution_where_they_are_asked():
-    """Values and gradients of the layer over whole maps, borders and a level of one cell among them; of one image."""
+def test_the_controller_at_locations_is_the_convolution_of_whole_maps():
+    """Values and gradients, at borders and in a level of one cell too; without locations; names of the parameters."""
     torch.manual_seed(0)
-    layer = nn.Conv2d(4, 6, 3, padding=1)
+    layer = Controller(4, 6, 3, padding=1)
     maps = [torch.randn(2, 4, h, w, requires_grad=True) for h, w in ((3, 5), (2, 1), (1, 1))]
     dense = torch.cat([layer(x).flatten(2).transpose(1, 2) for x in maps], 1)            # (2, 18, 6)
-    rows = [torch.arange(17, -1, -1), torch.tensor([3, 17, 3])]                          # one twice
-    asked = Controllers(maps, layer).at(rows)
-    expected = torch.cat([x[r] for x, r in zip(dense, rows)])
-    assert relative_error(asked.detach(), expected.detach()) <= 1e-6
-    weight, leaves = torch.randn_like(asked), [*maps, layer.weight, layer.bias]
-    for ours, theirs in zip(*(torch.autograd.grad((x * weight).sum(), leaves) for x in (asked, expected))):
+    locations = [torch.arange(17, -1, -1), torch.tensor([3, 17, 3])]                     # one twice
+    sparse = layer.at(maps, locations)
+    expected = torch.cat([x[place] for x, place in zip(dense, locations)])
+    assert relative_error(sparse.detach(), expected.detach()) <= 1e-6
+    weight, leaves = torch.randn_like(sparse), [*maps, layer.weight, layer.bias]
+    for ours, theirs in zip(*(torch.autograd.grad((x * weight).sum(), leaves) for x in (sparse, expected))):
         assert relative_error(ours, theirs) <= 1e-6
-    assert relative_error(Controllers(maps, layer)[1:2].at(rows[1:]).detach(), asked[18:].detach()) <= 1e-6
-    nothing = Controllers(maps, layer).at([torch.arange(0)] * 2)
+    assert {"head.controller.weight", "head.controller.bias"} <= set(build_model("r18-slim", 3, 32).state_dict())
+    nothing = layer.at(maps, [torch.arange(0)] * 2)
     assert nothing.shape == (0, 6) and not torch.autograd.grad(nothing.sum(), layer.weight)[0].any()  # for DDP
 
 
@@ -149,9 +149,9 @@ def paste_through_predict(monkeypatch, d: dict, rescore: bool):
     numbers."""
     k, size = len(d["boxes_in"]), tuple(d["input_hw"].tolist())
     found = Detections(d["boxes_in"], d["scores_in"], torch.arange(k), torch.arange(k))
-    monkeypatch.setattr(model_module, "detect", lambda image, threshold: found)
+    monkeypatch.setattr(model_module, "detect", lambda one, threshold: found)
     monkeypatch.setattr(model_module, "mask_logits",
-                        lambda predictions, rows: torch.logit(d["global_masks"][rows[0], 0]))
+                        lambda predictions, locations: torch.logit(d["global_masks"][locations[0], 0]))
     output_size = tuple(d["output_hw"].tolist())
     network = predictions_of(*([torch.zeros(1, c, 1, 1)] * 5 for c in (2, 4, 1)))
     return predict(lambda images, sizes: network, None, [size], [output_size], rescore=rescore)[0]
@@ -249,8 +249,8 @@ def test_masks_of_predict_belong_to_their_boxes(small):
     with torch.no_grad():
         predictions = small(images, sizes)
     answers = predict(small, images, sizes, sizes, rescore=False)
-    rows = [detect(predictions.of_image(i)).locations for i in range(2)]
-    together = mask_logits(predictions, rows).split([len(r) for r in rows])
+    locations = [detect(predictions.of_image(i)).locations for i in range(2)]
+    together = mask_logits(predictions, locations).split([len(x) for x in locations])
     for answer, logits, i in zip(answers, together, range(2)):
         found = detect(predictions.of_image(i))
         clipped = found.boxes.clone()
@@ -284,7 +284,8 @@ def test_shapes_of_the_network(small):
     cells = sum(-(-64 // s) * -(-96 // s) for s in STRIDES)
     shapes = [tuple(x.shape) for x in (*predictions[:3], predictions.mask_features)]
     assert shapes == [(2, cells, 3), (2, cells, 4), (2, cells), (2, 16, 8, 12)]
-    assert predictions.controllers.at([torch.arange(3), torch.arange(0)]).shape == (3, 233)
+    parameters = predictions.controller.at(predictions.box_maps, [torch.arange(3), torch.arange(0)])
+    assert parameters.shape == (3, 233) and parameters.dtype == torch.float32
     assert predictions.locations.xy.shape == (cells, 2) and (predictions.ltrb >= 0).all()
     assert predictions.locations.xy[[0, 1, 12]].tolist() == [[4, 4], [12, 4], [4, 12]]
     assert not [name for name in small.state_dict() if name in ("mean", "std")]  # constants are no weights

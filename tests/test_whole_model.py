@@ -74,7 +74,8 @@ def test_golden_11_and_15_from_pixels_to_detections(golden, r50_file, part, file
         sampled(f"{part} FPN", x, d, f"fpn_p{level + 3}")
     if "mask_feats__shape" in d:
         sampled(f"{part} mask features", predictions.mask_features, d, "mask_feats")
-        params = predictions.controllers.at([torch.arange(len(predictions.locations.xy))])[None]
+        locations = [torch.arange(len(predictions.locations.xy))]
+        params = predictions.controller.at(predictions.box_maps, locations)[None]
         for level, x in enumerate(pyramid):
             here = predictions.locations.level == level
             for name, ours in (("logits", predictions.class_logits), ("ltrb", predictions.ltrb),
