@@ -13,7 +13,6 @@ Teacher and student are two such networks with different weights. Sources: FCOS 
 CondInst (Tian et al., ECCV 2020).
 """
 import contextlib
-import functools
 import math
 import os
 from itertools import compress
@@ -291,12 +290,6 @@ class CondInst(nn.Module):
             image[:, h:] = 0
             image[:, :, w:] = 0
         return images
-
-
-@functools.cache
-def constant(values: tuple, device: torch.device) -> Tensor:
-    """Numbers as a tensor on the device, brought there once: whenever that is done the host waits for the device."""
-    return torch.tensor(values, device=device)
 
 
 def mask_logits(predictions: Predictions, locations: list[Tensor]) -> Tensor:
