@@ -22,6 +22,7 @@ import platform
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ from evaluate import coco_metrics, evaluate, print_tables
 from formats import checkpoint
 from formats.checkpoint import CheckpointError
 from formats.coco import NAMES, CocoBoxes, category_problems, datasets, raise_first
-from formats.files import UserError, warn
+from formats.files import UserError, one_line_errors, warn
 from formats.pictures import check_sizes, undecodable_limit
 from formats.released import read_backbone, summary
 from model import PIXEL_STD, CondInst, build_model
@@ -431,9 +432,21 @@ def describe(run: Run, annotations: CocoBoxes) -> None:
         (run.out / "config.json").write_text(json.dumps(run.config() | {"plan": plan._asdict()}, indent=1))
 
 
-def main(argv: list[str] | None = None) -> None:
-    args, others = parse_arguments(argv), multiprocessing.active_children()
+@contextlib.contextmanager
+def ending_loaders() -> Iterator[None]:
+    """Kill the loading processes that were started in the block, whatever ends it: they ignore SIGTERM, so an exit that
+    waits for them would never end."""
+    others = multiprocessing.active_children()
     try:
+        yield
+    finally:
+        for child in set(multiprocessing.active_children()).difference(others):
+            child.kill()
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, stopped_by = parse_arguments(argv), 0
+    with ending_loaders(), one_line_errors():
         if args.tensorboard:
             summary_writer()  # raises before anything is done, on all processes alike
         rank, world_size, device = start_distributed(args.device)
@@ -443,7 +456,6 @@ def main(argv: list[str] | None = None) -> None:
         open_out(args, rank)
         if rank == 0:
             describe(run, annotations)
-        stopped_by = 0
         if run.iteration < run.plan.iterations:
             with StopSignals() as signals:
                 stopped_by = train(run, batches, validation, signals)
@@ -454,12 +466,6 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"{run.out} is complete: {run.iteration} iterations; evaluate.py --ckpt {run.out / 'final.pt'}")
         if dist.is_initialized():
             dist.destroy_process_group()
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    finally:
-        for child in set(multiprocessing.active_children()).difference(others):
-            child.kill()  # loading processes ignore SIGTERM, so an exit that waits for them would never end
     if stopped_by:
         if rank == 0:
             print(f"stopped at iteration {run.iteration}, saved: the same command continues from there")
