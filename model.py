@@ -416,6 +416,11 @@ def test_size(info: dict) -> tuple[int, int]:
     return config.get("test_min_size") or 800, config.get("test_max_size") or 1333
 
 
+def rescores(method: str) -> bool:
+    """Whether a method reports rescored scores, sqrt(d q): BoxTeacher does, BoxInst and CondInst report d."""
+    return method == "boxteacher"
+
+
 # Below these most objects are false. With rescoring the threshold is higher: q > 0.5 makes sqrt(d q) larger than d.
 SCORE_THRESHOLD, RESCORED_THRESHOLD = 0.3, 0.6
 
@@ -466,4 +471,4 @@ def load(ckpt: str | os.PathLike, device: str = "cpu", weights: str | None = Non
     """A trained model from a checkpoint; see load_model."""
     network, info = load_model(ckpt, weights)
     classes = info["classes"] or [{"name": str(label)} for label in range(network.num_classes)]
-    return Predictor(network.to(device), [c["name"] for c in classes], test_size(info), info["method"] == "boxteacher")
+    return Predictor(network.to(device), [c["name"] for c in classes], test_size(info), rescores(info["method"]))

@@ -208,8 +208,8 @@ def label_boxes(args: argparse.Namespace, model: CondInst, info: dict, size: tup
     classes = model_classes(info["classes"], annotations.classes)
     unknown = [c["name"] for c, known in zip(annotations.classes, classes.tolist()) if known < 0]
     if unknown:
-        warn(f"{args.ckpt} was not trained for {first_five(list(map(repr, unknown)))}: these boxes take the best mask of "
-             "any class")
+        warn(f"{args.ckpt} was not trained for {first_five(list(map(repr, unknown)))}: these boxes take the best mask "
+             "of any class")
 
     labels = label_dataset(model, annotations, min_size=size[0], max_size=size[1], classes=classes, **options)
     content, rows = with_masks(annotations, labels, min_score), annotations.rows.tolist()

@@ -43,7 +43,7 @@ from formats.coco import NAMES, CocoBoxes, category_problems, datasets, raise_fi
 from formats.files import UserError, one_line_errors, warn
 from formats.pictures import check_sizes, undecodable_limit
 from formats.released import read_backbone, summary
-from model import PIXEL_STD, CondInst, build_model
+from model import PIXEL_STD, CondInst, build_model, rescores
 from recipe import RECIPES, learning_rate, make_plan, parse_arguments, ramp_factor
 from tools.command_line import output_file, pick_amp, start_distributed
 from tools.log import Log, draw_sheet, summary_writer
@@ -289,7 +289,7 @@ def evaluate_and_draw(run: Run, log: Log, annotations: CocoBoxes, validation: Co
                        max_size=args.max_size, teacher_size=teacher_size)
         if validation is not None:
             results = evaluate(run.evaluated(), validation, min_size=teacher_size[0], max_size=teacher_size[1],
-                               rescore=args.method == "boxteacher", workers=args.workers, device=run.device,
+                               rescore=rescores(args.method), workers=args.workers, device=run.device,
                                worker_init_fn=ignore_signals)
             if run.rank == 0:
                 metrics = coco_metrics(validation.json_path, results)

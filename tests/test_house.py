@@ -12,8 +12,6 @@ FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.
          for folder in (".", "formats", "tools") for path in sorted((ROOT / folder).glob("*.py"))}
 OPTIONAL = ("formats.files", "optional")  # the only function that imports: packages which few people need
 
-pytestmark = pytest.mark.xfail(strict=False, reason="the layout is not finished")
-
 
 def imported(name: str) -> set[str]:
     """The project's files that a file imports, at its top or anywhere else."""

@@ -10,14 +10,14 @@ from pathlib import Path
 from formats.checkpoint import FORMAT, RESUME_ONLY, CheckpointError, first_line, load, save
 from formats.files import one_line_errors
 from formats.released import summary
-from model import PIXEL_STD, restore, test_size
+from model import PIXEL_STD, rescores, restore, test_size
 
 
 def describe(path: str | Path, state: dict) -> str:
     """One line for each fact about a checkpoint. Raises CheckpointError if its weights do not fit its network."""
     spec, released = state["model"], "dropped" in state
     origin = "BoxTeacher, as its authors released it" if state["teacher"] else "AdelaiDet"
-    reports = "sqrt(detection score x mask quality)" if state["method"] == "boxteacher" else "the detection score"
+    reports = "sqrt(detection score x mask quality)" if rescores(state["method"]) else "the detection score"
     backbone = spec["backbone"] + ", stride in the first 1x1 convolution" * spec.get("stride_in_1x1", False)
     if released:
         backbone += ", made for BGR pixels less their mean: the first convolution now reads ours"

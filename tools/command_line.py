@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from formats.files import UserError, replacing
-from model import test_size
+from model import rescores, test_size
 
 # ------------------------------------------------------------------------------------------------ argument types
 
@@ -88,8 +88,8 @@ def input_size(args: argparse.Namespace, info: dict) -> tuple[int, int]:
 
 
 def rescored(option: str, method: str) -> bool:
-    """Whether sqrt(d q) is reported (released.md, "Mask-aware score"), by --rescore and the checkpoint's method."""
-    return method == "boxteacher" if option == "auto" else option == "on"
+    """--rescore: whether scores are reported rescored. auto: as the checkpoint's method does."""
+    return rescores(method) if option == "auto" else option == "on"
 
 
 def go_together(parser: argparse.ArgumentParser, args: argparse.Namespace, *options: str) -> None:
