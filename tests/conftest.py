@@ -119,5 +119,15 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.line(f"{part:<{width}}  {tolerance:>9g}  {shown:>13}")
 
 
+# Warnings that are no fault of ours; every other one fails its test. (message, category)
+HARMLESS = (
+    ("__array__", "DeprecationWarning"),                        # pycocotools under numpy 2
+    ("unclosed", "ResourceWarning"),                            # images that tests open and drop
+    ("This DataLoader will create", "UserWarning"),             # more loading processes than this machine has cores
+)
+
+
 def pytest_configure(config):
-    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:pycocotools")
+    config.addinivalue_line("filterwarnings", "error")
+    for message, category in HARMLESS:
+        config.addinivalue_line("filterwarnings", f"ignore:{message}:{category}")

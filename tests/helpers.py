@@ -29,7 +29,7 @@ CHECKED: dict[tuple[str, float], float] = {}  # (part, tolerance): the largest e
 def relative_error(actual, expected) -> float:
     """Largest difference as a share of the largest expected value; without such a value, the difference
     itself."""
-    actual, expected = torch.as_tensor(actual).detach().double(), torch.as_tensor(expected).double()
+    actual, expected = (torch.as_tensor(x).detach().double() for x in (actual, expected))
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} instead of {tuple(expected.shape)}"
     if expected.numel() == 0:
         return 0.0

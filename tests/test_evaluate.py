@@ -26,7 +26,6 @@ from model import CondInst, Instances, build_model
 from tools import draw
 from tools.command_line import start_distributed
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # pycocotools under numpy 2
 ROOT = Path(evaluate.__file__).parent
 
 
