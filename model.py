@@ -55,10 +55,10 @@ class Predictions(NamedTuple):
     box_maps: list[Tensor]  # (B, C, h, w) of each level: the box tower, the controller's input
     mask_features: Tensor   # (B, 16, H/8, W/8)
     locations: Locations
-    controller: nn.Module   # the layer that turns box_maps into mask heads where asked, see Controller
+    controller: nn.Module   # the Controller, which is applied to box_maps only where masks are drawn
 
     def of_image(self, index: int) -> "Predictions":
-        """Those of one image, as a batch of one."""
+        """The predictions of one image, as a batch of one."""
         one = slice(index, index + 1)
         return Predictions(self.class_logits[one], self.ltrb[one], self.centerness[one],
                            [x[one] for x in self.box_maps], self.mask_features[one], self.locations, self.controller)
@@ -68,7 +68,7 @@ class Detections(NamedTuple):
     """Boxes of one image after NMS, best first."""
 
     boxes: Tensor      # (N, 4) xyxy pixels of the network's input, not clipped to it
-    scores: Tensor     # (N,) sqrt(class probability * centerness), the detector's own confidence
+    scores: Tensor     # (N,) sqrt(class probability * centerness), the detector's confidence
     labels: Tensor     # (N,)
     locations: Tensor  # (N,) the location, 0 ... L-1, that found it
 
@@ -114,7 +114,8 @@ class FPN(nn.Module):
 
 
 def tower(channels: int, depth: int = 4) -> nn.Sequential:
-    groups = min(32, channels // 2)  # never a single channel: a group would then be one value where P7 is one cell
+    """3x3 convolutions with group norm. A group has two channels at least: P7 may be one cell, one value a channel."""
+    groups = min(32, channels // 2)
     layers = []
     for _ in range(depth):
         layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(groups, channels), nn.ReLU(inplace=True)]
@@ -160,10 +161,10 @@ def by_location(maps: list[Tensor]) -> Tensor:
 
 
 class Controller(nn.Conv2d):
-    """The layer that gives each instance the parameters of its mask head (CondInst Sec. 3.1).
+    """A 3x3 convolution of the box tower: the parameters of each instance's mask head (CondInst Sec. 3.1).
 
-    A 3x3 convolution of the box tower. At most 100 of thousands of locations of an image draw a mask, so it runs only
-    there. Everywhere, it would be a tenth of the head's cost.
+    At most 100 of thousands of locations draw a mask, so it runs only there. Everywhere, it would be a tenth of the
+    head's cost.
     """
 
     def at(self, maps: list[Tensor], locations: list[Tensor]) -> Tensor:
@@ -433,7 +434,7 @@ def predict_confident(model: CondInst, images: Tensor, sizes: list[tuple[int, in
 
 
 def confident(instances: Instances, score: float) -> Instances:
-    """Those of at least this score."""
+    """The instances with at least this score."""
     keep = instances.scores >= score
     boxes, scores, labels, rles, size = instances
     return Instances(boxes[keep], scores[keep], labels[keep], list(compress(rles, keep.tolist())), size)

@@ -82,7 +82,7 @@ def run(script: Path, *options) -> str:
     return answer.stdout
 
 
-def test_the_readmes_backbone_trains_and_is_evaluated(drawn, script, tmp_path):
+def test_the_documented_backbone_trains_and_is_evaluated(drawn, script, tmp_path):
     out = tmp_path / "out"
     run(script, "train", *only_training(drawn), *SMALL, "--backbone", "lite0", "--out", out, "--iters", 3, "--lr", 0.01)
     before, after = (line["loss"] for line in (metrics(out)[0], metrics(out)[-1]))
@@ -96,8 +96,8 @@ def test_the_readmes_backbone_trains_and_is_evaluated(drawn, script, tmp_path):
     assert not any("_conv_head" in name for name in state["student"])
 
 
-def test_the_readmes_backbone_sees_pixels_as_it_was_trained_with(script, tmp_path):
-    """EfficientNet-lite's own are (pixel - 127) / 128."""
+def test_the_documented_backbone_receives_pixels_as_in_its_training(script, tmp_path):
+    """EfficientNet-lite expects (pixel - 127) / 128."""
     (tmp_path / "check.py").write_text(CHECK)
     assert run(tmp_path / "check.py").strip() == "[-0.992, 0.0, 1.0]"
 
@@ -194,7 +194,7 @@ def test_batch_norm_over_two_processes_is_that_of_the_joined_batch(tmp_path):
     assert relative_error(got["num_batches_tracked"], expected["num_batches_tracked"]) == 0
     for name in got.keys() - {"num_batches_tracked"}:
         pick = (lambda x, c: x[:, c]) if name in ("y", "x.grad") else (lambda x, c: x[c])
-        for channel in range(1, 6):  # what a constant channel gives is rounding, divided by sqrt(eps)
+        for channel in range(1, 6):  # a constant channel is rounding divided by sqrt(eps)
             limit = 1e-3 if channel == 1 else 1e-5  # 100 + 0.1: float32 itself leaves four digits
             error = relative_error(pick(got[name], channel), pick(expected[name], channel))
             assert error <= limit, (name, channel)

@@ -37,7 +37,7 @@ def test_the_controller_at_locations_is_the_convolution_of_whole_maps():
 
 def test_golden_04_mask_head(golden):
     d = golden("04_mask_head")
-    order = d["im_inds"].argsort(stable=True)  # ours wants the instances image by image
+    order = d["im_inds"].argsort(stable=True)  # ours takes the instances image by image
     features, params = d["mask_feats"].requires_grad_(), d["params"][order].requires_grad_()
     sizes = torch.tensor(SIZES_OF_INTEREST)[d["levels"][order]].float()
     logits = dynamic_mask_head(features, params, d["locations"][order].float(), sizes,
@@ -97,9 +97,9 @@ def test_mask_head_without_instances_is_empty_and_connected():
 @pytest.mark.parametrize("image", [0, 1])
 @pytest.mark.parametrize("setting", ["", "nothreshctr_"])
 def test_golden_03_detect(golden, setting, image):
-    """Ours compares class probability * centerness with 0.05, as BoxTeacher's setting does. The other one,
-    nothreshctr, compares the class probability: the 100 best of these images are the same, so ours equals both,
-    and the candidates of the next test tell them apart."""
+    """Class probability * centerness is compared with 0.05, as in BoxTeacher's setting. The other setting,
+    nothreshctr, compares the class probability. The 100 best are the same for these images; the candidates of the next
+    test tell the two apart."""
     d = golden("03_fcos_inference")
     predictions = predictions_of(*(head_maps(d, name) for name in ("logits", "ltrb_pred", "ctr_pred")))
     found, locations = detect(predictions.of_image(image)), predictions.locations
@@ -117,15 +117,15 @@ def test_golden_03_detect(golden, setting, image):
 
 @pytest.mark.parametrize("image", [0, 1])
 def test_golden_03_counts(golden, image):
-    """How many are above the threshold on each level, and how many NMS leaves of the 1000 best of each."""
+    """The number above the threshold on each level, and the number that NMS keeps of the 1000 best of each level."""
     d = golden("03_fcos_inference")
     predictions = predictions_of(*(head_maps(d, name) for name in ("logits", "ltrb_pred", "ctr_pred")))
-    photo, level = predictions.of_image(image), predictions.locations.level
-    candidates = detect(photo, per_level=10 ** 6, nms_threshold=1.0, limit=10 ** 6)
+    one, level = predictions.of_image(image), predictions.locations.level
+    candidates = detect(one, per_level=10 ** 6, nms_threshold=1.0, limit=10 ** 6)
     check("03 candidates of each level", level[candidates.locations].bincount(minlength=5),
           d["candidates_per_level_image"][:, image], 0)
-    assert (photo.class_logits.sigmoid() > 0.05).sum() > len(candidates.locations)  # those of nothreshctr
-    check("03 number after NMS", len(detect(photo, limit=10 ** 6).scores), d[f"num_after_nms_{image}"], 0)
+    assert (one.class_logits.sigmoid() > 0.05).sum() > len(candidates.locations)  # those of nothreshctr
+    check("03 number after NMS", len(detect(one, limit=10 ** 6).scores), d[f"num_after_nms_{image}"], 0)
 
 
 def test_nms_keeps_classes_apart_at_negative_coordinates():
@@ -175,10 +175,10 @@ def test_golden_09_predict(golden, monkeypatch, case):
 
 
 def test_golden_09_quality_without_threshold(golden, monkeypatch):
-    """All pixels count. sqrt(sqrt(c) * q) is the weight of a pseudo mask in the authors' program; that of ours is
-    Eq. 1, see test_teacher.py."""
+    """All pixels count. sqrt(sqrt(c) * q) weighs a pseudo mask in the authors' program; Eq. 1 does in ours, see
+    test_teacher.py."""
     d = case_of(golden, "float_")
-    answer = paste_through_predict(monkeypatch, d, rescore=True)  # with a threshold: of no use but for boxes
+    answer = paste_through_predict(monkeypatch, d, rescore=True)  # with a threshold: only its boxes matter here
     check("09 kept", answer.labels, d["kept"], 0)
     check("09 boxes", answer.boxes, d["boxes"], 1e-5)
     logits = torch.logit(d["global_masks"][d["kept"], 0])
@@ -188,15 +188,14 @@ def test_golden_09_quality_without_threshold(golden, monkeypatch):
     c = d["scores_in"][d["kept"]]
     check("09 scores without threshold", (c * quality).sqrt(), d["scores"], 1e-4)
     check("09 weights without threshold", (c.sqrt() * quality).sqrt(), d["mask_score"], 1e-4)
-    for threshold in (0.2, 0.5, 0.8):  # what is thresholded are the probabilities of theirs
+    for threshold in (0.2, 0.5, 0.8):  # of the probabilities of the authors' program
         masks = decode(paste_masks(logits, size, output_size, threshold)[0], output_size)
         check("09 pixels of probabilities that differ", (masks != (d["masks"] > threshold)).sum(), 0, 3)
 
 
 @pytest.fixture(scope="module")
 def small():
-    """A small network whose outputs vary: an untrained head says almost the same everywhere and detects
-    nothing."""
+    """A small network whose outputs vary; those of an untrained head are almost constant, and nothing is detected."""
     torch.manual_seed(0)
     network = build_model("r18-slim", 3, channels=32, frozen=False)
     head = network.head
@@ -229,8 +228,8 @@ def test_nothing_found_is_typed_and_empty(small):
     assert [x.dtype for x in tensors[1]] == [torch.float32, torch.float32, torch.int64, torch.bool]
 
 
-def test_a_image_does_not_see_its_neighbour(small):
-    """Image 0 beside 1, beside 2, and second after 1; its own true size is smaller than the batch's."""
+def test_an_image_is_independent_of_its_neighbour(small):
+    """Image 0 beside 1, beside 2, and second after 1; its true size is smaller than the batch's."""
     a, other = (60, 90), (64, 96)
     original = [(120, 180)] * 2
     answers = [predict(small, images_of(*seeds), sizes, original)[i] for seeds, sizes, i in
@@ -244,7 +243,7 @@ def test_a_image_does_not_see_its_neighbour(small):
 
 
 def test_masks_of_predict_belong_to_their_boxes(small):
-    """predict's masks are those of the mask head at the locations that detect names, photo by photo."""
+    """predict's masks are those of the mask head at the locations of the detections, image by image."""
     images, sizes = images_of(0, 1), [(64, 96)] * 2
     with torch.no_grad():
         predictions = small(images, sizes)
@@ -261,7 +260,7 @@ def test_masks_of_predict_belong_to_their_boxes(small):
         assert (answer.masks != pasted).float().mean() < 1e-4
 
 
-def test_padding_is_the_mean_colour_whatever_it_holds(small):
+def test_padding_becomes_the_mean_colour(small):
     clean = images_of(0)
     clean[..., 60:, :], clean[..., 90:] = 0, 0
     dirty = clean.clone()
@@ -293,7 +292,7 @@ def test_shapes_of_the_network(small):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_one_small_image_alone(training):
-    """P7 is one cell, and a narrow head must not be left with one value to normalise."""
+    """P7 is one cell, and group norm must still have more than one value in a narrow head."""
     network = build_model("r18-slim", 3, channels=32, frozen=False).train(training)
     predictions = network(images_of(0, size=(128, 128)), [(128, 128)])
     assert predictions.locations.level.bincount().tolist() == [256, 64, 16, 4, 1]
@@ -301,7 +300,7 @@ def test_one_small_image_alone(training):
 
 
 def test_maps_and_weights_have_the_channels_last():
-    """From the pixels to the heads: a single map in another layout would be copied back and forth."""
+    """From the pixels to the heads: any map in another layout would be copied twice."""
     network, layouts = build_model("r18", 5, channels=32).train(), []
     assert all(m.weight.is_contiguous(memory_format=torch.channels_last) for m in network.modules()
                if isinstance(m, nn.Conv2d))
@@ -315,7 +314,7 @@ def test_maps_and_weights_have_the_channels_last():
 
 
 def test_p6_and_p7_come_from_p5(small):
-    """A convolution of stride 2 each, with a ReLU between the two."""
+    """One convolution of stride 2 each, with a ReLU between the two."""
     with torch.no_grad():
         maps = [torch.randn(1, c, 64 // s, 96 // s) for c, s in ((64, 1), (128, 2), (256, 4))]
         p3, p4, p5, p6, p7 = small.fpn(maps)
