@@ -1,4 +1,4 @@
-"""What several test modules use: golden comparisons, predictions made up by hand, data sets, small runs."""
+"""Shared by test modules: comparison with golden numbers, predictions made up by hand, data sets, small runs."""
 import json
 import os
 import shutil
@@ -21,14 +21,13 @@ from model import STRIDES, Controller, Predictions, make_locations
 from train import Run, parse_arguments
 
 
-# ---------------------------------------------------------------------------------- numbers beside the authors'
+# -------------------------------------------------------------------------------------------- golden numbers
 
 CHECKED: dict[tuple[str, float], float] = {}  # (part, tolerance): the largest error so far, for the golden table
 
 
 def relative_error(actual, expected) -> float:
-    """Largest difference as a share of the largest expected value; without such a value, the difference
-    itself."""
+    """The largest difference, relative to the largest expected value unless that is 0."""
     actual, expected = (torch.as_tensor(x).detach().double() for x in (actual, expected))
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} instead of {tuple(expected.shape)}"
     if expected.numel() == 0:
@@ -37,14 +36,14 @@ def relative_error(actual, expected) -> float:
 
 
 def check(part: str, actual, expected, tolerance: float) -> None:
-    """Ours is within the tolerance of the golden numbers; 0 is for what must be the same, such as indices."""
+    """Assert that ours is within the tolerance of the golden numbers; 0 for what must be equal, such as indices."""
     error = relative_error(actual, expected)
     CHECKED[part, tolerance] = max(error, CHECKED.get((part, tolerance), 0.0))  # first: max(nan, 0.0) is nan
     assert error <= tolerance, f"golden {part}: error {error:.2g}, tolerance {tolerance:g}"
 
 
 def head_maps(d: dict, name: str) -> list[torch.Tensor]:
-    """The five levels of an output of the FCOS head in a golden file, as leaves that collect gradients."""
+    """The five levels of an output of the FCOS head in a golden file, as leaves with gradients."""
     return [d[f"{name}_{level}"].clone().requires_grad_() for level in range(5)]
 
 
@@ -81,7 +80,7 @@ def made_up(images: list[list], size: tuple[int, int]) -> Predictions:
     """Predictions of padded images from (box, class probability, mask logits at stride 8) of each instance.
 
     Mask number c of an image is feature c. Each instance sits at the location of P3 nearest to its box's
-    centre, with centerness 1; the others say nothing.
+    centre, with centerness 1; the other locations find nothing.
     """
     locations = make_locations([(-(-size[0] // s), -(-size[1] // s)) for s in STRIDES], torch.device("cpu"))
     batch, cells = len(images), len(locations.xy)
@@ -112,7 +111,7 @@ def make_batch(boxes: list[list], size, teacher_size, padded) -> Batch:
 
 
 def random_predictions(height: int, width: int, classes: int = 3, seed: int = 0) -> Predictions:
-    """Predictions of an untrained network that sees nothing anywhere, but would draw masks if it were asked."""
+    """Random predictions of an image: no detection anywhere, but a random mask at every location."""
     g = torch.Generator().manual_seed(seed)
     locations = make_locations([(-(-height // s), -(-width // s)) for s in STRIDES], torch.device("cpu"))
     n = len(locations.xy)
@@ -123,8 +122,11 @@ def random_predictions(height: int, width: int, classes: int = 3, seed: int = 0)
 
 
 def finding(annotations: CocoBoxes) -> Callable:
-    """A stand-in for CondInst.forward, which takes the images of a data set in their order and finds all boxes of the
-    first four, but the first of each, with more confidence from image to image. Every mask fills its image."""
+    """A stand-in for CondInst.forward that is given the images of a data set in order.
+
+    It finds the boxes of the first four images but the first box of each, with more confidence from image to image.
+    Every mask fills its image.
+    """
     indices = iter(range(len(annotations)))
 
     def forward(network, images, sizes):
@@ -197,7 +199,7 @@ def draw_dataset(folder: Path) -> tuple[Path, Path]:
 
 
 def copy_set(drawn: Path, folder: Path, change=lambda content: None) -> Path:
-    """A copy of the drawn set whose training annotations were given to `change`."""
+    """A copy of the drawn set, its training annotations changed in place by `change`."""
     shutil.copytree(drawn, folder)
     path = folder / "annotations/instances_train2017.json"
     content = json.loads(path.read_text())
@@ -234,7 +236,7 @@ def new_run(drawn: Path, out: Path, *options: str) -> tuple[Run, CocoBoxes]:
 
 
 def command(*argv) -> int:
-    """train.py in this process; its exit status."""
+    """Run train.py in this process; returns its exit status."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         train.main([str(a) for a in argv])
@@ -247,7 +249,7 @@ def command(*argv) -> int:
 
 
 def only_training(data: Path) -> list:
-    """Options for the training files of a set: nothing is evaluated then."""
+    """Options that name the training files of a set alone, so that nothing is evaluated."""
     return ["--train-json", data / "annotations/instances_train2017.json",
             "--train-images", data / "train2017"]
 
@@ -257,7 +259,7 @@ def metrics(out: Path) -> list[dict]:
 
 
 def losses_of(out: Path) -> list[dict]:
-    """The lines of iterations, without what depends on the clock."""
+    """The lines of iterations in metrics.jsonl, without their times."""
     return [{k: v for k, v in line.items() if not k.endswith("seconds")}
             for line in metrics(out) if "loss" in line]
 

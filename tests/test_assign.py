@@ -43,8 +43,7 @@ def test_golden_01_targets(golden):
 
 
 def test_one_box_by_hand():
-    """Box (20, 36, 52, 60), centre (36, 48). P3: within 12 of it, x 28 36 44, y 44 52; 36 and 60 are
-    its border."""
+    """Box (20, 36, 52, 60), centre (36, 48). On P3, within 12 of it: x 28 36 44, y 44 52; 36 and 60 are its border."""
     locations, labels, ltrb, boxes = targets_of([[20, 36, 52, 60]], [1])
     positive = labels == 1
     assert locations.xy[positive].tolist() == [[28, 44], [36, 44], [44, 44], [28, 52], [36, 52], [44, 52]]
@@ -58,8 +57,8 @@ def test_one_box_by_hand():
 @pytest.mark.parametrize("x0, p3, p4", [
     (4, {68}, {56, 72, 88}), (8, set(), {56, 72, 88}), (0, set(), {56, 72})])
 def test_both_ends_of_a_level_range_count(x0, p3, p4):
-    """A box 128 wide: its centre's column has 64 px to either side, which is on P3 and on P4; all
-    others on P4."""
+    """A box 128 wide: the column of its centre has 64 px on either side, which is on P3 and on P4; all other columns
+    are on P4 only."""
     locations, labels, _, _ = targets_of([[x0, 10, x0 + 128, 110]], [0], 128, 256)
     for level, columns in enumerate((p3, p4, set())):
         at = (locations.level == level) & (labels == 0)
@@ -150,8 +149,7 @@ def test_fewer_positives_than_the_limit_are_all_chosen():
 
 def listing(iou: torch.Tensor, scores: torch.Tensor, iou_threshold: float, score_threshold: float,
             taken_from: int = 0) -> list[int]:
-    """Alg. 1 line by line, 0-based. taken_from=1 is the authors' program: prediction 0 does not hold
-    its box."""
+    """Alg. 1 line by line, 0-based. taken_from=1 is the authors' program: prediction 0 does not keep its box."""
     assigned = [-1] * iou.shape[1]
     for i in scores.argsort(descending=True, stable=True).tolist():
         if scores[i] < score_threshold:

@@ -13,7 +13,7 @@ SIZE = (64, 96)  # (height, width)
 
 @pytest.fixture
 def batch() -> Batch:
-    """One image with one box; its clean, augmented and teacher's views are noise of their own."""
+    """One image with one box; its clean, augmented and teacher's views are different noise."""
     def noise(seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(0, 256, (1, 3, *SIZE), generator=generator, dtype=torch.uint8)

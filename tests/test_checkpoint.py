@@ -43,7 +43,7 @@ def tiny(iteration: int, **more) -> dict:
 # ------------------------------------------------------------------------------------------------------ files
 
 
-def test_what_was_saved_is_loaded_and_the_one_before_is_kept(tmp_path):
+def test_a_saved_checkpoint_is_loaded_and_the_previous_one_is_kept(tmp_path):
     last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
     for iteration in (1, 2, 3):
         save(tiny(iteration, x=torch.arange(iteration)), last, previous)
@@ -78,7 +78,7 @@ def unusable_files(folder: Path) -> dict[str, str]:
                       "no_weights.pt": "student's weights do not fit", "unknown.pt": "do not fit the model it names"}
 
 
-def test_files_that_are_no_checkpoints_are_one_line_and_run_no_code(tmp_path):
+def test_other_files_are_refused_in_one_line_and_run_no_code(tmp_path):
     for name, part in unusable_files(tmp_path).items():
         for use in (load_model, lambda path: describe(path, load(path, PIXEL_STD))):
             with pytest.raises(CheckpointError) as error:
@@ -107,20 +107,20 @@ def test_latest_falls_back_to_the_previous_one_and_says_so(tmp_path, capsys):
     assert "\n" not in str(error.value)
 
 
-def test_a_foreign_checkpoint_is_not_gone_on_with(tmp_path, capsys):
+def test_a_foreign_checkpoint_is_not_resumed(tmp_path, capsys):
     torch.save({"model": {"proposal_generator.fcos_head.cls_logits.weight": torch.zeros(3)}}, tmp_path / "last.pt")
     with pytest.raises(CheckpointError, match="no readable checkpoint"):
         load_latest(tmp_path)
     assert f"{tmp_path / 'last.pt'} is no checkpoint of this project; trying" in capsys.readouterr().err
 
 
-def test_weights_alone_are_not_gone_on_with(tmp_path):
+def test_weights_alone_are_not_resumed(tmp_path):
     save(state_of(), tmp_path / "last.pt")
     with pytest.raises(CheckpointError, match="no readable checkpoint"):
         load_latest(tmp_path)
 
 
-def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     save(tiny(1), tmp_path / "a.pt")
     monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("unexpected pos")))
     with pytest.raises(CheckpointError, match="cannot write .*unexpected pos"):
@@ -214,7 +214,7 @@ ITERATIONS = 8
 
 
 def options_of(drawn, warm, out, *more) -> list[str]:
-    """A run of 8 iterations with a checkpoint after each. It starts warm, so that there are pseudo masks."""
+    """Options of 8 iterations with a checkpoint after each, from `warm`: its teacher gives pseudo masks."""
     return [str(x) for x in (*only_training(drawn), "--out", out, *SMALL, "--iters", ITERATIONS, "--init",
                              warm,
                              "--checkpoint-every", 1, *more)]
@@ -228,7 +228,7 @@ def stop_after(monkeypatch, iteration: int) -> None:
 
 
 def assert_same_runs(one: Path, two: Path) -> None:
-    """All losses of all iterations and all final weights, to the last bit."""
+    """All losses and all final weights are equal to the last bit."""
     a, b = losses_of(one), losses_of(two)
     assert [line["iter"] for line in a] == list(range(1, ITERATIONS + 1)) and a == b
     assert all(line["pseudo_masks"] > 0 for line in a[:2]) and len({line["loss"] for line in a}) == ITERATIONS
@@ -292,7 +292,7 @@ def test_sigterm_to_all_its_processes_finishes_the_step_and_saves(drawn, warm, s
 
 @pytest.mark.parametrize("more", [
     [], ["--accumulate", 2, "--optimizer", "adamw", "--lr", "1e-4"], ["--augment", "strong", "--seed", 3]])
-def test_four_iterations_and_four_are_eight(drawn, warm, straight, tmp_path, monkeypatch, capsys, more):
+def test_four_iterations_and_four_more_are_eight(drawn, warm, straight, tmp_path, monkeypatch, capsys, more):
     once, twice = straight, tmp_path / "twice"
     if more:
         once = tmp_path / "once"
@@ -440,7 +440,7 @@ def test_a_run_is_not_continued_with_another_optimiser_or_method(drawn, warm, st
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_an_older_checkpoint_goes_on(drawn, warm, tmp_path, optimizer):
-    """One of a fused optimiser, its state in another memory layout, as from before the weights had channels last."""
+    """One with a fused optimiser, and its state in another memory layout, as before the weights had channels last."""
     options = ("--init", str(warm), "--iters", "100", "--optimizer", optimizer)
     run, annotations = new_run(drawn, tmp_path, *options)
     batch = one_batch(annotations)

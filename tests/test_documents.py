@@ -1,4 +1,4 @@
-"""README.md, EXPERIMENTS.md and docs/: every command is one that its program accepts, and commands that train, train."""
+"""README.md, EXPERIMENTS.md and docs/: their programs accept every command, and every kind of training trains."""
 import math
 import re
 import shlex

@@ -89,7 +89,7 @@ def test_runs_evaluates_and_tabulates_and_does_nothing_twice(small, tmp_path, ca
 
     lines = [line for line in out.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 4
-    assert lines[2].startswith(f"| {ROWS['self-training'].title} | 1 | ")  # in the order asked for
+    assert lines[2].startswith(f"| {ROWS['self-training'].title} | 1 | ")  # in the order of --rows
     cells = [cell.strip() for cell in lines[-1].strip("|").split("|")]
     plain = json.loads((folder / "boxteacher/boxteacher-rescore-off.json").read_text())
     rescored = json.loads((folder / "boxteacher/boxteacher-rescore-on.json").read_text())

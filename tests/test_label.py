@@ -1,4 +1,4 @@
-"""label.py: masks for boxes, found by the detector or asked for; and how they are measured."""
+"""tools/label.py: masks for boxes, assigned or prompted, and their agreement with known masks."""
 import json
 import math
 import shutil
@@ -57,14 +57,14 @@ def test_a_box_touches_the_pixels_that_it_covers_in_part():
 
 
 def test_a_box_that_was_made_smaller_and_larger_again_is_the_same():
-    """Whole pixels of an image of 4000, seen at 1333: rounding makes 1001.0001 of 1001, which is no pixel more."""
+    """Whole pixels of an image of 4000, resized to 1333: 1001.0001 is 1001 but for rounding, and no pixel more."""
     x1 = torch.arange(1, 4001, 7, dtype=torch.float32)
     boxes = torch.stack([torch.zeros_like(x1), torch.zeros_like(x1), x1 * (1333 / 4000), torch.ones_like(x1)], 1)
     assert box_pixels(boxes, (1, 1333), (1, 4000))[:, 2].tolist() == x1.tolist()
 
 
-def test_a_box_takes_detections_of_its_own_class_and_one_location_answers_once():
-    """The detection has class 1. A location found as two classes is two detections with one mask."""
+def test_a_box_takes_detections_of_its_class_and_a_location_serves_one_box():
+    """The detection has class 1. A location detected as two classes gives two detections with one mask."""
     size, box = (96, 128), torch.tensor([[16.0, 24, 72, 64]])
     predictions = made_up([[(box[0].tolist(), 0.01, EVERYWHERE), (box[0].tolist(), 0.5, EVERYWHERE)]], size)
 
@@ -84,8 +84,8 @@ def test_a_box_takes_detections_of_its_own_class_and_one_location_answers_once()
 # --------------------------------------------------------------------------------------------------- prompting
 
 
-def test_the_best_of_the_boxs_own_locations_answers():
-    """Scores by hand: own class, centerness and the mask within the box; nothing else may win."""
+def test_the_best_location_of_the_box_is_chosen():
+    """Scores by hand, from the class of the box, the centerness and the mask inside the box."""
     size, boxes = (96, 128), torch.tensor([[16.0, 24, 72, 64], [80, 30, 110, 70]])
     image, classes = random_predictions(*size), torch.tensor([1, -1])
     owner = image_targets(image.locations, boxes, classes, 3)[2]
@@ -101,7 +101,7 @@ def test_the_best_of_the_boxs_own_locations_answers():
 
 
 def test_owners_in_parts_are_fcos_targets():
-    """Enough boxes that the locations are looked at in parts; of equal boxes the first is the owner."""
+    """With this many boxes the locations are processed in parts; of equal boxes the first is the owner."""
     image, boxes = random_predictions(96, 128), torch.rand(50, 4, generator=torch.Generator().manual_seed(1))
     boxes = torch.cat([boxes[:, :2] * 60, boxes[:, :2] * 60 + 10 + boxes[:, 2:] * 30], 1)
     whole = image_targets(image.locations, boxes, torch.zeros(50, dtype=torch.int64), 1)[2]
@@ -111,7 +111,7 @@ def test_owners_in_parts_are_fcos_targets():
 
 
 def test_two_boxes_never_share_a_location():
-    """Equal boxes, boxes within boxes, boxes between the locations: each has an answer of its own, of its level."""
+    """Equal boxes, boxes within boxes, boxes between locations: each gets another location of its level."""
     boxes = torch.tensor([[16.0, 24, 72, 64]] * 12 + [[30.0, 30, 33, 33]] * 3 + [[0.0, 0, 2, 1], [127, 95, 128, 96]])
     image, size = random_predictions(96, 128), (96, 128)
     rows, scores = prompt(image, boxes, torch.zeros(len(boxes), dtype=torch.int64), size,
@@ -122,8 +122,8 @@ def test_two_boxes_never_share_a_location():
     assert (distance < 40).all() and (distance[12:] < 20).all()
 
 
-def test_assigned_masks_stay_and_prompted_boxes_ask_elsewhere():
-    """Three equal boxes and one beside: one is found at the best of their locations, the others must do without it."""
+def test_assigned_masks_stay_and_prompted_boxes_take_other_locations():
+    """Three equal boxes and one beside: one is found at their best location, which the others then cannot take."""
     size, boxes = (96, 128), torch.tensor([[16.0, 24, 72, 64]] * 3 + [[80, 30, 110, 70]])
     image, classes = random_predictions(*size), torch.zeros(4, dtype=torch.int64)
     best = int(prompt(image, boxes[:1], classes[:1], size, torch.tensor([-1]), torch.zeros(1))[0])
@@ -138,7 +138,7 @@ def test_assigned_masks_stay_and_prompted_boxes_ask_elsewhere():
     assert len(rows.unique()) == 4 and (rows >= 0).all()
     labels = label_image(image, boxes, size, size, classes=classes)
     assert labels.sources.count(ASSIGNED) == 1 and labels.sources.count(PROMPTED) == 3
-    other = int((owners(image.locations, boxes[2:]) == 0).nonzero()[0])  # found at one of its own, not the best
+    other = int((owners(image.locations, boxes[2:]) == 0).nonzero()[0])  # found at one of its locations, not the best
     assert other != best
     rows, scores = prompt(image, boxes[2:], classes[:2], size, torch.tensor([other, -1]), torch.tensor([0.1, 0]))
     assert rows[0] == other and scores[0] == pytest.approx(0.1) and rows[1] not in (-1, other)
@@ -154,8 +154,8 @@ def test_nearly_as_many_boxes_as_locations_share_none():
     assert len(rows.unique()) == 80
 
 
-def test_a_found_mask_that_lies_beside_its_box_is_asked_for_again():
-    """The detection overlaps the box enough, but its mask is all outside: the box's own locations answer."""
+def test_a_box_whose_assigned_mask_lies_outside_is_prompted():
+    """The detection overlaps the box enough, but its mask is entirely outside: the box's locations give another."""
     size, box = (96, 128), torch.tensor([[16.0, 24, 56, 64]])
     right = torch.full((12, 16), -6.0)
     right[:, 8:] = 6
@@ -181,7 +181,7 @@ def test_more_boxes_than_locations_still_all_have_a_mask():
     assert masks.any(2).any(1).all() and not (masks & ~box_masks(pixels - torch.tensor([0, 0, 1, 1]), 64, 64, 1)).any()
 
 
-def test_where_the_head_sees_nothing_the_box_is_the_mask_and_the_score_says_so():
+def test_without_a_positive_pixel_the_box_is_the_mask_and_its_score_is_0():
     size, box = (96, 128), torch.tensor([[16.0, 24, 72, 64]])
     image = made_up([[(box[0].tolist(), 0.01, -EVERYWHERE)]], size)
     labels = label_image(image, box, size, size, classes=torch.tensor([0]))
@@ -240,7 +240,7 @@ def test_classes_meet_by_name():
 
 
 def test_the_file_keeps_what_it_had(tmp_path):
-    """Masks under --min-score stay out, their score does not; dropped boxes say that they have none; crowds stay."""
+    """A mask below --min-score is left out, its score is not; unused boxes get no mask; crowds stay as they are."""
     boxes = [[2, 2, 10, 10], [20, 2, 10, 10], [5, 5, 0.2, 9], [1, 1, 30, 30]]
     content = {"info": {"year": 2026}, "licenses": [{"id": 1}],
                "images": [{"id": 5, "file_name": "a.png", "width": 40, "height": 30, "date": "today"}],
@@ -276,7 +276,7 @@ def test_polygons_draw_the_same_pixels():
 
 
 def test_agreement_by_hand(drawn, tmp_path, capsys):
-    """A mask that is the hidden one, one that is empty, and one that is the box; and what is printed of them."""
+    """A mask equal to the hidden one, an empty one, and one that fills the box; and the table that is printed."""
     annotations = CocoBoxes(drawn / "annotations/instances_train2017.json", drawn / "train2017", masks=True)
     content = json.loads((drawn / "annotations/instances_train2017.json").read_text())
     hidden = [content["annotations"][row]["segmentation"] for row in annotations.rows.tolist()]

@@ -28,8 +28,8 @@ def norm(x) -> torch.Tensor:
 
 
 def at_pairs(x: torch.Tensor, offset: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of values x (..., 8, h, w) for each cell and neighbour: those of the pairs (i, j) at offset, and
-    of (j, i)."""
+    """Of x (..., 8, h, w), a value for each cell and neighbour: the values of the pairs (i, j) at `offset`, and of
+    (j, i)."""
     dy, dx = (2 * v // max(map(abs, offset)) for v in offset)  # at distance 1 their order is the same
     there, back = x[..., NEIGHBOURS.index((dy, dx)), :, :], x[..., NEIGHBOURS.index((-dy, -dx)), :, :]
     return pair(there, offset)[0], pair(back, offset)[1]
@@ -37,7 +37,7 @@ def at_pairs(x: torch.Tensor, offset: tuple[int, int]) -> tuple[torch.Tensor, to
 
 @pytest.fixture
 def divisors(monkeypatch) -> list[torch.Tensor]:
-    """What over_processes answered: the numbers that sums were divided by, in the order of the code."""
+    """The results of over_processes, by which sums are divided, in the order of the code."""
     answers = []
 
     def recorded(*count):
@@ -162,8 +162,8 @@ def test_projection_is_zero_for_any_mask_that_fills_its_box():
 
 
 def test_disagreement_and_weights_equal_the_double_loop():
-    """Over all cells i and their 8 neighbours j: alike(i, j) * inside_i * valid_j * -log(p_i p_j +
-    (1-p_i)(1-p_j))."""
+    """The sum over all cells i and their 8 neighbours j of similar(i, j) * inside_i * valid_j
+    * -log(p_i p_j + (1-p_i)(1-p_j))."""
     generator = torch.Generator().manual_seed(0)
     logits, g = torch.randn(3, 5, 5, generator=generator) * 3, torch.rand(3, 5, 5, generator=generator)
     inside = torch.rand(3, 5, 5, generator=generator) > 0.4
@@ -198,7 +198,7 @@ def test_disagreement_is_finite_at_large_logits():
 
 @pytest.mark.parametrize("turn", [lambda x: x.flip(-1), lambda x: x.flip(-2), lambda x: x.mT],
                          ids=["left-right", "up-down", "transposed"])
-def test_pair_losses_do_not_know_left_from_right(turn):
+def test_pair_losses_are_symmetric(turn):
     generator = torch.Generator().manual_seed(1)
     logits, g = torch.randn(2, 9, 11, generator=generator), torch.rand(2, 9, 11, generator=generator)
     inside, valid = torch.rand(2, 2, 9, 11, generator=generator) > 0.35
@@ -226,7 +226,7 @@ def test_golden_07_lab(golden):
 
 
 def test_golden_07_colour_of_a_cell(golden, monkeypatch):
-    """similar_colors compares whole-number means of 4x4 pixels."""
+    """similar_colors compares the means of 4 x 4 pixels, truncated to integers."""
     d, cells = golden("07_color_similarity"), []
     monkeypatch.setattr(losses_module, "rgb_to_lab", lambda rgb: cells.append(rgb) or rgb_to_lab(rgb))
     similar_colors(padded_rgb(d)[0])
@@ -234,8 +234,7 @@ def test_golden_07_colour_of_a_cell(golden, monkeypatch):
 
 
 def padded_rgb(d: dict, prefix: str = "") -> tuple[torch.Tensor, list, list]:
-    """The two images of golden 07 or 08 as a batch (2, 3, 128, 160) in RGB, their sizes, those of
-    their files."""
+    """The two images of golden 07 or 08 as a batch (2, 3, 128, 160) in RGB, their sizes, and their files' sizes."""
     images = [d[f"{prefix}image_bgr_{i}"].flip(0) for i in range(2)]
     sizes = [tuple(x.shape[1:]) for x in images]
     batch = torch.stack([F.pad(x, (0, 160 - x.shape[2], 0, 128 - x.shape[1])) for x in images])
@@ -278,7 +277,7 @@ def test_lab_of_known_colours():
 
 
 def test_refine_by_hand():
-    """Eq. 3, zeros outside: a lone 1 becomes (1 + 1/9) / 2, its neighbours 1/18; a corner of a full map
+    """Eq. 3 with zeros outside: a lone 1 becomes (1 + 1/9) / 2, its neighbours 1/18; a corner of a full map becomes
     (1 + 4/9) / 2."""
     lone = F.pad(torch.ones(1, 1, 1), (2, 2, 2, 2))
     expected = F.pad(torch.full((1, 3, 3), 1 / 18), (1, 1, 1, 1))
@@ -367,7 +366,7 @@ def test_golden_08_losses(golden, divisors, prefix, variant):
         compared.append(("loss_avg", leaf, 0.1 * ramp * losses["loss_pixel"]))
     for theirs, leaf, loss in compared:
         name = f"08 {theirs}"
-        if theirs in CHANGED_BY_OPTION.get(variant, ()):  # a line of its own in the golden table
+        if theirs in CHANGED_BY_OPTION.get(variant, ()):  # a separate line in the golden table
             name += f", {variant.rstrip('_')}"
         check(name, loss, d[f"{prefix}{variant}{theirs}"], 1e-4)
         gradient, = torch.autograd.grad(loss, leaf, retain_graph=True)
@@ -401,8 +400,7 @@ def supervised_by(mask: torch.Tensor, logits: torch.Tensor, scores=(1.0,), **opt
 
 
 def test_affinity_falls_when_neighbours_of_one_label_agree():
-    """Eq. 5 as printed, -(log p_i p_j + log (1-p_i)(1-p_j)), is smallest at p = 1/2: it would erase
-    every mask."""
+    """Eq. 5 as printed, -(log p_i p_j + log (1-p_i)(1-p_j)), is smallest at p = 1/2 and would erase every mask."""
     mask = torch.zeros(1, 12, 12)
     mask[:, 3:9, 3:9] = 1
     sure = 2 * mask - 1
@@ -426,7 +424,7 @@ def test_affinity_of_a_uniform_mask_counts_every_pair():
 
 
 def test_few_pairs_and_none():
-    """The average over an instance's pairs divides by their number, and by 1 where there is none."""
+    """The average over an instance's pairs divides by their number, or by 1 if it has none."""
     mask, logits = torch.ones(2, 3, 3), torch.zeros(2, 3, 3)
     image, inside, valid = torch.tensor([0, 0]), torch.zeros(2, 3, 3).bool(), torch.ones(1, 3, 3).bool()
     inside[0, 0, 0] = True                            # a corner: 3 pairs
@@ -436,8 +434,7 @@ def test_few_pairs_and_none():
 
 
 def test_noise_aware_sum_by_hand():
-    """Eq. 2: instances of dice 0 and 1 with scores 0.8 and 0.4; the third box has no pseudo mask and is
-    not counted."""
+    """Eq. 2: instances of dice 0 and 1 with scores 0.8 and 0.4. The third box has no pseudo mask: it is not counted."""
     mask = torch.zeros(3, 8, 8)
     mask[:2, 2:6, 2:6] = 0.7                          # above 1/2, so 1 as a target
     logits = 60 * (mask - 0.5)

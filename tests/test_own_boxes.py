@@ -97,7 +97,8 @@ def test_four_commands(make, convert, drawn, tmp_path, monkeypatch, capfd):
 def test_the_readmes_program(drawn, warm, tmp_path, monkeypatch, capsys):
     code = block("README.md", "from model import load")
     assert len(code) == 4
-    copies = {"runs/demo/final.pt": warm, "datasets/shapes/val2017/000000000001.jpg": min((drawn / "val2017").iterdir())}
+    photo = min((drawn / "val2017").iterdir())
+    copies = {"runs/demo/final.pt": warm, "datasets/shapes/val2017/000000000001.jpg": photo}
     for name, file in copies.items():
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_bytes(file.read_bytes())

@@ -1,4 +1,4 @@
-"""quality.py: correlations and matches by hand, the dots of the image, evaluate.py --score-quality."""
+"""tools/quality.py: correlations and matches by hand, the dots of the figure, evaluate.py --score-quality."""
 import json
 import math
 
@@ -191,7 +191,7 @@ def test_dots_at_the_corners_are_whole_and_many_are_faint(tmp_path):
 
 
 def test_command_line_from_checkpoint_to_image(checkpoint, dataset, tmp_path, capsys):
-    """An untrained network, whose boxes reach about a stride from their locations: 16 pixels at P3."""
+    """The boxes of an untrained network reach about a stride from their locations: they are 16 pixels wide on P3."""
     def at_locations(content):
         for k, row in enumerate(content["annotations"]):
             row["bbox"] = [12 + 32 * (k % 2), 12, 16, 16]
@@ -213,7 +213,7 @@ def test_command_line_from_checkpoint_to_image(checkpoint, dataset, tmp_path, ca
 
 
 def test_masks_of_an_evaluation_are_those_of_its_images(dataset, monkeypatch):
-    """What `matches` is given: the objects of this data set are painted, so an image shows its masks."""
+    """`matches` gets the masks of each image. The objects of this data set are painted: an image shows its masks."""
     seen = []
 
     def look(_, batch):

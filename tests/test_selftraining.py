@@ -21,7 +21,7 @@ from tools.quality import mask_quality
 
 @pytest.fixture
 def found(drawn, monkeypatch):
-    """found(): from now on a network finds the boxes of the first four images but the first of each; -> how many."""
+    """found(): from now on a network finds the boxes of four images but the first of each; returns their number."""
     annotations = CocoBoxes(drawn / "annotations/instances_train2017.json", drawn / "train2017")
 
     def plant() -> int:
@@ -110,7 +110,7 @@ def test_wrong_files_are_one_line(drawn, warm, tmp_path, capsys):
 
 
 def test_quality_by_hand():
-    """Three boxes: both masks known; the teacher gave none; no instance of the student."""
+    """Three boxes: one has a label and an instance of the student, one has no label, one has no instance."""
     boxes = torch.tensor([[0.0, 0, 32, 32], [0, 32, 32, 64], [32, 0, 64, 32]])
     truth = box_masks(boxes, 16, 16)
     truth[0, :, 4:] = False                          # the left half of box 0: 8 x 4 cells of 8 x 8

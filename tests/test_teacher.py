@@ -44,7 +44,7 @@ def test_first_update_copies_the_parameters_exactly():
 
 
 def student_at(step: int):
-    """The student after a step: another draw."""
+    """The student's parameters after a step: newly initialised ones."""
     return list(small_model(100 + step).parameters())
 
 
@@ -76,7 +76,7 @@ def test_average_in_closed_form(momentum, weights):
 
 
 def plane(padded, scale, x0: float, y0: float) -> torch.Tensor:
-    """Mask logits at stride 8 that rise along both axes and are 0 at (x0, y0), pixels of the student.
+    """Mask logits at stride 8 that rise along both axes and are 0 at (x0, y0), in pixels of the student's image.
 
     The mask head's enlargement puts cell i on cell 2i + 1 at stride 4, which is the middle of pixel 8i + 6.
     """
@@ -147,8 +147,7 @@ def test_a_teacher_of_another_size_lands_on_the_same_place(size, padded, teacher
 
 @pytest.mark.parametrize("case", ["test_", "teacher_"])
 def test_golden_09_on_the_students_grid(golden, case):
-    """Maps read at stride 4 equal the authors' full-size masks at every fourth pixel, but for a few on
-    the outline."""
+    """Maps at stride 4 equal the authors' full-size masks at every fourth pixel, but for a few on the outline."""
     d = golden("09_postprocess")
     size, out = (tuple(d[f"{case}{name}_hw"].tolist()) for name in ("input", "output"))
     height, width = (len(range(2, n, 4)) for n in out)
@@ -193,8 +192,7 @@ def test_unassigned_boxes_get_nothing():
 
 
 def test_predictions_beyond_the_image_are_clipped_before_they_are_matched():
-    """A box at the border cannot go beyond it; a prediction that does is as good within (golden 09
-    clips likewise)."""
+    """A box ends at the border of its image. A prediction that reaches beyond it is clipped first, as in golden 09."""
     size = padded = (96, 128)
     beyond = [-60.0, 20, 50, 70]  # unclipped its IoU is 0.45
     predictions = made_up([[(beyond, 0.9, torch.full((12, 16), 3.0))]], padded)
@@ -223,8 +221,8 @@ def test_no_prediction_at_all(score):
 
 
 def test_the_best_mask_by_the_score_wins():
-    """Two predictions for one box: the surer box has the vaguer mask. The class score takes one, Eq. 1
-    the other."""
+    """Two predictions for one box; the more confident one has the vaguer mask. The class score prefers one, Eq. 1 the
+    other."""
     padded, box = (96, 128), [16.0, 16, 80, 80]
     instances = [(box, 0.8, torch.full((12, 16), 0.1)), ([16.0, 16, 80, 60], 0.6, torch.full((12, 16), 6.0))]
     batch = make_batch([[box]], padded, padded, padded)
@@ -237,8 +235,8 @@ def test_the_best_mask_by_the_score_wins():
 
 
 def test_scores_by_hand():
-    """Eq. 1 with the last cell outside the box and 0.2, 0.5 not positive: mean of 0.9 and 0.7; Table
-    5's other three."""
+    """Eq. 1 with the last cell outside the box, and 0.2 and 0.5 not positive: the mean of 0.9 and 0.7. Then the other
+    three scores of Table 5."""
     c = torch.tensor([0.64, 0.5])
     p = torch.tensor([[[0.9, 0.7, 0.6], [0.2, 0.5, 1.0]], [[0.1, 0.2, 0.3], [0.2, 0.3, 0.9]]])
     box = torch.tensor([[[1, 1, 0], [1, 1, 0]]] * 2, dtype=torch.bool)
@@ -252,7 +250,7 @@ def test_scores_by_hand():
 
 
 def test_padding_does_not_reach_the_mean_entropy():
-    """Table 5 averages over the image; how far its batch was padded is not the image's."""
+    """The mean of Table 5 is over the image, without the padding of its batch."""
     box, size, mask = [16.0, 16, 80, 80], (96, 128), torch.full((12, 16), 2.0)
 
     def score(padded, mask) -> float:
@@ -264,7 +262,7 @@ def test_padding_does_not_reach_the_mean_entropy():
 
 
 def test_label_needs_no_gradient_and_averages_no_buffer():
-    """A pass of the teacher in training mode: its batch norms move by its own batch, not its parameters."""
+    """In training mode a pass of the teacher updates its batch norms, but no parameter."""
     teacher = make_teacher(small_model())
     images = torch.randint(0, 256, (1, 3, 96, 128), dtype=torch.uint8)
     batch = make_batch([[[10.0, 10, 60, 60]]], (96, 128), (96, 128), (96, 128))

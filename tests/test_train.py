@@ -1,8 +1,7 @@
-"""train.py: one step, whole runs of all methods, on one process and on two. Its options: test_recipe.py.
+"""train.py: one step, and whole runs of all methods, on one process and on two. Its options: test_recipe.py.
 
-Runs are as small as they can be: 64-pixel images, the narrowest network. Most start from `warm`, a model
-that has seen a batch a few dozen times, since before that the teacher finds nothing and its losses are zero.
-What a run keeps in its folder, and how it goes on from there, is in test_checkpoint.py.
+Runs are as small as possible: images of 64 pixels, the narrowest network. Most start from `warm`, a briefly trained
+model, because an untrained teacher finds nothing and its losses are zero. Resuming is tested in test_checkpoint.py.
 """
 import json
 import math
@@ -26,9 +25,6 @@ from boxteacher import RAMPED, total_loss
 from train import train_step
 
 
-# ----------------------------------------------------------- helpers, some of them for test_checkpoint.py too
-
-
 def without_segmentation(content: dict) -> None:
     for annotation in content["annotations"]:
         del annotation["segmentation"], annotation["area"]
@@ -49,13 +45,13 @@ def test_thirty_steps_on_one_batch_lower_every_loss_of_boxes(warm):
 
     for name in LOSSES["boxinst"]:
         assert mean(name, 27, 28, 29) < 0.95 * mean(name, 0, 1, 2), name
-    for name in ("pixel", "affinity"):  # before its first masks are good enough the teacher gives none
+    for name in ("pixel", "affinity"):  # at first no mask of the teacher is good enough
         assert mean(name, 0) == 0 < mean(name, 29), name
 
 
 def test_twenty_steps_on_one_batch_lower_the_losses_of_pseudo_masks(drawn, warm, tmp_path, monkeypatch):
-    """A student that has forgotten its masks learns them again from the teacher, which is held still: otherwise
-    it moves the target, and labels more boxes from step to step."""
+    """A student with a new controller learns its masks again from the teacher. The teacher is held still: otherwise
+    its labels, the target, would change from step to step."""
     monkeypatch.setattr(train.teacher, "update", lambda *_, **__: None)
     run, annotations = new_run(drawn, tmp_path, "--init", str(warm), "--optimizer", "adamw", "--lr", "5e-4",
                                "--iters", "100", "--warmup", "0", "--clip-grad", "10")
@@ -112,7 +108,7 @@ def test_clip_grad_bounds_the_step(drawn, tmp_path):
 
 
 def test_micro_steps_are_averaged(drawn, warm, tmp_path):
-    """The same batch twice as two micro-steps is that batch once, down to the last bit."""
+    """Two micro-steps with the same batch equal one step with it, to the last bit: halving is exact."""
     runs = [new_run(drawn, tmp_path, "--init", str(warm), "--iters", "100")[0] for _ in range(2)]
     batch = one_batch(new_run(drawn, tmp_path)[1])
     results = [train_step(run, [batch] * count, 50, False) for run, count in zip(runs, (1, 2))]
@@ -124,7 +120,7 @@ def test_micro_steps_are_averaged(drawn, warm, tmp_path):
 
 
 def test_ema_follows_the_student(drawn, warm, tmp_path):
-    """teacher <- alpha teacher + (1 - alpha) student after the step, alpha by the iteration and --ema."""
+    """After a step, teacher <- alpha teacher + (1 - alpha) student, with alpha from the iteration and --ema."""
     run, annotations = new_run(drawn, tmp_path, "--init", str(warm), "--iters", "100", "--ema", "0.75")
     batch = one_batch(annotations)
     for iteration, alpha in ((0, 0.5), (50, 0.75)):
@@ -136,7 +132,7 @@ def test_ema_follows_the_student(drawn, warm, tmp_path):
 
 
 def test_average_of_boxinst_labels_nothing_and_is_evaluated(drawn, warm, tmp_path):
-    """Table 7: the student learns as without it; parameters are averaged, batch norm's statistics the student's."""
+    """Table 7: averaging does not change the student; the average takes its batch-norm statistics."""
     options = ("--init", str(warm), "--method", "boxinst", "--iters", "100", "--ema", "0.75")
     averaged, annotations = new_run(drawn, tmp_path, *options, "--average")
     plain, _ = new_run(drawn, tmp_path, *options)
@@ -167,7 +163,7 @@ def test_teacher_starts_as_a_copy_and_is_not_optimised(drawn, warm, tmp_path):
 
 
 def test_compiled_steps_are_the_same_steps(drawn, warm, tmp_path, monkeypatch):
-    """torch.compile's tracing (translating would take minutes), for student and teacher, on padded images."""
+    """Student and teacher traced by torch.compile, on padded images. (Compiling what it traced would take minutes.)"""
     compiled, traced, graphs = CondInst.compile_convolutions, [], []
 
     def as_it_is(graph, inputs):
@@ -189,7 +185,7 @@ def test_compiled_steps_are_the_same_steps(drawn, warm, tmp_path, monkeypatch):
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert runs[0].model.state_dict().keys() == runs[1].model.state_dict().keys()  # a checkpoint is one all the same
     seen = len(graphs)
-    train.evaluate_and_draw(runs[1], Log(tmp_path, runs[1].plan, 0), annotations, None)  # 64 pixels: a size of its own
+    train.evaluate_and_draw(runs[1], Log(tmp_path, runs[1].plan, 0), annotations, None)  # 64 pixels: a new size
     assert len(graphs) == seen >= 6 and (tmp_path / "labels-0000000.png").exists()
 
 
@@ -197,7 +193,7 @@ def test_compiled_steps_are_the_same_steps(drawn, warm, tmp_path, monkeypatch):
 
 
 def spoil(monkeypatch, bad: set[int], how: str = "loss") -> list[tuple]:
-    """Make the loss, or the gradient alone, of the calls in `bad` not finite; -> the weights before each."""
+    """Make the loss, or only the gradient, of the steps in `bad` not finite; returns the weights before each step."""
     original, step, calls, seen = train.Run.losses, train.train_step, [], []
 
     def losses(run, batch):
@@ -228,7 +224,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(drawn, warm, tmp_path,
     assert not any(same(*pair) for pair in zip(before[0], before[1]))
     assert not any(same(*pair) for pair in zip(before[2], before[3]))
     assert not (out / "nonfinite.json").exists()
-    assert "NaN" not in (out / "metrics.jsonl").read_text()            # no JSON: other readers stop at it
+    assert "NaN" not in (out / "metrics.jsonl").read_text()            # it is not JSON
 
 
 def test_a_skipped_step_does_not_spoil_the_line_it_is_part_of(drawn, warm, tmp_path, monkeypatch):
@@ -240,7 +236,7 @@ def test_a_skipped_step_does_not_spoil_the_line_it_is_part_of(drawn, warm, tmp_p
 
 
 def test_bad_steps_and_stops_count_between_two_lines_of_the_log(drawn, tmp_path, monkeypatch, capsys):
-    """Three bad steps end the run though nothing is logged yet; a stop that was asked for ends it after its step."""
+    """Three bad steps end the run before anything is logged; a signal ends it after the step in progress."""
     calls = spoil(monkeypatch, {1, 2, 3})
     options = [*only_training(drawn), *SMALL, "--iters", 9, "--log-every", 9]
     assert command(*options, "--out", tmp_path / "bad") == 1
@@ -254,7 +250,7 @@ def test_bad_steps_and_stops_count_between_two_lines_of_the_log(drawn, tmp_path,
 
 
 def test_the_step_that_ends_a_run_saves_nothing(drawn, tmp_path, monkeypatch, capsys):
-    """Otherwise the same command would go on beyond it."""
+    """Otherwise the same command would resume after it."""
     spoil(monkeypatch, {2, 3, 4})
     options = [*only_training(drawn), *SMALL, "--iters", 9, "--log-every", 9, "--checkpoint-every", 1]
     assert command(*options, "--out", tmp_path) == 1
@@ -262,7 +258,7 @@ def test_the_step_that_ends_a_run_saves_nothing(drawn, tmp_path, monkeypatch, ca
 
 
 def test_fp16_skips_what_overflows_and_scales_less(drawn, warm, tmp_path, monkeypatch):
-    """A finite loss whose gradient overflows is the scaler's business: nothing is updated, and it is no broken step."""
+    """If only the scaled gradient overflows, the step is skipped and the scale lowered, but the step is not broken."""
     run, annotations = new_run(drawn, tmp_path, "--init", str(warm), "--iters", "100", "--amp", "fp16")
     batch, before = one_batch(annotations), weights(run.model)
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 120)
@@ -314,7 +310,7 @@ def test_three_in_a_row_end_the_run(drawn, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("method", LOSSES)
-def test_a_run_from_the_data_to_the_evaluation(drawn, warm, tmp_path, capsys, method):
+def test_a_run_from_data_to_evaluation(drawn, warm, tmp_path, capsys, method):
     out = tmp_path / "out"
     status = command("--data", drawn, "--out", out, *SMALL, "--method", method, "--iters", 4,
                      "--eval-every", 2, "--init", warm)
@@ -342,14 +338,14 @@ def test_a_run_from_the_data_to_the_evaluation(drawn, warm, tmp_path, capsys, me
     assert (info["config"]["test_min_size"], info["config"]["test_max_size"]) == (64, 64)
 
 
-def test_signals_are_given_back(drawn, warm, tmp_path):
-    """Else a process that trained, and all that it forks, would not heed SIGTERM any more."""
+def test_signal_handlers_are_restored(drawn, warm, tmp_path):
+    """Otherwise a process that has trained, and every process it forks, would ignore SIGTERM."""
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     assert command(*only_training(drawn), "--out", tmp_path / "out", *SMALL, "--iters", 1) == 0
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-def test_boxes_alone_suffice_unless_masks_are_to_be_learnt(drawn, warm, tmp_path, capsys):
+def test_only_condinst_needs_masks(drawn, warm, tmp_path, capsys):
     data = copy_set(drawn, tmp_path / "set", without_segmentation)
     for method in ("boxteacher", "boxinst"):
         options = ["--method", method, "--iters", 1, "--init", warm]
@@ -526,7 +522,7 @@ def torchrun(*argv, timeout: int = 300) -> subprocess.CompletedProcess:
 
 
 def largest_difference(one: list[dict], two: list[dict]) -> float:
-    """Relative, over all losses of all iterations."""
+    """The largest relative difference of a loss over all iterations."""
     assert len(one) == len(two) > 0
     for a, b in zip(one, two):
         assert a.keys() == b.keys()
