@@ -124,6 +124,7 @@ HARMLESS = (
     ("__array__", "DeprecationWarning"),                        # pycocotools under numpy 2
     ("unclosed", "ResourceWarning"),                            # images that tests open and drop
     ("This DataLoader will create", "UserWarning"),             # more loading processes than this machine has cores
+    ("The .grad attribute of a Tensor that is not a leaf", "UserWarning"),  # torch.compile, while it traces
 )
 
 
