@@ -1,7 +1,7 @@
-"""Which prediction answers for which box: the two assignments of BoxTeacher.
+"""Which prediction is assigned to which box.
 
 fcos_targets      student: which location learns which ground-truth box (FCOS Sec. 3.1, centre sampling)
-batch_instances   student: which of those locations also learn a mask, at most 64 an image
+batch_instances   student: which of those locations also learn a mask, at most 64 an image (as in CondInst's code)
 assign_masks      teacher: which predicted mask becomes the pseudo mask of which box (paper Alg. 1)
 """
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from model import Locations, Predictions
 
 LEVEL_RANGES = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, float("inf")))  # largest of ltrb, pixels
 CENTER_RADIUS = 1.5  # strides
-IOU_THRESHOLD = 0.5  # tau_iou of Alg. 1
+IOU_THRESHOLD, SCORE_THRESHOLD = 0.5, 0.05  # tau_iou and tau_c of Alg. 1
 
 
 class Targets(NamedTuple):
@@ -21,7 +21,7 @@ class Targets(NamedTuple):
 
     labels: Tensor  # (B, L) int64
     ltrb: Tensor    # (B, L, 4) strides; 0 at background
-    boxes: Tensor   # (B, L) int64: the box, counted over the whole batch, or -1 at background
+    boxes: Tensor   # (B, L) int64: index of the box in torch.cat(boxes), or -1 at background
 
 
 def fcos_targets(locations: Locations, boxes: list[Tensor], labels: list[Tensor], num_classes: int) -> Targets:
@@ -65,7 +65,7 @@ def image_targets(locations: Locations, boxes: Tensor, labels: Tensor, num_class
 def batch_instances(predictions: Predictions, targets: Targets) -> tuple[list[Tensor], Tensor]:
     """The K instances of a batch, chosen by select_instances.
 
-    Returns locations[b] (k_b,) of image b, and box (K,), the box of each instance, counted over the batch.
+    Returns locations[b] (k_b,) of image b, and box (K,), the index of each instance's box in torch.cat(boxes).
     """
     locations = [select_instances(*image)
                  for image in zip(predictions.class_logits, predictions.centerness, targets.boxes)]
@@ -75,8 +75,8 @@ def batch_instances(predictions: Predictions, targets: Targets) -> tuple[list[Te
 def select_instances(class_logits: Tensor, centerness: Tensor, boxes: Tensor, limit: int = 64) -> Tensor:
     """The positive locations of one image whose masks are learnt (k,), most confident first, k <= limit.
 
-    class_logits (L, C), centerness (L,) logits, boxes (L,) the assigned box or -1. Every box gets an equal share of
-    the limit, at least one, for its most confident locations; with more boxes than the limit the most confident remain.
+    class_logits (L, C), centerness (L,) logits, boxes (L,) the assigned box or -1. Every box keeps its most confident
+    locations, an equal share of the limit and at least one; of all these the `limit` most confident remain.
     """
     positive = (boxes >= 0).nonzero()[:, 0]                                          # (P,)
     confidence = class_logits[positive].amax(1).sigmoid() * centerness[positive].sigmoid()
@@ -88,19 +88,21 @@ def select_instances(class_logits: Tensor, centerness: Tensor, boxes: Tensor, li
 
 
 def assign_masks(iou: Tensor, scores: Tensor, iou_threshold: float = IOU_THRESHOLD,
-                 score_threshold: float = 0.05) -> Tensor:
+                 score_threshold: float = SCORE_THRESHOLD) -> Tensor:
     """Alg. 1: give predicted masks to ground-truth boxes.
 
     iou (N, G) of predicted and ground-truth boxes, scores (N,) mask-aware. Returns (G,) int64 on the CPU: the
     prediction whose mask a box gets, or -1.
 
-    A box once taken stays taken, as the listing intends. The authors' program tests `index > 0` with 0-based indices,
-    so another prediction may take over the box of the best one.
+    Each box gets one mask, as the listing intends. The authors' program tests `index > 0` for "taken" with 0-based
+    indices, so another prediction may take over the box of prediction 0, the best.
     """
     iou, scores = iou.cpu(), scores.cpu()                        # each turn depends on the one before
     assigned = torch.full((iou.shape[1],), -1)                   # A
+    if len(assigned) == 0:
+        return assigned
     for i in scores.argsort(descending=True, stable=True):       # S: the best score first
-        if scores[i] < score_threshold or len(assigned) == 0:
+        if scores[i] < score_threshold:
             break
         free = iou[i].masked_fill(assigned >= 0, -1.0)
         u = free.max()

@@ -90,8 +90,7 @@ def view_masks(annotations: CocoBoxes, i: int, size: tuple[int, int], flip: bool
 
 
 class Blur(v2.GaussianBlur):
-    """torchvision's 3 x 3 blur, one axis at a time: a fifth of its time; one value in a million is rounded the other
-    way."""
+    """torchvision's 3 x 3 blur, one axis at a time: five times faster; one value in a million rounds differently."""
 
     def transform(self, image: Image.Image, params: dict) -> Image.Image:
         side = math.exp(-0.5 / params["sigma"][0] ** 2)
@@ -102,8 +101,8 @@ class Blur(v2.GaussianBlur):
         return Image.fromarray(x.round().astype(np.uint8))
 
 
-# The student's colour augmentations (Table 9, with hue 0.1 in both; strong-blur is the released 3x recipe). They take
-# Pillow images, which is faster than tensors and does not depend on the number of threads.
+# The student's colour augmentations (Table 9, with the released code's hue of 0.1 in both; strong-blur is its 3x
+# recipe). Pillow images are faster here than tensors, and do not depend on the number of threads.
 STRONG = [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2)]
 AUGMENTATIONS = {
     "none": None,

@@ -4,12 +4,11 @@ L_det        focal, GIoU and centerness losses of FCOS                          
 L_box-sup    max-projection and colour pairwise losses of BoxInst, from boxes alone   box_supervised_losses
 L_mask-sup   noise-aware dice and affinity losses from the teacher's masks (Eq. 2)    mask_supervised_losses
 
-Each is a function of tensors. Mask losses live on the stride-4 grid (h, w). K is the number of instances (locations
-that learn a mask), G that of the ground-truth boxes of the batch; box (K,) is the box of each instance.
+Each is a function of tensors, with the letters of boxteacher.py. Mask losses live on the stride-4 grid (h, w).
 
-Sums are divided by counts over all processes (`over_processes`), so a batch has the same loss however many processes
-share it. Without boxes or instances every sum is empty: zero, and still connected to the network, so that no process
-waits for a gradient that never comes.
+Sums are divided by counts over all processes (`mean_over_processes`), so a batch has the same loss however many
+processes share it. Without boxes or instances every sum is empty: zero, and still connected to the network, because DDP
+would wait for a missing gradient.
 """
 from typing import NamedTuple
 
@@ -24,24 +23,24 @@ from data import Batch
 from masks import box_masks
 from model import Predictions
 
-# Pairs of cells (i, j) at distance 2. Each offset also stands for its mirror image, since a cost of (i, j) is one of
-# (j, i), so four offsets (o) make all eight neighbours:      . . .
-#                                                              . i o     and at half the memory:   (dy, dx)
-#                                                              o o o
+# Pairs of cells (i, j), two cells apart as in BoxInst (the paper gives no distance). Their costs are symmetric, so four
+# offsets (o) cover the eight neighbours at half the memory:      . . .
+#                                                                 . i o
+#                                                                 o o o     (dy, dx)
 OFFSETS = ((0, 2), (2, 0), (2, 2), (2, -2))
 
 
-def over_processes(count: Tensor, least: float = 1.0) -> Tensor:
-    """The mean of a count over all processes, at least `least`. A process divides its sum by it:
+def mean_over_processes(count: Tensor, minimum: float = 1.0) -> Tensor:
+    """The total of a count over all processes, at least `minimum`, divided by their number.
 
-    DDP averages gradients over processes, so sum / mean(count) becomes total sum / total count.
+    A process divides its own sum by it. DDP averages gradients over processes, so sum / mean(count) becomes total sum /
+    total count.
     """
-    count = count.detach().float()
+    total, processes = count.detach().float().clone(), 1
     if dist.is_initialized():
-        count = count.clone()
-        dist.all_reduce(count)
-        count /= dist.get_world_size()
-    return count.clamp(min=least)
+        dist.all_reduce(total)
+        processes = dist.get_world_size()
+    return total.clamp(min=minimum) / processes
 
 
 # --------------------------------------------------------------------------------------- L_det (FCOS Sec. 3)
@@ -56,11 +55,11 @@ def detection_losses(predictions: Predictions, targets: Targets) -> dict[str, Te
     positive = targets.labels < num_classes                                          # (B, L)
     ltrb = targets.ltrb[positive]                                                    # (P, 4)
     centerness = centerness_of(ltrb)                                                 # (P,)
-    box = centerness * giou_loss(predictions.ltrb[positive], ltrb)
+    giou = centerness * giou_loss(predictions.ltrb[positive], ltrb)
     center = F.binary_cross_entropy_with_logits(predictions.centerness[positive], centerness, reduction="sum")
-    num_positives = over_processes(positive.sum())
+    num_positives = mean_over_processes(positive.sum())
     return {"loss_cls": focal / num_positives,
-            "loss_box": box.sum() / over_processes(centerness.sum(), 1e-6),
+            "loss_box": giou.sum() / mean_over_processes(centerness.sum(), 1e-6),
             "loss_centerness": center / num_positives}
 
 
@@ -94,14 +93,17 @@ def dice_loss(p: Tensor, g: Tensor) -> Tensor:
 
 
 def projection_loss(p: Tensor, box: Tensor) -> Tensor:
-    """A mask and its box cast the same shadow on each axis: dice of the maxima over rows and columns. -> (K,)"""
+    """A mask and its box cast the same shadow on each axis: dice of the maxima over rows and columns.
+
+    p (K, h, w) probabilities, box (K, h, w) bool. Returns (K,).
+    """
     box = box.to(p.dtype)
     # max, not amax: one of several equal cells gets the gradient, as in the authors' code; amax divides it among them
     return dice_loss(p.max(2).values, box.amax(2)) + dice_loss(p.max(1).values, box.amax(1))
 
 
 def average_projection_loss(p: Tensor, g: Tensor) -> Tensor:
-    """The same with means instead of maxima, for coarse masks g (Table 3, L_avg). (K, h, w) -> (K,)"""
+    """Dice of the means over rows and columns, for coarse masks g (Table 3, L_avg). (K, h, w) -> (K,)"""
     g = g.to(p.dtype)
     return dice_loss(p.mean(2), g.mean(2)) + dice_loss(p.mean(1), g.mean(1))
 
@@ -117,7 +119,7 @@ def bce_loss(logits: Tensor, g: Tensor) -> Tensor:
 def pair(x: Tensor, offset: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """(x_i, x_j) for all cells i of (..., h, w) whose neighbour j at +offset is in the map: two views, no copy."""
     (dy, dx), (h, w) = offset, x.shape[-2:]
-    left, right = max(dx, 0), max(-dx, 0)  # columns that the other one of the pair is off by
+    left, right = max(dx, 0), max(-dx, 0)  # columns to trim on each side
     return x[..., :h - dy, right:w - left], x[..., dy:, left:w - right]
 
 
@@ -144,6 +146,7 @@ class MaskGrid(NamedTuple):
 
 
 def mask_grid(batch: Batch, height: int, width: int) -> MaskGrid:
+    """The grid of masks (K, height, width) of a batch."""
     boxes = torch.cat(batch.boxes)
     counts = torch.tensor([len(b) for b in batch.boxes])
     image = torch.arange(len(counts)).repeat_interleave(counts).to(boxes.device)
@@ -194,8 +197,8 @@ def box_supervised_losses(logits: Tensor, costs: list[Tensor], inside: Tensor, c
     """
     projection = projection_loss(logits.sigmoid(), inside[box])
     total, count = weighted_pairs(costs, color_weights, box)
-    return {"loss_projection": projection.sum() / over_processes(logits.new_tensor(len(box))),
-            "loss_pairwise": total.sum() / over_processes(count.sum())}
+    return {"loss_projection": projection.sum() / mean_over_processes(logits.new_tensor(len(box))),
+            "loss_pairwise": total.sum() / mean_over_processes(count.sum())}
 
 
 def color_pairs(images: Tensor, grid: MaskGrid) -> list[Tensor]:
@@ -248,36 +251,44 @@ def mask_supervised_losses(logits: Tensor, costs: list[Tensor], masks: Tensor, s
     """The two noise-aware sums of Eq. 2, (1 / N_p) sum_i s_i L(m_i^p, m_i^g), before their lambdas.
 
     masks (G, h, w) the teacher's probabilities, 0 outside the box; scores (G,), 0 for a box without a pseudo mask.
-    N_p is the number of instances with one. pixel_loss: one of PIXEL_LOSSES.
+    N_p is the number of instances with one. The pixel loss sees masks made binary, as in the authors' code; pixel_loss:
+    one of PIXEL_LOSSES.
     """
     s = scores[box]                                                                  # (K,)
     pixel = PIXEL_LOSSES[pixel_loss](logits, (masks > 0.5)[box])
-    total, count = weighted_pairs(costs, affinity_weights, box)
-    affinity = total / count.clamp(min=1)
-    num_masks = over_processes((s > 0).sum())
+    affinity = affinity_loss(costs, affinity_weights, box)
+    num_masks = mean_over_processes((s > 0).sum())
     return {"loss_pixel": (s * pixel).sum() / num_masks, "loss_affinity": (s * affinity).sum() / num_masks}
 
 
+def affinity_loss(costs: list[Tensor], weights: list[Tensor], box: Tensor) -> Tensor:
+    """Eq. 5: the mean cost of the pairs that Eq. 4 selects, (K,). costs: `disagreement`, weights: `affinity_pairs`.
+
+    As printed, -(log(p_i p_j) + log((1 - p_i)(1 - p_j))) has its minimum at p = 1/2 everywhere and would erase masks.
+    The authors' code and BoxInst have -log(p_i p_j + (1 - p_i)(1 - p_j)), which falls when neighbours agree. The
+    authors also average over all pairs of an instance at once, not cell by cell. This code follows theirs in both.
+    """
+    total, count = weighted_pairs(costs, weights, box)
+    return total / count.clamp(min=1)
+
+
 def affinity_pairs(masks: Tensor, grid: MaskGrid) -> list[Tensor]:
-    """Weights of the pairs that have one label in the pseudo masks (G, h, w), see pair_weights."""
+    """Weights of the pairs with one label in the pseudo masks (G, h, w) (Eq. 3 and 4), see pair_weights."""
     return pair_weights(similar_labels(refine(masks)), grid)
 
 
 @torch.no_grad()
 def refine(g: Tensor) -> Tensor:
-    """Eq. 3: half the probability, half the mean of the 3x3 cells around it, itself included. (G, h, w)"""
+    """Eq. 3: half the probability, half the mean of the 3x3 cells around it, itself included. (G, h, w)
+
+    Cells outside the map count as 0, as in the authors' code.
+    """
     return (g + F.avg_pool2d(g[:, None], 3, stride=1, padding=1)[:, 0]) / 2
 
 
 @torch.no_grad()
 def similar_labels(g: Tensor, threshold: float = 0.5) -> list[Tensor]:
-    """Eq. 4: pairs with affinity mu_ij = g_i g_j + (1 - g_i)(1 - g_j) > tau_a, g refined: 4 x (G, h', w') bool.
-
-    Eq. 5 is then `disagreement` averaged over these pairs. As printed, -(log(p_i p_j) + log((1 - p_i)(1 - p_j))) has
-    its minimum at p = 1/2 everywhere and would erase masks. The authors' code and BoxInst have
-    -log(p_i p_j + (1 - p_i)(1 - p_j)), which falls when neighbours agree. The authors also average over all pairs of
-    an instance at once, not cell by cell. This code follows theirs in both.
-    """
+    """Eq. 4: pairs with affinity mu_ij = g_i g_j + (1 - g_i)(1 - g_j) > tau_a, g refined: 4 x (G, h', w') bool."""
     similar = []
     for offset in OFFSETS:
         a, b = pair(g, offset)

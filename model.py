@@ -377,7 +377,7 @@ def predict(model: CondInst, images: Tensor, sizes: list[tuple[int, int]], origi
     """The instances of each image of a padded batch (as in CondInst.forward), model in eval mode.
 
     original_sizes: the (height, width) of the returned boxes and masks. rescore: report sqrt(d * q) of the detector's
-    score d and the quality q of the mask (paper Sec. 3.1), instead of d.
+    score d and the mean probability q of the mask's pixels, as the authors' code does, instead of d.
     """
     return find_instances(model(images, sizes), sizes, original_sizes, score_threshold, rescore)
 
@@ -422,13 +422,13 @@ def rescores(method: str) -> bool:
     return method == "boxteacher"
 
 
-# Below these most objects are false. With rescoring the threshold is higher: q > 0.5 makes sqrt(d q) larger than d.
+# Most detections below these scores are false. Rescored ones are higher: sqrt(d q) > d for most, since q > 0.5.
 SCORE_THRESHOLD, RESCORED_THRESHOLD = 0.3, 0.6
 
 
 def predict_confident(model: CondInst, images: Tensor, sizes: list[tuple[int, int]],
                       original_sizes: list[tuple[int, int]], score_threshold: float, rescore: bool) -> list[Instances]:
-    """`predict`, of which only the instances remain whose reported score is at least score_threshold."""
+    """`predict`, filtered by the score that is reported."""
     found = predict(model, images, sizes, original_sizes, min(0.05, score_threshold), rescore)
     return [confident(instances, score_threshold) for instances in found]
 

@@ -2,7 +2,7 @@
 
     update         theta <- alpha theta + (1 - alpha) xi, the exponential moving average (EMA)
     pseudo_label   clean image -> teacher -> mask-aware scores (Eq. 1) -> Alg. 1 -> a pseudo mask for each box
-    match          the last two steps for one image; labels for one's own boxes (tools/label.py) use it too
+    match          scores and Alg. 1 for one image, also used to label the boxes of a data set (tools/label.py)
 """
 import copy
 from typing import NamedTuple
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou, clip_boxes_to_image
 
-from assign import IOU_THRESHOLD, assign_masks
+from assign import IOU_THRESHOLD, SCORE_THRESHOLD, assign_masks
 from data import Batch
 from masks import box_masks, cells, decode, paste_masks
 from model import CondInst, Detections, Predictions, detect, mask_logits
@@ -38,21 +38,24 @@ class Match(NamedTuple):
 def make_teacher(student: CondInst) -> CondInst:
     """An exact copy that no gradient reaches.
 
-    Like the authors' it stays in training mode: its batch norms normalise with its own batches and keep running
-    statistics of its own features. Those buffers are never averaged; evaluation (eval mode) uses them.
+    Like the authors' it stays in training mode: batch norms normalise with the teacher's batches and keep running
+    statistics of its features, which evaluation uses and which are never averaged; Swin drops paths at random.
     """
     return copy.deepcopy(student).requires_grad_(False).train()
 
 
 def ema_momentum(iteration: int, ceiling: float = 0.999) -> float:
-    """alpha of the update before this 0-based iteration: a young average forgets faster; 0 (a copy) at first."""
+    """alpha of the update before a 0-based iteration: min(ceiling, 1 - 1 / (iteration + 1)).
+
+    The paper has 0.999 from the start; this warm-up is that of the authors' code.
+    """
     return min(ceiling, 1 - 1 / (iteration + 1))
 
 
 @torch.no_grad()
 def update(teacher: CondInst, student: CondInst, momentum: float, statistics: bool = False) -> None:
-    """EMA of the parameters. statistics: copy the student's batch-norm statistics too, for an average that is never
-    trained on images itself (train.py --average)."""
+    """EMA of the parameters. statistics: copy the student's batch-norm statistics too, for an average that never runs
+    on training images (train.py --average)."""
     for theta, xi in zip(teacher.parameters(), student.parameters()):
         theta.lerp_(xi, 1 - momentum)
     if statistics:
@@ -69,7 +72,7 @@ def pseudo_label(teacher: CondInst, batch: Batch, score: str = "mask-aware") -> 
     for b, (boxes, size, teacher_size) in enumerate(zip(batch.boxes, batch.sizes, batch.teacher_sizes)):
         image = predictions.of_image(b)
         matched = match(image, detect(image), boxes, size, teacher_size, (height, width), score)
-        given = matched.assigned >= 0
+        given = matched.assigned >= 0  # the other boxes keep mask 0 and weight 0: box losses alone
         mask, weight = boxes.new_zeros(len(boxes), height, width), boxes.new_zeros(len(boxes))
         mask[given] = matched.masks[matched.assigned[given]]
         weight[given] = matched.scores[matched.assigned[given]]
@@ -80,7 +83,7 @@ def pseudo_label(teacher: CondInst, batch: Batch, score: str = "mask-aware") -> 
 
 def match(image: Predictions, found: Detections, boxes: Tensor, size: tuple[int, int], teacher_size: tuple[int, int],
           grid: tuple[int, int], score: str = "mask-aware", classes: Tensor | None = None,
-          iou_threshold: float = IOU_THRESHOLD, score_threshold: float = 0.05) -> Match:
+          iou_threshold: float = IOU_THRESHOLD, score_threshold: float = SCORE_THRESHOLD) -> Match:
     """Alg. 1 for one image: which detection's mask goes to which of the boxes (G, 4), xyxy pixels.
 
     image, found: the teacher's predictions and detections on its view of (height, width) teacher_size; size: that of
@@ -108,9 +111,11 @@ def to_student_grid(p: Tensor, teacher_size: tuple[int, int], size: tuple[int, i
                     width: int) -> Tensor:
     """Maps p (N, h', w') at stride 4 of the teacher's image, read on the student's stride-4 grid (height, width).
 
-    Both sizes are the images' true (height, width). Cell i of the student's grid is the middle of pixel 4i + 2,
-    at the fraction (4i + 2.5) / size of the image, which is pixel t = that * teacher_size - 0.5 of the teacher's,
-    cell (t - 2) / 4 of its map. Where both images are of one size, that is cell i itself.
+    Both sizes are the images' true (height, width). Cell i of the student's grid is the middle of pixel 4 i + 2:
+
+        fraction of the image        f = (4 i + 2.5) / size
+        pixel of the teacher's image t = f * teacher_size - 0.5
+        cell of the teacher's map    (t - 2) / 4, which is i if the sizes are equal
     """
     if len(p) == 0:
         return p.new_zeros(0, height, width)
@@ -130,8 +135,8 @@ def released_masks(logits: Tensor, c: Tensor, teacher_size: tuple[int, int], siz
     """What the authors' program makes of the teacher's masks, in place of Eq. 1: `--score released`.
 
     logits (N, h', w') of the teacher, c (N,) the detector's confidence. Masks are pasted into the student's image,
-    made binary there and sampled at stride 4. With q the mean probability of the whole mask, predictions take turns
-    by sqrt(c q), and a mask weighs sqrt(sqrt(c) q). Returns masks (N, height, width) of 0 and 1, the order (N,) and
+    made binary there and sampled at stride 4. With q the mean probability of the whole mask, Alg. 1 sorts by sqrt(c q)
+    and the weight in the loss is sqrt(sqrt(c) q). Returns masks (N, height, width) of 0 and 1, the order (N,) and
     the weights (N,).
     """
     rles, q = paste_masks(logits, teacher_size, size)
@@ -148,8 +153,8 @@ def released_masks(logits: Tensor, c: Tensor, teacher_size: tuple[int, int], siz
 def mask_aware_score(c: Tensor, p: Tensor, box: Tensor, iou: Tensor) -> Tensor:
     """Eq. 1: sqrt(c * mean probability of the mask's pixels (p > 0.5) inside the box).
 
-    `box` is the predicted box: this score orders Alg. 1, so no ground-truth box is assigned yet. (The authors' program
-    differs: released_masks.)
+    The paper says ground-truth box, but this score orders Alg. 1, when none is assigned yet: `box` is the predicted
+    one. (The authors' program differs: released_masks.)
     """
     positive = (p > 0.5) & box
     quality = (p * positive).sum((1, 2)) / positive.sum((1, 2)).clamp(min=1)
@@ -157,10 +162,12 @@ def mask_aware_score(c: Tensor, p: Tensor, box: Tensor, iou: Tensor) -> Tensor:
 
 
 def class_score(c: Tensor, p: Tensor, box: Tensor, iou: Tensor) -> Tensor:
+    """The detector's confidence, sqrt(class probability * centerness)."""
     return c
 
 
 def iou_score(c: Tensor, p: Tensor, box: Tensor, iou: Tensor) -> Tensor:
+    """The largest IoU with any ground-truth box, since none is assigned yet."""
     return iou.amax(1) if iou.shape[1] else torch.zeros_like(c)
 
 

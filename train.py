@@ -49,7 +49,7 @@ from tools.command_line import output_file, pick_amp, start_distributed
 from tools.log import Log, draw_sheet, summary_writer
 from tools.quality import measure
 
-# of DDP, to copy the buffers of process 0 to the others in each forward pass; torch 2.14 renamed it
+# the DDP option that copies the buffers of process 0 to the others in each forward pass; torch 2.14 renamed it
 SYNC_BUFFERS = next(name for name in ("forward_sync_buffers", "broadcast_buffers")
                     if name in inspect.signature(DistributedDataParallel).parameters)
 
@@ -66,8 +66,8 @@ class StepResult(NamedTuple):
     counts: dict[str, Tensor]   # sums over the micro-steps
     norm: Tensor                # of the gradient, before clipping
     finite: bool                # loss and gradient, on all processes; otherwise nothing was updated
-    broken: bool                # not finite for another reason than the fp16 scaler lowering its scale
-    stop: bool                  # some process was asked to stop
+    broken: bool                # not finite, and not a gradient that a lower fp16 scale may cure
+    stop: bool                  # some process received a signal to stop
 
 
 def train_step(run: "Run", batches: list[Batch], iteration: int, stop_asked: bool) -> StepResult:
@@ -103,7 +103,8 @@ def train_step(run: "Run", batches: list[Batch], iteration: int, stop_asked: boo
     else:
         for now, before in zip(run.statistics, statistics):
             now.copy_(before)
-    # fp16: a gradient may overflow although the loss is finite; the scaler then lowers its scale, down to 1
+    # fp16: a gradient may overflow although the loss is finite, and the scaler then halves its scale. At a scale of 1
+    # or below that counts as broken; without fp16 get_scale() is 1.
     broken = not loss_finite or not norm_finite and run.scaler.get_scale() <= 1
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
@@ -427,7 +428,7 @@ def describe(run: Run, annotations: CocoBoxes) -> None:
           f"{len(run.classes)} classes -> {run.out}")
     print(f"{plan.iterations} iterations of {run.args.batch_size} images, learning rate {plan.lr:g} after "
           f"{plan.warmup} of warm-up, {'cosine' if plan.cosine else f'a tenth at {plan.drops}'}; "
-          f"ramp of noisy losses {plan.ramp}")
+          f"ramp of pairwise and pseudo-mask losses {plan.ramp}")
     if run.iteration < plan.iterations:  # otherwise these options train nothing
         (run.out / "config.json").write_text(json.dumps(run.config() | {"plan": plan._asdict()}, indent=1))
 

@@ -11,7 +11,7 @@ from assign import Targets, batch_instances, fcos_targets
 from boxteacher import RAMPED
 from helpers import check, head_maps, predictions_of, relative_error
 from losses import (OFFSETS, MaskGrid, average_projection_loss, bce_loss, box_supervised_losses, centerness_of,
-                    detection_losses, dice_loss, disagreement, giou_loss, mask_supervised_losses, over_processes, pair,
+                    detection_losses, dice_loss, disagreement, giou_loss, mask_supervised_losses, mean_over_processes, pair,
                     pair_weights, projection_loss, refine, rgb_to_lab, similar_colors, similar_labels, valid_cells,
                     weighted_pairs)
 from masks import box_masks
@@ -37,14 +37,14 @@ def at_pairs(x: torch.Tensor, offset: tuple[int, int]) -> tuple[torch.Tensor, to
 
 @pytest.fixture
 def divisors(monkeypatch) -> list[torch.Tensor]:
-    """The results of over_processes, by which sums are divided, in the order of the code."""
+    """The results of mean_over_processes, by which sums are divided, in the order of the code."""
     answers = []
 
     def recorded(*count):
-        answers.append(over_processes(*count))
+        answers.append(mean_over_processes(*count))
         return answers[-1]
 
-    monkeypatch.setattr(losses_module, "over_processes", recorded)
+    monkeypatch.setattr(losses_module, "mean_over_processes", recorded)
     return answers
 
 
