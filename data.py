@@ -82,7 +82,7 @@ def view_mask(mask: np.ndarray, size: tuple[int, int], flip: bool) -> Tensor:
 
 
 def view_masks(annotations: CocoBoxes, i: int, size: tuple[int, int], flip: bool) -> Tensor | None:
-    """view_mask of every box of image i, (G, h/4, w/4); None if the annotations were read without masks."""
+    """view_mask of every box of image i, (G, h, w) at stride 4; None if the annotations were read without masks."""
     if annotations.rles is None:
         return None
     masks = [view_mask(annotations.mask(i, box), size, flip) for box in range(*annotations.offsets[i:i + 2])]
@@ -153,7 +153,7 @@ class Sample(NamedTuple):
     image: Image.Image                      # the student's clean view, RGB
     augmented: Image.Image | None
     teacher_image: Image.Image | None       # `image` itself if both sizes are equal
-    masks: Tensor | None                    # (G, h/4, w/4) bool
+    masks: Tensor | None                    # (G, h, w) bool, stride 4
     boxes: Tensor
     labels: Tensor
     original_size: tuple[int, int]
@@ -257,10 +257,10 @@ class TrainBatches(torch.utils.data.Dataset):
         return self.batches[batch].tolist()
 
     def epoch_order(self, epoch: int) -> np.ndarray:
-        """(epoch_length, batch_size) indices of images, each once; those that do not fill a last batch are left out.
+        """(epoch_length, batch_size) indices of images, in random order; those that do not fill a last batch are left out.
 
         Landscape and portrait images are in separate batches, for less padding; only the leftovers mix."""
-        rng = np.random.default_rng([self.seed, epoch, self.batch_size])     # `choose` never has so high a place
+        rng = np.random.default_rng([self.seed, epoch, self.batch_size])     # `choose` has place < batch_size
         order = np.concatenate([rng.permutation(len(self.annotations)) for _ in range(self.repeats)])
         groups = order[self.wide[order]], order[~self.wide[order]]
         filled = [len(group) - len(group) % self.batch_size for group in groups]

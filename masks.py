@@ -24,8 +24,8 @@ def cells(size: tuple[int, int]) -> tuple[int, int]:
 def box_masks(boxes: Tensor, height: int, width: int, stride: int = 4) -> Tensor:
     """Boxes (G, 4) xyxy pixels as masks (G, height, width) bool on the grid of a stride.
 
-    A box covers pixel rows int(y0) ... int(y1 + 1) - 1, likewise columns; cell i of the grid is pixel
-    i * stride + stride // 2.
+    As in BoxInst's code, a box covers pixel rows int(y0) ... int(y1 + 1) - 1, likewise columns; cell i of the grid is
+    pixel i * stride + stride // 2.
     """
     y = torch.arange(height, device=boxes.device) * stride + stride // 2
     x = torch.arange(width, device=boxes.device) * stride + stride // 2

@@ -195,6 +195,7 @@ class MaskBranch(nn.Module):
 
     @staticmethod
     def _block(inputs: int, outputs: int) -> nn.Sequential:
+        """Its batch norm is trained, also with a frozen backbone."""
         return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), BatchNorm(outputs),
                              nn.ReLU(inplace=True))
 
