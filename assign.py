@@ -101,9 +101,8 @@ def assign_masks(iou: Tensor, scores: Tensor, iou_threshold: float = IOU_THRESHO
     assigned = torch.full((iou.shape[1],), -1)                   # A
     if len(assigned) == 0:
         return assigned
-    for i in scores.argsort(descending=True, stable=True):       # S: the best score first
-        if scores[i] < score_threshold:
-            break
+    order = scores.argsort(descending=True, stable=True)         # S: the best score first
+    for i in order[scores[order] >= score_threshold]:            # not a score of NaN
         free = iou[i].masked_fill(assigned >= 0, -1.0)
         u = free.max()
         if u >= iou_threshold:

@@ -50,14 +50,15 @@ from formats.released import IMAGENET
 from losses import MaskGrid, disagreement, pair_weights, similar_colors, weighted_pairs
 from model import Predictions
 from recipe import parse_arguments as training_arguments
-from tools.command_line import AMP, DEVICE, not_negative, output_file, pick_amp, positive, start_distributed, write_json
+from tools.command_line import AMP, DEVICE, not_negative, output_file, pick_amp, positive, write_json
 from tools.growth import draw_growth, measure_growth, show_growth
 from tools.measuring import (Clock, Yardstick, imported_functions, made_up_data, measure_annotations, medians,
                              peak_memory, reset_peak, tensor_peak)
+from tools.processes import start_distributed
 
 # What is timed: (module or class, function) -> part. Inner parts are taken off the outer ones.
 TRAINING = imported_functions(boxteacher) | {
-    (torch.Tensor, "backward"): "backward", (torch.nn.utils, "clip_grad_norm_"): "optimiser",
+    (torch.Tensor, "backward"): "backward", (torch.nn.utils, "get_total_norm"): "optimiser",
     (torch.optim.SGD, "step"): "optimiser", (torch.optim.AdamW, "step"): "optimiser", (teacher, "update"): "EMA"}
 INFERENCE = {(model, "detect"): "detections", (model, "mask_logits"): "mask head", (model, "paste_masks"): "pasting",
              (masks, "encode"): "run lengths"}
@@ -314,8 +315,7 @@ def measure_data(args: argparse.Namespace, folder: Path) -> dict:
     return figures
 
 
-def measure_mask_memory(args: argparse.Namespace, folder: Path, size: tuple[int, int] = (800, 1344),
-                        instances: int = 128) -> dict:
+def measure_mask_memory(args: argparse.Namespace, size: tuple[int, int] = (800, 1344), instances: int = 128) -> dict:
     """MiB of tensors that the colour pairwise loss holds at its peak, forward and backward, for `instances` masks of
     two padded images of `size` (height, width), eight to a box."""
     device, (h, w), boxes = args.device, (size[0] // 4, size[1] // 4), max(instances // 8, 2)
@@ -355,8 +355,8 @@ def show(title: str, figures: dict) -> None:
 
 # -------------------------------------------------------------------------------------------- command line
 
-MEASURES = {"training": measure_training, "mask-memory": measure_mask_memory, "inference": measure_inference,
-            "evaluation": measure_evaluation, "data": measure_data,
+MEASURES = {"training": measure_training, "mask-memory": lambda args, folder: measure_mask_memory(args),
+            "inference": measure_inference, "evaluation": measure_evaluation, "data": measure_data,
             "annotations": lambda args, folder: measure_annotations(folder, args.annotated), "step": measure_step}
 TOGETHER = ("training", "step")  # measured by all processes; the others by the first one
 

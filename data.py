@@ -11,7 +11,6 @@ come from formats/coco.py. Boxes are xyxy in pixels, sizes (height, width).
     python data.py check DIR_OR_JSON...                # list what is wrong with a data set
 """
 import math
-import signal
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -257,7 +256,7 @@ class TrainBatches(torch.utils.data.Dataset):
         return self.batches[batch].tolist()
 
     def epoch_order(self, epoch: int) -> np.ndarray:
-        """(epoch_length, batch_size) indices of images, in random order; those that do not fill a last batch are left out.
+        """(epoch_length, batch_size) indices of images in random order, without those that do not fill a last batch.
 
         Landscape and portrait images are in separate batches, for less padding; only the leftovers mix."""
         rng = np.random.default_rng([self.seed, epoch, self.batch_size])     # `choose` has place < batch_size
@@ -370,13 +369,6 @@ def readable_batches(images: torch.utils.data.Dataset, title: str, *, batch_size
             warn(f"{message}; left out")
         if batch is not None:
             yield batch.to(device)
-
-
-def ignore_signals(worker: int) -> None:
-    """Initialise a worker of a training run: torchrun, Slurm and Ctrl-C signal workers too, but the current step or
-    evaluation still needs their batches to finish."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":          # python data.py shapes | cityscapes | voc | yolo | check

@@ -29,9 +29,10 @@ from formats.pictures import check_sizes
 from model import Instances, Predictions, find_instances, load_model
 from tools import cityscapes_score
 from tools.command_line import (AMP, RESCORE, go_together, input_size, model_options, output_file, pick_amp, positive,
-                                print_table, probability, rescored, start_distributed, write_json)
+                                print_table, probability, rescored, write_json)
 from tools.curves import draw_curves
 from tools.draw import sheet, sheet_rows
+from tools.processes import start_distributed
 from tools.quality import matches, report
 
 FIGURES = ["AP", "AP50", "AP75", "APs", "APm", "APl"]  # the first six numbers of COCOeval.stats

@@ -18,10 +18,8 @@ import os
 from itertools import compress
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
@@ -29,7 +27,7 @@ from backbone import BatchNorm, make_backbone
 from data import canvas_of, padded, pixels, resized_size, view
 from formats import checkpoint
 from formats.checkpoint import CheckpointError
-from formats.pictures import as_rgb, load_image
+from formats.pictures import as_image
 from masks import aligned_bilinear, decode, paste_masks
 
 STRIDES = (8, 16, 32, 64, 128)                     # of P3 ... P7, pixels
@@ -423,8 +421,9 @@ def rescores(method: str) -> bool:
     return method == "boxteacher"
 
 
-# Most detections below these scores are false. Rescored ones are higher: sqrt(d q) > d for most, since q > 0.5.
-SCORE_THRESHOLD, RESCORED_THRESHOLD = 0.3, 0.6
+def default_threshold(rescore: bool) -> float:
+    """Most detections that score below this are false. Rescored ones score higher: sqrt(d q) > d for most of them."""
+    return 0.6 if rescore else 0.3
 
 
 def predict_confident(model: CondInst, images: Tensor, sizes: list[tuple[int, int]],
@@ -454,17 +453,12 @@ class Predictor:
         image: a file's path, a Pillow image (both turned as their EXIF orientation requires), or an array or tensor
         (height, width, 3), uint8 RGB.
         """
-        if isinstance(image, (str, os.PathLike)):
-            image = load_image(os.fspath(image))
-        elif isinstance(image, Image.Image):
-            image = ImageOps.exif_transpose(image)
-        else:
-            image = Image.fromarray(np.asarray(image.cpu() if isinstance(image, Tensor) else image))
+        image = as_image(image)
         if score_threshold is None:
-            score_threshold = RESCORED_THRESHOLD if self.rescore else SCORE_THRESHOLD
+            score_threshold = default_threshold(self.rescore)
         height, width = image.height, image.width
         size = resized_size(height, width, *self.size)
-        padded_image = padded(pixels(view(as_rgb(image), size, flip=False)), canvas_of([size]))
+        padded_image = padded(pixels(view(image, size, flip=False)), canvas_of([size]))
         images = padded_image[None].to(self.network.mean.device)
         return predict_confident(self.network, images, [size], [(height, width)], score_threshold, self.rescore)[0]
 

@@ -21,7 +21,7 @@ from evaluate import coco_results
 from formats.coco import CocoBoxes, DataError, UndecodableImage, first_five
 from formats.files import one_line_errors, optional, replacing, warn
 from formats.pictures import check_sizes, find_images, load_image
-from model import RESCORED_THRESHOLD, SCORE_THRESHOLD, CondInst, load_model, predict_confident
+from model import CondInst, default_threshold, load_model, predict_confident
 from tools.command_line import (AMP, RESCORE, go_together, input_size, model_options, output_file, pick_amp, positive,
                                 probability, rescored, write_json)
 from tools.draw import draw_objects
@@ -179,7 +179,7 @@ def predict_images(args: argparse.Namespace, model: CondInst, info: dict, size: 
     classes = info["classes"] or [{"id": i, "name": str(i)} for i in range(model.num_classes)]
     rescore, threshold = rescored(args.rescore, info["method"]), args.score_threshold
     if threshold is None:
-        threshold = RESCORED_THRESHOLD if rescore else SCORE_THRESHOLD
+        threshold = default_threshold(rescore)
     results, seen = find_objects(model, Images(paths, *size), classes, score_threshold=threshold, rescore=rescore,
                                  **options)
     if not seen:

@@ -103,7 +103,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="shorter side for the teacher and for evaluation, pixels")
     add("--teacher-max-size", type=positive, default=1333, metavar="PIXELS",
         help="longest side for the teacher and for evaluation, pixels")
-    add("--ema", type=probability, default=0.999, help="momentum of the moving average of the weights, the teacher, after a warm-up")
+    add("--ema", type=probability, default=0.999, help="momentum of the moving average of the weights, the teacher, "
+        "after a warm-up")
     add("--average", action="store_true", help="boxinst and condinst: average the weights too, and evaluate the "
         "average (Table 7), which labels nothing")
     add("--score", choices=[*SCORES, "released"], default="mask-aware",

@@ -15,14 +15,11 @@ import contextlib
 import inspect
 import itertools
 import json
-import math
-import multiprocessing
 import os
 import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +32,7 @@ from torch.utils.data import DataLoader
 
 import teacher
 from boxteacher import Step, boxteacher_losses, condinst_losses, total_loss
-from data import COMPILED_STRIDE, STRIDE, Batch, TrainBatches, ignore_signals
+from data import COMPILED_STRIDE, STRIDE, Batch, TrainBatches
 from evaluate import coco_metrics, evaluate, print_tables
 from formats import checkpoint
 from formats.checkpoint import CheckpointError
@@ -45,8 +42,9 @@ from formats.pictures import check_sizes, undecodable_limit
 from formats.released import read_backbone, summary
 from model import PIXEL_STD, CondInst, build_model, rescores
 from recipe import RECIPES, learning_rate, make_plan, parse_arguments, ramp_factor
-from tools.command_line import output_file, pick_amp, start_distributed
+from tools.command_line import output_file, pick_amp
 from tools.log import Log, draw_sheet, summary_writer
+from tools.processes import StopSignals, ending_loaders, ignore_signals, start_distributed
 from tools.quality import measure
 
 # the DDP option that copies the buffers of process 0 to the others in each forward pass; torch 2.14 renamed it
@@ -92,7 +90,9 @@ def train_step(run: "Run", batches: list[Batch], iteration: int, stop_asked: boo
             counts[name] = counts.get(name, 0) + value
 
     run.scaler.unscale_(run.optimizer)
-    norm = nn.utils.clip_grad_norm_(run.parameters, args.clip_grad or math.inf)
+    norm = nn.utils.get_total_norm([p.grad for p in run.parameters])
+    if args.clip_grad:
+        nn.utils.clip_grads_with_norm_(run.parameters, args.clip_grad, norm)
     loss_finite, norm_finite, go_on = agreed(losses["loss"].isfinite(), norm.isfinite(), not stop_asked)
     finite = loss_finite and norm_finite
     if finite:
@@ -299,23 +299,6 @@ def evaluate_and_draw(run: Run, log: Log, annotations: CocoBoxes, validation: Co
     log.reset()  # this time is not that of an iteration
 
 
-class StopSignals:
-    """Remembers a SIGTERM or SIGINT, so that the current step is finished and saved. A second one ends at once."""
-
-    def __enter__(self) -> "StopSignals":
-        self.asked = 0
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def ask(self, number: int, frame) -> None:
-        self.asked = number
-        signal.signal(number, signal.SIG_DFL)
-
-
 def check_skipped(batches: list[Batch], broken: set[str], images: int) -> None:
     """Name each undecodable image once. Raises TrainingError beyond `undecodable_limit`."""
     for note in {note for batch in batches for note in batch.skipped} - broken:
@@ -431,18 +414,6 @@ def describe(run: Run, annotations: CocoBoxes) -> None:
           f"ramp of pairwise and pseudo-mask losses {plan.ramp}")
     if run.iteration < plan.iterations:  # otherwise these options train nothing
         (run.out / "config.json").write_text(json.dumps(run.config() | {"plan": plan._asdict()}, indent=1))
-
-
-@contextlib.contextmanager
-def ending_loaders() -> Iterator[None]:
-    """Kill the loading processes that were started in the block, whatever ends it: they ignore SIGTERM, so an exit that
-    waits for them would never end."""
-    others = multiprocessing.active_children()
-    try:
-        yield
-    finally:
-        for child in set(multiprocessing.active_children()).difference(others):
-            child.kill()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -52,6 +52,15 @@ def load_image(path: str, size: tuple[int, int] | None = None) -> Image.Image:
         raise UndecodableImage(f"{path} cannot be decoded: {str(error) or type(error).__name__}") from None
 
 
+def as_image(source) -> Image.Image:
+    """An RGB image from a path or a Pillow image, both turned by EXIF, or uint8 values (height, width, 3)."""
+    if isinstance(source, (str, os.PathLike)):
+        return load_image(os.fspath(source))
+    if isinstance(source, Image.Image):
+        return as_rgb(ImageOps.exif_transpose(source))
+    return as_rgb(Image.fromarray(np.asarray(source.cpu() if hasattr(source, "cpu") else source)))
+
+
 def read_header(path: Path) -> tuple[tuple[int, int], int]:
     """(height, width) as the file stores the image, and its EXIF orientation (1: upright). Raises DataError."""
     try:

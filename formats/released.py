@@ -49,7 +49,7 @@ TORCHVISION = [
     (r"conv1\.(.+)", r"body.stem.0.\1"),
     (r"bn1\.(.+)", r"body.stem.1.\1"),
     (r"layer([1-4])\.(.+)", lambda m: f"body.c{int(m[1]) + 1}.{m[2]}"),
-    (r"(.+)", r"\1"),                     # same names: Swin, or a backbone that you have added
+    (r"(.+)", r"\1"),                     # of Swin: the same
 ]
 DETECTRON2 = [
     (r"stem\.conv1\.weight", r"body.stem.0.weight"),
@@ -244,6 +244,7 @@ def read_backbone(name: str, source: str | Path, pixel_std: tuple) -> tuple[dict
     source: "imagenet" for torchvision's weights, downloaded, or a file: a state dict of torchvision; detectron2's
     R-50.pkl and R-101.pkl of MSRA; the Swin authors' .pth, which reads BGR - mean as in BoxTeacher. None of them has
     the offsets of deformable convolutions or the norms of Swin's outputs.
+    The weights of any other backbone, such as one that you have added, keep their names.
     Raises OSError if there is no file or no download, ValueError if it holds no weights of a backbone.
     """
     content = download(name) if source == "imagenet" else read(source)
@@ -255,8 +256,11 @@ def read_backbone(name: str, source: str | Path, pixel_std: tuple) -> tuple[dict
         raise ValueError("it holds no weights")
     if "student" in content or any("fcos_head" in str(key) for key in weights):
         raise ValueError("it is a whole checkpoint, not a backbone: give it to --init")
-    weights = {caffe2_name(key): value for key, value in tensors(weights).items()}
+    weights = tensors(weights)
+    if name not in IMAGENET:
+        return weights, False, {}
 
+    weights = {caffe2_name(key): value for key, value in weights.items()}
     detectron2 = any(key.startswith("stem.conv1.") for key in weights)
     swin = any(key.startswith("patch_embed.") for key in weights)
     for key in [key for key in weights if key.endswith("norm.weight") and detectron2]:

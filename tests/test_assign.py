@@ -1,5 +1,6 @@
-"""assign.py: FCOS targets, the choice of at most 64 instances, Alg. 1, boxes as masks."""
+"""assign.py: FCOS targets, the choice of at most 64 instances, Alg. 1."""
 import inspect
+import math
 
 import pytest
 import torch
@@ -195,6 +196,11 @@ def test_golden_10_assignment(golden, case):
 ])
 def test_assignment_by_hand(iou, scores, expected):
     assert assign_masks(torch.tensor(iou), torch.tensor(scores)).tolist() == expected
+
+
+def test_a_score_of_nan_gives_no_mask_and_takes_no_turn():
+    iou, scores = torch.tensor([[0.9, 0.6], [0.8, 0.7]]), torch.tensor([math.nan, 0.5])
+    assert assign_masks(iou, scores).tolist() == [1, -1]
 
 
 @pytest.mark.parametrize("n, g", [(0, 0), (0, 3), (5, 0)])

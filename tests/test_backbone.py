@@ -14,6 +14,7 @@ import torchvision
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
+import train
 from backbone import BACKBONES, BatchNorm, DeformConv, FrozenBatchNorm, WindowAttention, make_backbone
 from formats.checkpoint import CheckpointError
 from formats.released import read_checkpoint
@@ -102,6 +103,29 @@ def test_the_documented_backbone_receives_pixels_as_in_its_training(script, tmp_
     """EfficientNet-lite expects (pixel - 127) / 128."""
     (tmp_path / "check.py").write_text(CHECK)
     assert run(tmp_path / "check.py").strip() == "[-0.992, 0.0, 1.0]"
+
+
+class Own(nn.Module):
+    """A fork's backbone, with names that files of ImageNet weights use for other layers."""
+
+    channels = [8, 8, 8]
+
+    def __init__(self, name, frozen):
+        super().__init__()
+        self.conv1, self.norm = nn.Conv2d(3, 8, 8, 8), nn.BatchNorm2d(8)
+
+
+def test_an_added_backbone_takes_weights_under_its_names(tmp_path, monkeypatch):
+    monkeypatch.setitem(BACKBONES, "own", Own)
+    trained, backbone = Own("own", True), make_backbone("own", frozen=True)
+    trained.norm.running_mean.fill_(3)
+    torch.save(trained.state_dict(), tmp_path / "own.pth")
+    weights, stride_in_1x1 = train.load_backbone("own", str(tmp_path / "own.pth"))
+    train.start_backbone(backbone, weights, "own", "own.pth")
+    assert not stride_in_1x1
+    assert all(torch.equal(x, backbone.state_dict()[name]) for name, x in trained.state_dict().items())
+    with pytest.raises(CheckpointError, match="norm.bias"):
+        train.start_backbone(backbone, {k: v for k, v in weights.items() if k != "norm.bias"}, "own", "own.pth")
 
 
 def test_without_its_script_one_line_says_what_is_missing(drawn, script, tmp_path):

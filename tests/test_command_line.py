@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from tools.command_line import (go_together, not_negative, not_negative_float, pick_amp, pick_device, positive,
-                                positive_float, print_table, probability, rescored, start_distributed)
+                                positive_float, print_table, probability, rescored)
+from tools.processes import start_distributed
 
 
 @pytest.mark.parametrize("kind, good, bad", [

@@ -24,7 +24,7 @@ from formats.coco import CocoBoxes, ground_truth
 from helpers import SIZES, Looker, evaluation, fails, rewrite, rle
 from model import CondInst, Instances, build_model
 from tools import draw
-from tools.command_line import start_distributed
+from tools.processes import start_distributed
 
 ROOT = Path(evaluate.__file__).parent
 

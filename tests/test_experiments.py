@@ -16,6 +16,7 @@ from tools import experiments
 import train
 from formats.checkpoint import load
 from formats.files import UserError
+from tools import processes
 from tools.experiments import FROM_START, RECIPE, ROWS, RUNS, Experiments, parse_arguments, spread, table
 
 SMALL = ("--backbone r18-slim --channels 32 --backbone-weights none --min-size 64 --max-size 64 --teacher-min-size 64 "
@@ -60,7 +61,7 @@ def small(drawn, warm, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "StopSignals", NoSignals)
     # nor must train.main end what other tests' loaders have left, of which torch would tell this main thread
-    monkeypatch.setattr(train.multiprocessing, "active_children", list)
+    monkeypatch.setattr(processes.multiprocessing, "active_children", list)
     monkeypatch.setattr(Experiments, "python", python)
     monkeypatch.setattr(experiments, "RECIPE", SMALL)
     monkeypatch.setitem(RUNS, "start", f"--method boxinst --iters 1 --init {warm}".split())

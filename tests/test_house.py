@@ -1,5 +1,6 @@
 """The layout: what each file may import. README.md's tree names the files in this order."""
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ ROOT = Path(__file__).resolve().parents[1]
 STOREYS = ["formats", "masks backbone", "data", "model", "assign", "losses teacher", "boxteacher", "tools",
            "recipe evaluate", "train predict", "benchmark"]  # each imports from those before it alone
 STOREY = {name: number for number, names in enumerate(STOREYS) for name in names.split()}
-FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text())
-         for folder in (".", "formats", "tools") for path in sorted((ROOT / folder).glob("*.py"))}
+PATHS = [path.relative_to(ROOT) for path in sorted(ROOT.rglob("*.py"))]
+FILES = {".".join(path.with_suffix("").parts): ast.parse((ROOT / path).read_text()) for path in PATHS
+         if path.parts[0] not in ("tests", "runs", "datasets") and not path.parts[0].startswith(".")}
 OPTIONAL = ("formats.files", "optional")  # the only function that imports: packages which few people need
 
 
@@ -20,6 +22,7 @@ def imported(name: str) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: a relative import"
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return found & FILES.keys()
 
@@ -53,5 +56,11 @@ def test_no_import_within_a_function(name):
         if isinstance(function, ast.FunctionDef):
             for node in ast.walk(function):
                 assert not isinstance(node, (ast.Import, ast.ImportFrom)), f"{name}.{function.name}"
-                assert (name, function.name) == OPTIONAL or "import_module" not in (
-                    getattr(node, "attr", ""), getattr(node, "id", "")), f"{name}.{function.name}"
+                called = {getattr(node, "attr", ""), getattr(node, "id", "")}
+                assert (name, function.name) == OPTIONAL or not called & {"import_module", "__import__"}, (
+                    f"{name}.{function.name}")
+
+
+def test_no_test_module_imports_another():
+    for path in (ROOT / "tests").glob("*.py"):
+        assert not re.search(r"^\s*(from|import) test_", path.read_text(), re.MULTILINE), path.name

@@ -11,9 +11,9 @@ from assign import Targets, batch_instances, fcos_targets
 from boxteacher import RAMPED
 from helpers import check, head_maps, predictions_of, relative_error
 from losses import (OFFSETS, MaskGrid, average_projection_loss, bce_loss, box_supervised_losses, centerness_of,
-                    detection_losses, dice_loss, disagreement, giou_loss, mask_supervised_losses, mean_over_processes, pair,
-                    pair_weights, projection_loss, refine, rgb_to_lab, similar_colors, similar_labels, valid_cells,
-                    weighted_pairs)
+                    detection_losses, dice_loss, disagreement, giou_loss, mask_supervised_losses, mean_over_processes,
+                    pair, pair_weights, projection_loss, refine, rgb_to_lab, similar_colors, similar_labels,
+                    valid_cells, weighted_pairs)
 from masks import box_masks
 from model import STRIDES, build_model, make_locations, mask_logits
 from recipe import Plan, ramp_factor

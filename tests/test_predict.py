@@ -19,7 +19,7 @@ import predict
 import train
 from formats.coco import CocoBoxes
 from helpers import SMALL, losses_of, one_line_error
-from model import RESCORED_THRESHOLD, Instances, load
+from model import Instances, default_threshold, load
 from predict import drawing_names, free_name
 from tools.draw import COLOURS, colour_of, draw_objects, window
 
@@ -75,11 +75,12 @@ def test_images_of_all_kinds_in_folders_below(drawn, sure, tmp_path, capsys):
                    "--device", "cpu"])
     same = [r for r in json.loads((tmp_path / "r.json").read_text()) if r["image_id"] == 1 and r["score"] >= 0.05]
     ours = [r for r in results if r["file_name"] == str(source[0])]
-    assert len(ours) == len(same) > 0
-    for one, other in zip(ours, same):
-        assert coco_mask.iou([one["segmentation"]], [other["segmentation"]], [0]) > 0.99  # another batch size
-        assert one["category_id"] == other["category_id"]
-        assert one["bbox"] == pytest.approx(other["bbox"], abs=1e-3)
+    assert len(ours) == len(same) > 20
+    for one in ours[:20]:  # the batch size differs, and with it the last digits: equal scores may change places
+        others = [r for r in same if r["category_id"] == one["category_id"]
+                  and r["bbox"] == pytest.approx(one["bbox"], abs=1e-3)]
+        assert others
+        assert max(coco_mask.iou([one["segmentation"]], [r["segmentation"]], [0])[0, 0] for r in others) > 0.99
     capsys.readouterr()
     assert failing("--ckpt", sure, folder / "b.png", "--out", tmp_path / "none", "--workers", 0) == 1
     assert "none of the 1 images can be decoded" in capsys.readouterr().err
@@ -392,6 +393,6 @@ def test_a_model_accepts_images_in_every_form(drawn, sure):
     assert model.classes == [c["name"] for c in content["categories"]] and model.classes[first.labels[0]]
     assert all(same_instances(first, other) for other in answers[1:])
     limit = float(first.scores.median())
-    assert (model.predict(path).scores >= RESCORED_THRESHOLD).all() and model.rescore
+    assert (model.predict(path).scores >= default_threshold(rescore=True)).all() and model.rescore
     few = model.predict(path, score_threshold=limit)
     assert torch.equal(few.boxes, first.boxes[first.scores >= limit]) and 0 < len(few.boxes) < len(first.boxes)

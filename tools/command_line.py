@@ -1,13 +1,11 @@
-"""What the command lines share: argument types, device, precision, process group, output files and tables."""
+"""What the command lines share: argument types, device, precision, output files and tables."""
 import argparse
-import datetime
 import json
 import math
 import os
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 
 from formats.files import UserError, replacing
 from model import rescores, test_size
@@ -99,7 +97,7 @@ def go_together(parser: argparse.ArgumentParser, args: argparse.Namespace, *opti
         parser.error(f"{' and '.join(options)} go together")
 
 
-# --------------------------------------------------------------------------------------- precision and processes
+# --------------------------------------------------------------------------------------------------- precision
 
 
 def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
@@ -109,25 +107,6 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
             return None
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
-def start_distributed(device: torch.device) -> tuple[int, int, torch.device]:
-    """Join torchrun's process group, if any (NCCL on CUDA, else gloo). Returns rank, world size and the device.
-
-    Raises UserError where this machine has fewer GPUs than processes.
-    """
-    if "RANK" not in os.environ:
-        return 0, 1, device
-    if device.type == "cuda":
-        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local_rank >= gpus:
-            raise UserError(f"more processes than GPUs: this machine has {gpus}, use --nproc_per_node={gpus}")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    # NCCL's limit of ten minutes is too short: the others wait while the first process computes AP
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=60))
-    return dist.get_rank(), dist.get_world_size(), device
 
 
 # --------------------------------------------------------------------------------------- output files and tables

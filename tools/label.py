@@ -17,7 +17,7 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from assign import LEVEL_RANGES, image_targets
+from assign import LEVEL_RANGES, SCORE_THRESHOLD, image_targets
 from data import TestImages, readable_batches
 from formats.coco import CocoBoxes
 from formats.files import optional
@@ -43,7 +43,7 @@ class BoxMasks(NamedTuple):
 
 @torch.no_grad()
 def label_image(image: Predictions, boxes: Tensor, size: tuple[int, int], original_size: tuple[int, int],
-                score_threshold: float = 0.05, classes: Tensor | None = None) -> BoxMasks:
+                score_threshold: float = SCORE_THRESHOLD, classes: Tensor | None = None) -> BoxMasks:
     """Masks for the boxes (G, 4) of one image, xyxy pixels of the network's input, whose true size is `size`.
 
     classes (G,): the class of each box in the model, -1 if unknown to it. With them, a box takes detections of its own
@@ -180,8 +180,8 @@ def filled_box(box: Tensor, size: tuple[int, int], original_size: tuple[int, int
 
 
 def label_dataset(model: CondInst, annotations: CocoBoxes, *, min_size: int, max_size: int,
-                  score_threshold: float = 0.05, classes: Tensor | None = None, batch_size: int = 1, workers: int = 2,
-                  device: torch.device | str = "cpu") -> BoxMasks:
+                  score_threshold: float = SCORE_THRESHOLD, classes: Tensor | None = None, batch_size: int = 1,
+                  workers: int = 2, device: torch.device | str = "cpu") -> BoxMasks:
     """label_image for every box of a data set, in the order of annotations.boxes.
 
     classes: the model's class for each class of the data set, or -1; see label_image. An image that cannot be decoded

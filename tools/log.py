@@ -142,7 +142,7 @@ def draw_sheet(path: Path, title: str, model: CondInst, annotations: CocoBoxes, 
     """Write a PNG of training images, the same ones each time, with their boxes and with the masks that `model` as a
     teacher gives these. If the annotations were read with masks, the true ones stand beside them.
 
-    title: of the masks. score as in teacher.label; sizes, in pixels, as in TrainBatches. An image that cannot be read
+    title: of the masks. score as in pseudo_label; sizes, in pixels, as in TrainBatches. An image that cannot be read
     is left out. A sheet that cannot be drawn or written is a warning: it must not end the run.
     """
     device, was_training = next(model.parameters()).device, model.training

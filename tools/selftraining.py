@@ -15,6 +15,7 @@ import argparse
 
 import numpy as np
 
+from assign import SCORE_THRESHOLD
 from formats.checkpoint import check_classes
 from formats.coco import NAMES, CocoBoxes, datasets, ground_truth
 from formats.files import one_line_errors
@@ -49,7 +50,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--train-json", metavar="FILE", help="boxes in COCO format, instead of those of --data")
     add("--train-images", metavar="DIR", help="the images of --train-json")
     model_options(add)
-    add("--score-threshold", type=probability, default=0.05, help="of the mask-aware score in Alg. 1")
+    add("--score-threshold", type=probability, default=SCORE_THRESHOLD, help="of the mask-aware score in Alg. 1")
     add("--measure", action="store_true", help="if the boxes have masks already, print how well the new ones agree "
         "with them")
     add("--sheet", metavar="FILE", help="draw the boxes, their new masks and the masks that they had (PNG)")
