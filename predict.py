@@ -2,6 +2,7 @@
 
     python predict.py --ckpt CKPT images/ photo.jpg --out found                       finds objects in images
     python predict.py --ckpt CKPT --boxes boxes.json --images images/ --out masks     gives each box its mask
+    python predict.py --boxes boxes.json --images images/ --out masks                 the same without any training
 
 The first writes `predictions.json` (COCO results, each with its `file_name`) and a drawing of each image. The second
 writes `masks.json`, the annotation file with masks, their scores and their source (tools/label.py), a drawing of each
@@ -25,7 +26,8 @@ from model import CondInst, default_threshold, load_model, predict_confident
 from tools.command_line import (AMP, RESCORE, go_together, input_size, model_options, output_file, pick_amp, positive,
                                 probability, rescored, write_json)
 from tools.draw import draw_objects
-from tools.label import ASSIGNED, PROMPTED, label_dataset, model_classes, polygons, report_agreement, with_masks
+from tools.label import (ASSIGNED, COLOURS, PROMPTED, BoxMasks, label_dataset, label_without_model, model_classes,
+                         polygons, report_agreement, with_masks)
 from tools.review import write_review
 
 
@@ -136,7 +138,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("inputs", nargs="*", metavar="IMAGE_OR_FOLDER", help="images, and folders of images at any depth")
-    add("--ckpt", required=True, metavar="FILE", help="a checkpoint of this project, or a released one")
+    add("--ckpt", metavar="FILE", help="a checkpoint of this project, or a released one; without one, --boxes gives "
+        "masks from boxes and colours alone")
     add("--out", required=True, metavar="DIR", help="folder of the results, made if missing")
     model_options(add)
     add("--amp", **AMP)
@@ -161,6 +164,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if bool(args.inputs) == bool(args.boxes):
         parser.error("either images (files or folders) or --boxes FILE is needed")
     go_together(parser, args, "--boxes", "--images")
+    if not args.ckpt and not args.boxes:
+        parser.error("--ckpt FILE is needed to find objects in images")
     others = ["score_threshold", "rescore"] if args.boxes else ["min_score", "polygons", "measure", "review_count"]
     for name in others:
         if getattr(args, name) != parser.get_default(name):
@@ -195,8 +200,19 @@ def predict_images(args: argparse.Namespace, model: CondInst, info: dict, size: 
     print(f"{out}: drawings of {seen} images")
 
 
-def label_boxes(args: argparse.Namespace, model: CondInst, info: dict, size: tuple[int, int], options: dict) -> None:
-    """predict.py --boxes: masks.json first, then the review page and the drawings."""
+def masks_of_model(args: argparse.Namespace, annotations: CocoBoxes, model: CondInst, info: dict,
+                   size: tuple[int, int], options: dict) -> BoxMasks:
+    """predict.py --boxes with --ckpt."""
+    classes = model_classes(info["classes"], annotations.classes)
+    unknown = [c["name"] for c, known in zip(annotations.classes, classes.tolist()) if known < 0]
+    if unknown:
+        warn(f"{args.ckpt} was not trained for {first_five(list(map(repr, unknown)))}: these boxes take the best mask "
+             "of any class")
+    return label_dataset(model, annotations, min_size=size[0], max_size=size[1], classes=classes, **options)
+
+
+def label_boxes(args: argparse.Namespace, *model) -> None:
+    """predict.py --boxes: masks.json first, then the review page and the drawings. model: what masks_of_model takes."""
     out, min_score = Path(args.out), args.min_score or 0.0
     annotations = CocoBoxes(args.boxes, args.images, masks=args.measure)
     check_sizes(annotations, len(annotations))  # all images: a wrong one must not end the work halfway
@@ -205,22 +221,21 @@ def label_boxes(args: argparse.Namespace, model: CondInst, info: dict, size: tup
     drawings = [os.path.join("pictures", name) for name in drawing_names(names)]
     check_outputs([out / name for name in ("masks.json", *drawings)], [args.boxes, *paths])
     output_file(str(out / "masks.json"))
-    classes = model_classes(info["classes"], annotations.classes)
-    unknown = [c["name"] for c, known in zip(annotations.classes, classes.tolist()) if known < 0]
-    if unknown:
-        warn(f"{args.ckpt} was not trained for {first_five(list(map(repr, unknown)))}: these boxes take the best mask "
-             "of any class")
-
-    labels = label_dataset(model, annotations, min_size=size[0], max_size=size[1], classes=classes, **options)
+    if model:
+        labels = masks_of_model(args, annotations, *model)
+    else:
+        labels = label_without_model(annotations, args.workers)
+        print("no --ckpt: masks from boxes and colours alone; a model trained on these boxes gives better ones, see "
+              "docs/own-boxes.md")
     content, rows = with_masks(annotations, labels, min_score), annotations.rows.tolist()
     labelled = [content["annotations"][row] for row in rows]
     if args.polygons:
         for annotation in labelled:
             annotation["segmentation"] = annotation["segmentation"] and polygons(annotation["segmentation"])
     write_json(str(out / "masks.json"), content)
-    assigned, prompted, none = map(labels.sources.count, (ASSIGNED, PROMPTED, None))
-    print(f"{out / 'masks.json'}: {len(rows)} boxes, {assigned} masks assigned, {prompted} prompted"
-          + f", {none} boxes without a mask" * bool(none))
+    assigned, prompted, colours, none = map(labels.sources.count, (ASSIGNED, PROMPTED, COLOURS, None))
+    made = f"{assigned} masks assigned, {prompted} prompted" if args.ckpt else f"{colours} masks"
+    print(f"{out / 'masks.json'}: {len(rows)} boxes, {made}" + f", {none} boxes without a mask" * bool(none))
     if args.measure:
         report_agreement(annotations, labels)
     if (low := (labels.scores < min_score).sum()):
@@ -241,6 +256,8 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         if args.polygons:
             optional("cv2", "--polygons")  # raises before the work, not after it
+        if not args.ckpt:
+            return label_boxes(args)
         model, info = load_model(args.ckpt, args.weights)
         model.amp_dtype = pick_amp(args.amp, args.device)
         options = dict(device=args.device, batch_size=args.batch_size, workers=args.workers)

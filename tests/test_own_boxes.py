@@ -28,7 +28,7 @@ def block(page: str, start: str) -> list[str]:
     return next(block for block in blocks if block.startswith(start)).splitlines()
 
 
-FOUR = block("README.md", "python data.py check my-images")
+FIVE = block("README.md", "python predict.py --boxes my-images")
 CONVERT = block("docs/own-boxes.md", "python data.py voc my-images")
 
 
@@ -69,7 +69,7 @@ def run(command: str) -> None:
 
 
 @pytest.mark.parametrize("make, convert", [(as_voc, CONVERT[0]), (as_yolo, CONVERT[1])], ids=["voc", "yolo"])
-def test_four_commands(make, convert, drawn, tmp_path, monkeypatch, capfd):
+def test_five_commands(make, convert, drawn, tmp_path, monkeypatch, capfd):
     boxes = CocoBoxes(drawn / "annotations/instances_train2017.json", drawn / "train2017")
     make(boxes, tmp_path / "my-images")
     monkeypatch.chdir(tmp_path)
@@ -79,7 +79,10 @@ def test_four_commands(make, convert, drawn, tmp_path, monkeypatch, capfd):
     x0, y0, x1, y1 = boxes.boxes.T.astype(float)
     assert np.array(again) == pytest.approx(np.stack([x0, y0, x1 - x0, y1 - y0], 1), abs=1e-3)
 
-    check, train_line, label, review = FOUR
+    at_once, check, train_line, label, review = FIVE
+    run(at_once)
+    first = json.loads((tmp_path / "first-masks/masks.json").read_text())["annotations"]
+    assert len(first) == len(boxes.boxes) and all(row["source"] == "colours" for row in first)
     run(check)
     capfd.readouterr()
     run(train_line)

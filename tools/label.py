@@ -1,6 +1,6 @@
-"""Masks for the boxes of a data set from a trained model.
+"""Masks for the boxes of a data set, from a trained model or from boxes and colours alone (refine.py).
 
-For one image, top to bottom:
+With a model, for one image, top to bottom:
 
     assigned    the model's detections go to the boxes by Alg. 1, in the order of the mask-aware score (Eq. 1)
     prompted    a box without a detection takes the best-scored mask among the locations that FCOS would train on it
@@ -16,16 +16,20 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from assign import LEVEL_RANGES, SCORE_THRESHOLD, image_targets
-from data import TestImages, readable_batches
-from formats.coco import CocoBoxes
-from formats.files import optional
+from data import TestImages, pixels, readable_batches
+from formats.coco import CocoBoxes, UndecodableImage
+from formats.files import optional, warn
+from formats.pictures import load_image
 from masks import box_masks, cells, encode, paste_masks
 from model import CondInst, Locations, Predictions, detect, mask_logits
+from refine import color_masks, ellipse, pixel_masks
 from teacher import mask_aware_score, match
 
-ASSIGNED, PROMPTED = "assigned", "prompted"
+ASSIGNED, PROMPTED, COLOURS = "assigned", "prompted", "colours"
 CHUNK = 64        # masks in memory at once
 CANDIDATES = 9    # locations tried for a box that FCOS would train none on: as many as 3 x 3 around its centre
 
@@ -35,7 +39,7 @@ class BoxMasks(NamedTuple):
 
     rles: list[dict | None]    # COCO run lengths at the image's own size, within the box; None: no mask
     scores: np.ndarray         # (n,) how far to trust it; 0 without a mask
-    sources: list[str | None]  # ASSIGNED, PROMPTED, or None without a mask
+    sources: list[str | None]  # ASSIGNED, PROMPTED, COLOURS, or None without a mask
 
 
 # ------------------------------------------------------------------------------------------------- one image
@@ -203,6 +207,39 @@ def label_dataset(model: CondInst, annotations: CocoBoxes, *, min_size: int, max
     return BoxMasks(rles, scores, sources)
 
 
+class ColourMasks(Dataset):
+    """Item i is the masks and scores of the boxes of image i from refine.py, or what went wrong with the image."""
+
+    def __init__(self, annotations: CocoBoxes):
+        self.annotations = annotations
+
+    def __len__(self) -> int:
+        return len(self.annotations)
+
+    def __getitem__(self, i: int) -> tuple[list[dict], np.ndarray] | str:
+        size, boxes = self.annotations.size(i), torch.from_numpy(self.annotations.image_boxes(i)[0])
+        try:
+            image = pixels(load_image(self.annotations.path(i), size))
+        except UndecodableImage as error:
+            return str(error)
+        guess = ellipse().expand(len(boxes), -1, -1)
+        return pixel_masks(color_masks(image, boxes, guess), guess, boxes, size)
+
+
+def label_without_model(annotations: CocoBoxes, workers: int = 2) -> BoxMasks:
+    """Masks from boxes and colours alone, in the order of annotations.boxes, as in label_dataset."""
+    n = len(annotations.boxes)
+    rles, scores, sources = [None] * n, np.zeros(n), [None] * n
+    loader = DataLoader(ColourMasks(annotations), batch_size=None, num_workers=workers, collate_fn=lambda item: item)
+    for i, item in enumerate(tqdm(loader, desc="label", unit="image", disable=None)):
+        if isinstance(item, str):
+            warn(f"{item}; it is left out")
+        else:
+            k = slice(*annotations.offsets[i:i + 2])
+            rles[k], scores[k], sources[k] = *item, [COLOURS] * len(item[0])
+    return BoxMasks(rles, scores, sources)
+
+
 def model_classes(trained: list[dict] | None, classes: list[dict]) -> Tensor:
     """The model's class of the same name for each class of a data set; -1 for a name that the model lacks."""
     places = {} if trained is None else {c["name"]: i for i, c in enumerate(trained)}
@@ -263,7 +300,8 @@ def report_agreement(annotations: CocoBoxes, labels: BoxMasks) -> None:
     quarter = max(1, len(best_first) // 4)
     sides = np.sqrt((annotations.boxes[:, 2:] - annotations.boxes[:, :2]).prod(1))
     rows = [("all boxes", np.ones(len(masks), bool)), ("boxes without a mask", ~given), ("boxes with a mask", given)]
-    rows += [(f"    {source}", sources == source) for source in (ASSIGNED, PROMPTED)]
+    made_by = [COLOURS] if COLOURS in labels.sources else [ASSIGNED, PROMPTED]
+    rows += [(f"    {source}", sources == source) for source in made_by]
     rows += [(f"    {text}", given & (low <= sides) & (sides < high)) for text, low, high in (
         ("under 32 x 32 pixels", 0, 32), ("32 x 32 to 96 x 96", 32, 96), ("larger", 96, np.inf))]
     rows += [("    the quarter of the best scores", np.isin(np.arange(len(masks)), best_first[:quarter])),
