@@ -44,7 +44,7 @@ import train
 from assign import fcos_targets
 from backbone import make_backbone
 from data import AUGMENTATIONS, COMPILED_STRIDE, STRIDE, Batch, TrainBatches, view
-from formats.files import one_line_errors
+from formats.files import CommandLine, one_line_errors
 from formats.pictures import as_rgb
 from formats.released import IMAGENET
 from losses import MaskGrid, disagreement, pair_weights, similar_colors, weighted_pairs
@@ -362,8 +362,8 @@ TOGETHER = ("training", "step")  # measured by all processes; the others by the 
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="What training, inference and data cost on this device.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = CommandLine(description="What training, inference and data cost on this device.",
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--device", **DEVICE)
     add("--backbone", choices=list(IMAGENET), default="r50", help="with random weights, but with norms and first stage "

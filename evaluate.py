@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data import Batch, TestImages
 from formats.checkpoint import check_classes
 from formats.coco import NAMES, CocoBoxes, datasets, ground_truth
-from formats.files import one_line_errors
+from formats.files import CommandLine, one_line_errors
 from formats.pictures import check_sizes
 from model import Instances, Predictions, find_instances, load_model
 from tools import cityscapes_score
@@ -152,8 +152,8 @@ def print_tables(metrics: dict) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Box and mask AP of a checkpoint.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = CommandLine(description="Box and mask AP of a checkpoint.",
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--ckpt", metavar="FILE", help="a checkpoint of this project, or one that BoxTeacher's authors or AdelaiDet "
         "released (BoxTeacher, BoxInst, CondInst)")
@@ -177,7 +177,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "one against the other there (PNG); runs the model a second time")
     args = parser.parse_args(argv)
     if (args.ckpt is None) == (args.curves is None):
-        parser.error("one of --ckpt FILE and --curves FILE RUN... is needed")
+        parser.error("either --ckpt FILE or --curves FILE RUN... is needed, not both")
     if args.curves and len(args.curves) < 2:
         parser.error("argument --curves: expected FILE RUN..., the figure to write and at least one run's folder")
     if args.curves and any((args.results, args.metrics, args.sheet, args.score_quality, args.cityscapes_results)):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from data import Sample, readable_batches, resized_size, view
 from evaluate import coco_results
 from formats.coco import CocoBoxes, DataError, UndecodableImage, first_five
-from formats.files import one_line_errors, optional, replacing, warn
+from formats.files import CommandLine, one_line_errors, optional, replacing, warn
 from formats.pictures import check_sizes, find_images, load_image
 from model import CondInst, default_threshold, load_model, predict_confident
 from tools.command_line import (AMP, RESCORE, go_together, input_size, model_options, output_file, pick_amp, positive,
@@ -134,8 +134,8 @@ def check_outputs(outputs: list[Path], inputs: list[str]) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Find objects and their masks in images, or give boxes their masks.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = CommandLine(description="Find objects and their masks in images, or give boxes their masks.",
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("inputs", nargs="*", metavar="IMAGE_OR_FOLDER", help="images, and folders of images at any depth")
     add("--ckpt", metavar="FILE", help="a checkpoint of this project, or a released one; without one, --boxes gives "
@@ -162,7 +162,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--review-count", type=positive, help="masks on the review page, the least certain; None: 200")
     args = parser.parse_args(argv)
     if bool(args.inputs) == bool(args.boxes):
-        parser.error("either images (files or folders) or --boxes FILE is needed")
+        parser.error("either images (files or folders) or --boxes FILE is needed, not both")
     go_together(parser, args, "--boxes", "--images")
     if not args.ckpt and not args.boxes:
         parser.error("--ckpt FILE is needed to find objects in images")

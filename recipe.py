@@ -12,6 +12,7 @@ from typing import NamedTuple
 from backbone import BACKBONES
 from data import AUGMENTATIONS
 from formats.coco import NAMES
+from formats.files import CommandLine
 from formats.released import IMAGENET
 from losses import PIXEL_LOSSES
 from teacher import SCORES
@@ -70,8 +71,8 @@ def ramp_factor(iteration: int, plan: Plan) -> float:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train instance segmentation from boxes.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = CommandLine(description="Train instance segmentation from boxes.",
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     add = parser.add_argument_group("data").add_argument
     add("--data", default="coco", help=f"{', '.join(NAMES)} (under datasets/), or a folder in COCO layout")

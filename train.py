@@ -197,8 +197,11 @@ class Run:
                 ("method", state["method"], self.args.method), ("optimizer", old["optimizer"], self.args.optimizer),
                 ("--average", state["teacher"] is not None, self.teacher is not None)):
             if old_value != new_value:
-                raise CheckpointError(f"{self.out} holds a run with another {key} ({str(old_value)[:120]}, now "
-                                      f"{str(new_value)[:120]}); choose another --out, or --fresh to move it aside")
+                if key == "classes":
+                    old_value, new_value = ([c["name"] for c in classes] for classes in (old_value, new_value))
+                raise CheckpointError(f"{self.out} holds a run with {'other' if key == 'classes' else 'another'} {key} "
+                                      f"({str(old_value)[:120]}, now {str(new_value)[:120]}); choose another --out, or "
+                                      "--fresh to move it aside")
         changed = [f"{k} {old.get(k)} -> {v}" for k, v in self.config().items()
                    if old.get(k, v) != v and k not in ("fresh", "init", "backbone_weights")]
         self.model.load_state_dict(state["student"])
@@ -431,11 +434,12 @@ def main(argv: list[str] | None = None) -> None:
         if run.iteration < run.plan.iterations:
             with StopSignals() as signals:
                 stopped_by = train(run, batches, validation, signals)
-        else:
-            if not (run.out / "final.pt").exists():  # --iters is now below the iterations that are done
-                run.save()
-            if rank == 0:
-                print(f"{run.out} is complete: {run.iteration} iterations; evaluate.py --ckpt {run.out / 'final.pt'}")
+        elif not (run.out / "final.pt").exists():  # --iters is now below the iterations that are done
+            run.save()
+        if rank == 0 and not stopped_by:
+            data = "" if args.train_json else f" --data {args.data}"
+            print(f"{run.out} is complete: {run.iteration} iterations; python evaluate.py --ckpt "
+                  f"{run.out / 'final.pt'}{data}")
         if dist.is_initialized():
             dist.destroy_process_group()
     if stopped_by:

@@ -35,10 +35,16 @@ NAMES = {"coco": "{split}2017", "cityscapes": "leftImg8bit/{split}", "shapes": "
 LAYOUTS = {"leftImg8bit": "leftImg8bit/{split}", "train2017": "{split}2017", "JPEGImages": "", "images": "",
            "train/images": ""}
 
+CONVERT = ("labels in the layout of Pascal VOC or YOLO become COCO files by: python data.py voc DIR, "
+           "python data.py yolo DIR")
 GET_DATA = ("put train2017/, val2017/ and annotations/ of cocodataset.org into datasets/coco, "
             "or draw the small set: python data.py shapes datasets/shapes; "
-            "or convert Cityscapes: python data.py cityscapes datasets/cityscapes; "
-            "or labels in the layout of Pascal VOC or YOLO: python data.py voc DIR, python data.py yolo DIR")
+            "or convert Cityscapes: python data.py cityscapes datasets/cityscapes")
+
+
+def advice(path: str) -> str:
+    """What to do about a missing file or folder."""
+    return GET_DATA if str(path).startswith("datasets" + os.sep) else CONVERT
 
 
 class DataError(UserError):
@@ -134,7 +140,7 @@ def load_json(path: str):
         with open(path, encoding="utf-8-sig") as file:  # some editors put a byte order mark first
             content = json.load(file)
     except FileNotFoundError:
-        raise DataError(f"annotation file {path} is missing; {GET_DATA}") from None
+        raise DataError(f"annotation file {path} is missing; {advice(path)}") from None
     except OSError as error:
         raise DataError(f"annotation file {path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -185,7 +191,7 @@ def row_problems(path: str, kind: str, rows: list) -> Iterator[str]:
 def image_problems(path: str, images: list[dict], image_dir: str) -> Iterator[str]:
     """Whether the image folder or images in it are missing."""
     if not os.path.isdir(image_dir):
-        yield f"image folder {image_dir} is missing; {GET_DATA}"
+        yield f"image folder {image_dir} is missing; {advice(image_dir)}"
         return
     try:
         # one listing instead of a lookup per image: the folder may be on a network

@@ -4,14 +4,14 @@ import sys
 
 from formats.check import check
 from formats.cityscapes import write_cityscapes
-from formats.files import one_line_errors
+from formats.files import CommandLine, one_line_errors
 from formats.shapes import write_shapes
 from formats.voc import write_voc
 from formats.yolo import write_yolo
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Make, convert and check data sets.")
+    parser = CommandLine(description="Make, convert and check data sets.")
     commands = parser.add_subparsers(dest="command", required=True)
     shapes = commands.add_parser("shapes", help="draw the small data set shapes, in COCO layout",
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)

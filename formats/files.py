@@ -1,4 +1,5 @@
 """Errors of one line, files written whole, optional packages."""
+import argparse
 import contextlib
 import importlib
 import os
@@ -28,6 +29,13 @@ def one_line_errors() -> Iterator[None]:
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+class CommandLine(argparse.ArgumentParser):
+    """A parser whose errors are one line, too."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
 def warn(message: str) -> None:

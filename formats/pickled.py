@@ -80,4 +80,4 @@ def read(path: str | Path):
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))              # torch's message about a function
         if refused:
             raise ValueError(f"it wants to run {refused[1]}; only arrays are admitted") from None
-        raise ValueError(f"it is truncated, or something else ({type(error).__name__}: {error})") from None
+        raise ValueError("it is truncated, or something else than a file of PyTorch or numpy arrays") from None

@@ -41,11 +41,14 @@ def reading(folder, *parts: str, change=None, **content) -> None:
 def test_missing_file_and_folder_say_how_to_get_data(tmp_path):
     json_path, images = write_set(tmp_path)
     with pytest.raises(DataError) as error:
+        CocoBoxes("datasets/none.json", images)
+    is_one_line(error, "datasets/none.json", "missing", *HELP)
+    with pytest.raises(DataError) as error:
         CocoBoxes(tmp_path / "none.json", images)
-    is_one_line(error, str(tmp_path / "none.json"), "missing", *HELP)
+    is_one_line(error, str(tmp_path / "none.json"), "missing", "data.py voc", "data.py yolo")
     with pytest.raises(DataError) as error:
         CocoBoxes(json_path, tmp_path / "nowhere")
-    is_one_line(error, str(tmp_path / "nowhere"), "missing", *HELP)
+    is_one_line(error, str(tmp_path / "nowhere"), "missing", "data.py voc", "data.py yolo")
     with pytest.raises(DataError) as error:
         CocoBoxes(tmp_path, images)                 # a folder instead of a file
     is_one_line(error, str(tmp_path), "cannot be read")

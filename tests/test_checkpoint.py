@@ -399,7 +399,7 @@ def test_another_model_or_method_in_the_same_folder_is_refused(drawn, warm, stra
     content["categories"][0]["name"] = "egg"
     (tmp_path / "set.json").write_text(json.dumps(content))
     assert command(*options_of(drawn, warm, straight, "--train-json", tmp_path / "set.json")) == 1
-    assert "another classes" in one_line_error(capsys)
+    assert "other classes" in one_line_error(capsys)
     assert (straight / "last.pt").read_bytes() == before
 
 

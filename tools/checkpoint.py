@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from formats.checkpoint import FORMAT, RESUME_ONLY, CheckpointError, first_line, load, save
-from formats.files import one_line_errors
+from formats.files import CommandLine, one_line_errors
 from formats.released import summary
 from model import PIXEL_STD, rescores, restore, test_size
 
@@ -48,7 +48,7 @@ def convert(state: dict, path: str) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Print what a checkpoint is; convert a released one.")
+    parser = CommandLine(description="Print what a checkpoint is; convert a released one.")
     parser.add_argument("ckpt", metavar="CKPT", help="a checkpoint of this project, BoxTeacher or AdelaiDet")
     parser.add_argument("--convert", metavar="OUT", help="write it there in this project's format, without the "
                         "optimiser's state; OUT must not exist yet")

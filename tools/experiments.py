@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from formats.coco import datasets
-from formats.files import UserError, one_line_errors
+from formats.files import CommandLine, UserError, one_line_errors
 from formats.shapes import write_shapes
 from tools.command_line import AMP, not_negative, positive
 
@@ -230,8 +230,8 @@ def last_line(path: Path) -> dict:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train and compare the methods and ablations of the paper on drawn "
-                                     "shapes.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = CommandLine(description="Train and compare the methods and ablations of the paper on drawn "
+                         "shapes.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="of " + ", ".join(ROWS))
     add("--seeds", nargs="+", type=not_negative, default=[1, 2, 3], metavar="N",

@@ -18,7 +18,7 @@ import numpy as np
 from assign import SCORE_THRESHOLD
 from formats.checkpoint import check_classes
 from formats.coco import NAMES, CocoBoxes, datasets, ground_truth
-from formats.files import one_line_errors
+from formats.files import CommandLine, one_line_errors
 from formats.pictures import check_sizes
 from model import load_model
 from tools.command_line import go_together, input_size, model_options, output_file, probability, write_json
@@ -41,8 +41,8 @@ def draw_labels(annotations: CocoBoxes, content: dict, path: str) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Give the boxes of a data set masks by Alg. 1 (naive self-training).",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = CommandLine(description="Give the boxes of a data set masks by Alg. 1 (naive self-training).",
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--ckpt", required=True, metavar="FILE", help="checkpoint of the labeller")
     add("--out", required=True, metavar="FILE", help="the annotation file to write")
