@@ -25,7 +25,7 @@ def make_backbone(name: str, frozen: bool, stride_in_1x1: bool = False) -> nn.Mo
     Raises ValueError if there is no such name.
     """
     if name not in BACKBONES:
-        raise ValueError(f"there is no backbone {name!r} here; if it is one of your own, use the script that adds it")
+        raise ValueError(f"there is no backbone {name!r} here; if you added it, run the script that does")
     return BACKBONES[name](name, frozen, **{"stride_in_1x1": True} if stride_in_1x1 else {})
 
 

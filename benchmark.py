@@ -203,7 +203,7 @@ def measure_training(args: argparse.Namespace, folder: Path, rank: int, world_si
             seconds.append(training.step())
     memory = peak_memory(device)
     with training.clock.watching(TRAINING | {(training.run.model, "forward"): "student network"}):
-        for _ in range(args.rounds):  # in rounds of their own: on a GPU each look at the clock waits for the device
+        for _ in range(args.rounds):  # apart from the timed rounds: on a GPU each look at the clock waits
             training.step()
             for name, value in training.clock.seconds.items():
                 parts[name].append(value)

@@ -95,7 +95,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--backbone-weights", default="imagenet", metavar="imagenet|none|FILE",
         help="imagenet: torchvision's; FILE: torchvision's, MSRA's R-50.pkl or R-101.pkl from detectron2, or the Swin "
         "authors' .pth (BoxTeacher uses the last two); none: train all of it from scratch, or with the weights that a "
-        "backbone of your own brings")
+        "backbone that you added brings")
     add("--init", metavar="CKPT", help="start from the weights of this checkpoint, the averaged ones if it has any, "
         "without the class layer if the classes differ; also a released one of BoxTeacher or AdelaiDet")
 

@@ -131,7 +131,7 @@ def test_an_added_backbone_takes_weights_under_its_names(tmp_path, monkeypatch):
 def test_without_its_script_one_line_says_what_is_missing(drawn, script, tmp_path):
     out = tmp_path / "out"
     run(script, "train", *only_training(drawn), *SMALL, "--backbone", "lite0", "--out", out, "--iters", 1)
-    with pytest.raises(CheckpointError, match="no backbone 'lite0' here; if it is one of your own, use the script"):
+    with pytest.raises(CheckpointError, match="no backbone 'lite0' here; if you added it, run the script"):
         load_model(out / "final.pt")
 
 

@@ -50,7 +50,7 @@ def label_image(image: Predictions, boxes: Tensor, size: tuple[int, int], origin
                 score_threshold: float = SCORE_THRESHOLD, classes: Tensor | None = None) -> BoxMasks:
     """Masks for the boxes (G, 4) of one image, xyxy pixels of the network's input, whose true size is `size`.
 
-    classes (G,): the class of each box in the model, -1 if unknown to it. With them, a box takes detections of its own
+    classes (G,): the class of each box in the model, -1 if unknown to it. With them, a box takes detections of this
     class alone, and boxes without one are prompted. None: Alg. 1 as in the paper, and nothing else.
     original_size: (height, width) of the masks.
     """

@@ -36,14 +36,14 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self.asked = 0
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {number: signal.signal(number, self.remember) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def ask(self, number: int, frame) -> None:
+    def remember(self, number: int, frame) -> None:
         self.asked = number
         signal.signal(number, signal.SIG_DFL)
 

@@ -106,7 +106,7 @@ def matches(predictions: Predictions, batch: Batch, score_threshold: float = 0.0
 def report(rows: list[list[float]], path: str) -> dict:
     """Of the rows of `matches`: print the correlations, draw the dots to a PNG, and return
 
-    {"matches": N, "scores": {score: {"pearson": r, "spearman": r}}}; r is None where there is none.
+    {"matches": N, "scores": {score: {"pearson": r, "spearman": r}}}; r is None if undefined.
     """
     table = np.array(rows, np.float64).reshape(-1, len(SCORES) + 1)
     iou = table[:, -1]
