@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from helpers import check, made_up, make_batch, relative_error
 from masks import aligned_bilinear, box_masks
-from model import build_model, mask_logits
-from teacher import (SCORES, class_score, ema_momentum, iou_score, make_teacher, mask_aware_score,
+from model import build_model, detect, mask_logits
+from teacher import (SCORES, class_score, ema_momentum, iou_score, make_teacher, mask_aware_score, match,
                      mean_entropy_score, pseudo_label, to_student_grid, update)
 
 
@@ -70,6 +70,17 @@ def test_average_in_closed_form(momentum, weights):
     # buffers are never averaged
     assert buffers and all(torch.equal(x, buffers[name]) for name, x in teacher.named_buffers())
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("threshold, assigned", [(0.5, [-1]), (0.4, [0]), (0.3, [0])])
+def test_the_iou_threshold_of_alg_1_is_a_parameter_of_match(threshold, assigned):
+    """A detection of half the box's height and 0.9 of its width: IoU 0.45."""
+    size = (96, 128)
+    image = made_up([[([10.0, 10, 64, 42], 0.9, torch.full((12, 16), 5.0))]], size).of_image(0)
+    matched = match(image, detect(image), torch.tensor([[10.0, 10, 70, 74]]), size, size, (24, 32),
+                    iou_threshold=threshold)
+    assert matched.assigned.tolist() == assigned
+    assert len(matched.masks) == len(matched.iou) == (assigned != [-1])
 
 
 # ----------------------------------------------------------------------------- pseudo labels, made up by hand
