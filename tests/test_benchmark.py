@@ -149,7 +149,7 @@ def test_four_offsets_are_the_eight_neighbours_in_a_third_of_the_memory():
     assert values["ours"].item() == pytest.approx(values["dense"].item(), rel=1e-5)
     assert mib[ours] < mib[dense] / 3
     args = types.SimpleNamespace(device=torch.device("cpu"))
-    assert benchmark.measure_mask_memory(args, None, (4 * h, 4 * w), 8)["peak MiB"] == pytest.approx(mib[ours], rel=0.1)
+    assert benchmark.measure_mask_memory(args, (4 * h, 4 * w), 8)["peak MiB"] == pytest.approx(mib[ours], rel=0.1)
 
 
 # ------------------------------------------------------------------------------------------------- the figures
