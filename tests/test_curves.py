@@ -94,8 +94,8 @@ def test_every_loss_has_a_panel():
 
 @pytest.mark.parametrize("options, message", [
     (["--curves", "a.png", "b", "--sheet", "c.png"], "nothing is evaluated"),
-    ([], "one of --ckpt FILE and --curves"), (["--curves", "a.png"], "expected FILE RUN"),
-    (["--curves", "a.png", "b", "--ckpt", "c.pt"], "one of --ckpt FILE and --curves")])
+    ([], "either --ckpt FILE or --curves"), (["--curves", "a.png"], "expected FILE RUN"),
+    (["--curves", "a.png", "b", "--ckpt", "c.pt"], "either --ckpt FILE or --curves")])
 def test_wrong_options_end_with_status_2(options, message, capsys):
     with pytest.raises(SystemExit) as end:
         evaluate.main(options)

@@ -439,7 +439,7 @@ def test_missing_folder_as_a_user_sees_it(tmp_path):
                             text=True, capture_output=True)
     assert answer.returncode == 1 and answer.stderr.count("\n") == 1 and answer.stdout == ""
     assert "nowhere/annotations/instances_train2017.json is missing" in answer.stderr
-    assert "cocodataset.org" in answer.stderr and list(tmp_path.iterdir()) == []
+    assert "python data.py yolo DIR" in answer.stderr and list(tmp_path.iterdir()) == []
 
 
 def test_backbone_weights_that_do_not_fit_are_one_line(drawn, tmp_path, capsys):
