@@ -166,6 +166,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     go_together(parser, args, "--boxes", "--images")
     if not args.ckpt and not args.boxes:
         parser.error("--ckpt FILE is needed to find objects in images")
+    for name in () if args.ckpt else ("weights", "min_size", "max_size", "amp", "batch_size"):
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"argument --{name.replace('_', '-')}: only with --ckpt")
     others = ["score_threshold", "rescore"] if args.boxes else ["min_score", "polygons", "measure", "review_count"]
     for name in others:
         if getattr(args, name) != parser.get_default(name):

@@ -1,5 +1,6 @@
 """refine.py: masks from boxes and colours, on made-up images; predict.py --boxes without a checkpoint."""
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -7,8 +8,10 @@ import torch
 from pycocotools import mask as coco_mask
 
 import predict
+from formats.coco import CocoBoxes
 from masks import decode
 from refine import POINTS, color_masks, ellipse, pixel_masks, rounded
+from tools.label import ColourMasks, label_without_model
 
 SIZE = (120, 160)
 
@@ -128,6 +131,21 @@ def test_images_need_a_checkpoint(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         predict.main([str(tmp_path), "--out", str(tmp_path / "out")])
     assert end.value.code == 2 and "--ckpt FILE is needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--weights", "student"], ["--min-size", "64"], ["--batch-size", "2"]])
+def test_options_of_a_model_need_a_checkpoint(option, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        predict.main(["--boxes", "b.json", "--images", "i", "--out", str(tmp_path / "out"), *option])
+    assert end.value.code == 2 and f"argument {option[0]}: only with --ckpt" in capsys.readouterr().err
+
+
+def test_loading_processes_give_the_same_masks(drawn):
+    """Also where they are started afresh, which takes all that they receive through pickle."""
+    annotations = CocoBoxes(drawn / "annotations/instances_train2017.json", drawn / "train2017")
+    one, two = (label_without_model(annotations, workers) for workers in (0, 1))
+    assert one.rles == two.rles and (one.scores == two.scores).all()
+    pickle.dumps((ColourMasks(annotations), ColourMasks.collate))
 
 
 def test_an_image_that_cannot_be_decoded_is_named(drawn, tmp_path, capsys):

@@ -225,12 +225,18 @@ class ColourMasks(Dataset):
         guess = ellipse().expand(len(boxes), -1, -1)
         return pixel_masks(color_masks(image, boxes, guess), guess, boxes, size)
 
+    @staticmethod
+    def collate(item):
+        """An item as it is; the DataLoader's own way would turn its arrays into tensors."""
+        return item
+
 
 def label_without_model(annotations: CocoBoxes, workers: int = 2) -> BoxMasks:
     """Masks from boxes and colours alone, in the order of annotations.boxes, as in label_dataset."""
     n = len(annotations.boxes)
     rles, scores, sources = [None] * n, np.zeros(n), [None] * n
-    loader = DataLoader(ColourMasks(annotations), batch_size=None, num_workers=workers, collate_fn=lambda item: item)
+    loader = DataLoader(ColourMasks(annotations), batch_size=None, num_workers=workers,
+                        collate_fn=ColourMasks.collate)
     for i, item in enumerate(tqdm(loader, desc="label", unit="image", disable=None)):
         if isinstance(item, str):
             warn(f"{item}; it is left out")
