@@ -171,7 +171,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--metrics", metavar="FILE", help="write all figures there, AP in percent (JSON)")
     add("--cityscapes-results", metavar="DIR", help="write the detections there in the format of Cityscapes' own "
         "scripts, and report their AP too if the package cityscapesscripts is installed")
-    add("--sheet", metavar="FILE", help="draw boxes, predictions and ground truth there (PNG)")
+    add("--sheet", metavar="FILE", help="draw boxes, predictions and ground truth there (PNG or JPEG)")
     add("--sheet-count", type=positive, default=12, help="number of images on the sheet")
     add("--score-quality", metavar="FILE", help="correlate the scores of Table 5 with the IoU of the masks, and draw "
         "one against the other there (PNG); runs the model a second time")
@@ -243,7 +243,7 @@ def write_outputs(args: argparse.Namespace, annotations: CocoBoxes, results: lis
         cityscapes_score.print_table(metrics["cityscapes"])
         write_json(args.metrics, metrics)
     if args.sheet:
-        rows = sheet_rows(annotations, ground_truth(annotations.json_path), results, args.sheet_count)
+        rows = sheet_rows(annotations, ground_truth(annotations.json_path), [results], args.sheet_count)
         sheet(rows, args.sheet, [c["name"] for c in annotations.classes])
         print(f"sheet: {args.sheet}")
 

@@ -16,7 +16,7 @@ from formats.checkpoint import load
 from helpers import SMALL, command, losses_of, same
 from losses import PIXEL_LOSSES
 from teacher import SCORES
-from tools import checkpoint, experiments, selftraining
+from tools import checkpoint, compare, experiments, selftraining
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -32,6 +32,7 @@ PARSERS = {"train.py": train.parse_arguments, "evaluate.py": evaluate.parse_argu
            "benchmark.py": benchmark.parse_arguments, "tools.selftraining": selftraining.parse_arguments,
            "tools.experiments": experiments.parse_arguments, "tools.checkpoint": checkpoint.parse_arguments,
            "tests/overfit.py": overfit_arguments, "tests/released_files.py": lambda options: None}
+           "tools.compare": compare.parse_arguments,
 TORCHRUN = re.compile(r"torchrun( --[a-z_]+=\S+)+ ")
 OURS = re.compile(r"python ((tests/)?\w+\.py|-m tools\.\w+)( (?!--help)|$)")
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)

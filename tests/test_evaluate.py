@@ -419,7 +419,7 @@ def test_an_unwritable_output_is_reported_before_the_evaluation(checkpoint, data
 def rows_of(dataset, count=12, results=None):
     truth = ground_truth(dataset[0])
     results = as_results(dataset[0]) if results is None else results
-    return draw.sheet_rows(CocoBoxes(*dataset), truth, results, count)
+    return draw.sheet_rows(CocoBoxes(*dataset), truth, [results], count)
 
 
 def test_rows_have_images_with_objects_and_their_results(dataset):
@@ -427,8 +427,9 @@ def test_rows_have_images_with_objects_and_their_results(dataset):
     assert [tuple(row.image.shape[1:]) for row in rows] == SIZES[:4]  # the fifth has no object
     for row in rows:
         assert row.image.dtype == torch.uint8
-        assert torch.equal(row.found.boxes, row.boxes) and torch.equal(row.found.labels, row.labels)
-        assert torch.equal(row.found.masks, row.true_masks) and row.true_masks.shape == (2, *row.image.shape[1:])
+        (found,) = row.found
+        assert torch.equal(found.boxes, row.boxes) and torch.equal(found.labels, row.labels)
+        assert torch.equal(found.masks, row.true_masks) and row.true_masks.shape == (2, *row.image.shape[1:])
         for label, mask in zip(row.labels, row.true_masks):
             assert (row.image[label][mask] > 0).all()
     assert [tuple(row.image.shape[1:]) for row in rows_of(dataset, count=2)] == [SIZES[0], SIZES[3]]
@@ -458,8 +459,8 @@ def test_sheet_leaves_out_predictions_below_its_threshold(dataset, tmp_path):
 
 def test_sheet_without_masks_and_without_detections(dataset, tmp_path):
     rewrite(dataset[0], lambda c: [a.pop("segmentation") for a in c["annotations"]])
-    rows = draw.sheet_rows(CocoBoxes(*dataset), ground_truth(dataset[0]), [], 4)
-    assert all(row.true_masks is None and len(row.found.boxes) == 0 for row in rows)
+    rows = draw.sheet_rows(CocoBoxes(*dataset), ground_truth(dataset[0]), [[]], 4)
+    assert all(row.true_masks is None and len(row.found[0].boxes) == 0 for row in rows)
     draw.sheet(rows, str(tmp_path / "sheet.png"), ["red", "green", "blue"])
 
 

@@ -218,10 +218,10 @@ def test_a_sheet_has_three_panels_only_with_true_masks(tmp_path):
     found, label = Instances(boxes, torch.tensor([0.9]), torch.tensor([0]), rles, (64, 64)), torch.tensor([0])
     path, titled = str(tmp_path / "x.png"), str(tmp_path / "y.png")
     for truths, columns in (([None, None], 2), ([None, masks], 3), ([masks, masks], 3)):
-        draw.sheet([draw.SheetRow(image, boxes, label, found, truth) for truth in truths], path)
+        draw.sheet([draw.SheetRow(image, boxes, label, [found], truth) for truth in truths], path)
         assert Image.open(path).size == sheet_size(2, columns)
-    for to, options in ((path, {}), (titled, {"title": "something else"})):
-        draw.sheet([draw.SheetRow(image, boxes, label, found, None)], to, **options)
+    for to, options in ((path, {}), (titled, {"titles": ["input and its boxes", "something else"]})):
+        draw.sheet([draw.SheetRow(image, boxes, label, [found], None)], to, **options)
     differs = (np.asarray(Image.open(path)) != np.asarray(Image.open(titled))).any((0, 2)).nonzero()[0]
     assert GAP + CELL <= differs.min() <= differs.max() < GAP + CELL + PANEL      # of the middle panel's title
 

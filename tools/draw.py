@@ -1,11 +1,11 @@
-"""Figures for people: instances drawn over an image, and sheets of what a model finds.
+"""Figures for people: instances drawn over an image, and sheets of what models find.
 
-`draw_instances` draws over one image. `sheet` places up to three panels of each image side by side: its boxes, the
-predicted masks and, if the data set has them, the true masks. Colours tell instances apart and are the same in every
+`draw_instances` draws over one image. `sheet` places the panels of each image side by side: its boxes, the masks of one
+model or several and, if the data set has them, the true masks. Colours tell instances apart and are the same in every
 run; on a sheet a prediction takes the colour of the object that it overlaps.
 """
 import colorsys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +29,7 @@ COLOURS = [(230, 60, 60), (60, 150, 240), (70, 190, 80), (250, 170, 30), (170, 9
            (240, 110, 190), (160, 110, 60), (190, 220, 50), (110, 120, 250), (0, 130, 110), (255, 215, 90)]
 DRAWN = (480, 1600)        # limits of the longer side of a drawn image, pixels: names stay legible, files small
 PANEL, GAP = 320, 6        # of a sheet, pixels: the longer side of a panel, the space between panels,
-HEADER = 30                # and the height of the line that names them
+HEADER = 30                # and the height of a line of text above them
 BACKGROUND = (24, 24, 28)
 
 
@@ -39,8 +39,8 @@ def draw_instances(image: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor 
     """Draw N instances over an image (3, H, W) uint8; returns a new one.
 
     boxes (N, 4) xyxy, pixels of the image. With masks (N, H, W) bool an instance is a translucent fill with an
-    outline, without them its box. names[label] and the score are written where they fit. colours: the number of each
-    instance's colour (see colour_of), by default its position.
+    outline, without them its box. names[label] and the score are written where they fit; with names = [], neither.
+    colours: the number of each instance's colour (see colour_of), by default its position.
     """
     colours = [colour_of(c) for c in (range(len(boxes)) if colours is None else colours)]
     width = max(2, round(max(image.shape[1:]) / 400))
@@ -55,6 +55,8 @@ def draw_instances(image: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor 
             image[:, y, x] = fill_mask(image[:, y, x], mask[y, x], colour)
         for (y, x), mask, colour in windows:
             image[:, y, x] = outline_mask(image[:, y, x], mask[y, x], colour, width)
+    if names == []:
+        return image.clone()
     texts = [names[label] if names else str(label) for label in labels.tolist()]
     if scores is not None:
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores.tolist())]
@@ -152,20 +154,21 @@ def matching_colours(boxes: Tensor, found: Tensor) -> list[int]:
 
 
 class SheetRow(NamedTuple):
-    """An image on a sheet: its objects and what a model found."""
+    """An image on a sheet: its objects and what was found. Each entry of `found` is a panel."""
 
     image: Tensor              # (3, H, W) uint8
     boxes: Tensor              # (G, 4) xyxy, pixels of the image
     labels: Tensor             # (G,)
-    found: Instances           # the predictions, at the image's size
+    found: list[Instances]     # the predictions of each model, at the image's size
     true_masks: Tensor | None  # (G, H, W) bool; None: an object has no mask, the panel stays dark
+    notes: Sequence[str] = ()  # a line above each panel, from the left
 
 
-def sheet_rows(annotations: CocoBoxes, truth: COCO, results: list[dict], count: int,
-               order: Iterable[int] | None = None) -> list[SheetRow]:
-    """Up to `count` images that have objects, evenly spaced over the data set, with their results.
+def sheet_rows(annotations: CocoBoxes, truth: COCO, results: list[list[dict]], count: int,
+               order: Iterable[int] | None = None, notes: Sequence[Sequence[str]] | None = None) -> list[SheetRow]:
+    """Up to `count` images that have objects, evenly spaced over the data set, with their results of each model.
 
-    order: indices of images, to space them over this order rather than that of the data set.
+    order: indices of images, to space them over this order rather than that of the data set. notes: of each image.
     """
     label = {c["id"]: i for i, c in enumerate(annotations.classes)}
     order = range(len(annotations)) if order is None else order
@@ -177,13 +180,15 @@ def sheet_rows(annotations: CocoBoxes, truth: COCO, results: list[dict], count: 
         objects = [a for a in truth.imgToAnns[image_id] if not a["iscrowd"]]
         masks = stack([truth.annToMask(a) for a in objects], height, width) \
             if all(a.get("segmentation") for a in objects) else None
-        of_image = [r for r in results if r["image_id"] == image_id]
-        found = Instances(corners(of_image), torch.tensor([r["score"] for r in of_image]),
-                          torch.tensor([label[r["category_id"]] for r in of_image], dtype=torch.int64),
-                          [r["segmentation"] for r in of_image], (height, width))
+        found = []
+        for of_model in results:
+            of_image = [r for r in of_model if r["image_id"] == image_id]
+            found.append(Instances(corners(of_image), torch.tensor([r["score"] for r in of_image]),
+                                   torch.tensor([label[r["category_id"]] for r in of_image], dtype=torch.int64),
+                                   [r["segmentation"] for r in of_image], (height, width)))
         labels = torch.tensor([label[a["category_id"]] for a in objects], dtype=torch.int64)
-        image = torch.from_numpy(np.array(load_image(annotations.path(i), (height, width)))).permute(2, 0, 1)
-        rows.append(SheetRow(image, corners(objects), labels, found, masks))
+        image = pixels(load_image(annotations.path(i), (height, width)))
+        rows.append(SheetRow(image, corners(objects), labels, found, masks, notes[i] if notes else ()))
     return rows
 
 
@@ -206,50 +211,58 @@ def resized_masks(masks: Tensor, size: list[int]) -> Tensor:
 
 
 def panels(row: SheetRow, names: list[str] | None, threshold: float) -> list[Image.Image]:
-    """The three panels of an image: boxes, predicted masks, true masks. The longer side becomes PANEL pixels."""
+    """The panels of an image: boxes, the masks of each model, true masks. The longer side becomes PANEL pixels."""
     scale = PANEL / max(row.image.shape[1:])
     size = [max(1, round(side * scale)) for side in row.image.shape[1:]]
     image = interpolate(row.image[None].float(), size, mode="bilinear", antialias=True)[0].round().byte()
     boxes = row.boxes * scale
-    with_boxes = draw_instances(image, boxes, row.labels, names=names)
-    with_truth = image // 4 if row.true_masks is None else draw_instances(
-        image, boxes, row.labels, masks=resized_masks(row.true_masks, size), names=names)
+    drawn = [draw_instances(image, boxes, row.labels, names=names)]
+    for found in row.found:
+        drawn.append(draw_found(image, boxes, confident(found, threshold), scale, names))
+    drawn.append(image // 4 if row.true_masks is None else draw_instances(
+        image, boxes, row.labels, masks=resized_masks(row.true_masks, size), names=names))
+    return [to_pil_image(panel) for panel in drawn]
 
-    found = confident(row.found, threshold)
-    found_boxes, found_masks = found.boxes * scale, found.masks
-    colours, filled = torch.tensor(matching_colours(row.boxes, found.boxes)).long(), found_masks.flatten(1).any(1)
+
+def draw_found(image: Tensor, boxes: Tensor, found: Instances, scale: float, names: list[str] | None) -> Tensor:
+    """Predictions over an image that is already resized by `scale`, with its objects' boxes (G, 4)."""
+    found_boxes, masks = found.boxes * scale, found.masks
+    colours, filled = torch.tensor(matching_colours(boxes, found_boxes)).long(), masks.flatten(1).any(1)
     if not filled.all():  # an instance without a mask is a plain box: the room for names is left to the others
         image = draw_bounding_boxes(image, found_boxes[~filled].round(), width=2,
                                     colors=[colour_of(c) for c in colours[~filled].tolist()])
-    with_masks = draw_instances(image, found_boxes[filled], found.labels[filled], found.scores[filled],
-                                resized_masks(found_masks[filled], size), names, colours[filled].tolist())
-    return [to_pil_image(panel) for panel in (with_boxes, with_masks, with_truth)]
+    return draw_instances(image, found_boxes[filled], found.labels[filled], found.scores[filled],
+                          resized_masks(masks[filled], image.shape[1:]), names, colours[filled].tolist())
 
 
 def sheet(rows: list[SheetRow], path: str, names: list[str] | None = None, threshold: float = 0.6,
-          title: str | None = None) -> None:
-    """Write a PNG with the panels of each image; two images side by side if there are more than four.
+          titles: Sequence[str] = ()) -> None:
+    """Write a PNG, or a JPEG if `path` ends so, with the panels of each image; two images side by side if there are
+    more than four.
 
-    The third panel, the true masks, is left out if no image has them. Predictions that score below the threshold are
-    left out; of rescored ones, sqrt(d q), most below 0.6 are wrong. title: of the second panel, by default "predicted
-    masks" and the threshold.
+    The last panel, the true masks, is left out if no image has them. Predictions that score below the threshold are
+    left out; of rescored ones, sqrt(d q), most below 0.6 are wrong. names: see draw_instances. titles: of the panels,
+    by default those of one model.
     """
-    per_line, columns = 2 if len(rows) > 4 else 1, 2 if all(row.true_masks is None for row in rows) else 3
-    drawn = [panels(row, names, threshold)[:columns] for row in rows]
+    titles = titles or ["input and its boxes", f"predicted masks, score >= {threshold:g}", "ground-truth masks"]
+    per_line, with_truth = 2 if len(rows) > 4 else 1, any(row.true_masks is not None for row in rows)
+    columns = 1 + max((len(row.found) for row in rows), default=1) + with_truth
+    drawn = [(panels(row, names, threshold)[:columns], row.notes) for row in rows]
     lines = [drawn[i:i + per_line] for i in range(0, len(drawn), per_line)]
-    heights = [max(panel.height for image in line for panel in image) for line in lines]
-    cell = PANEL + GAP
+    heights = [max(panel.height for image, _ in line for panel in image) for line in lines]
+    cell, note = PANEL + GAP, HEADER if any(row.notes for row in rows) else 0
     canvas = Image.new("RGB", (columns * per_line * cell + (per_line - 1) * 4 * GAP + GAP,
-                               HEADER + sum(heights) + GAP * len(lines)), BACKGROUND)
+                               HEADER + sum(heights) + (note + GAP) * len(lines)), BACKGROUND)
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=16)
-    titles = ["input and its boxes", title or f"predicted masks, score >= {threshold:g}", "ground-truth masks"]
     y = HEADER
     for line, height in zip(lines, heights):
-        for place, image in enumerate(line):
-            for column, panel in enumerate(image):
+        for place, (image, notes) in enumerate(line):
+            for column, (panel, title, text) in enumerate(zip(image, titles, [*notes, *[""] * columns])):
                 x = GAP + place * (columns * cell + 4 * GAP) + column * cell
-                draw.text((x + PANEL // 2, HEADER // 2), titles[column], fill="white", font=font, anchor="mm")
-                canvas.paste(panel, (x + (PANEL - panel.width) // 2, y + (height - panel.height) // 2))
-        y += height + GAP
+                if line is lines[0]:
+                    draw.text((x + PANEL // 2, HEADER // 2), title, fill="white", font=font, anchor="mm")
+                draw.text((x + PANEL // 2, y + note // 2), text, fill="white", font=font, anchor="mm")
+                canvas.paste(panel, (x + (PANEL - panel.width) // 2, y + note + (height - panel.height) // 2))
+        y += note + height + GAP
     with replacing(path) as temporary:
-        canvas.save(temporary, format="PNG")
+        canvas.save(temporary, format="JPEG" if path.lower().endswith((".jpg", ".jpeg")) else "PNG", quality=85)

@@ -154,9 +154,10 @@ def draw_sheet(path: Path, title: str, model: CondInst, annotations: CocoBoxes, 
             (size,), (boxes,), (labels,) = batch.sizes, batch.boxes, batch.labels
             found = Instances(boxes, pseudo.scores.float().cpu(), labels, enlarged(pseudo.masks, size), size)
             truth = None if batch.masks is None else decode(enlarged(batch.masks[0].float(), size), size)
-            rows.append(SheetRow(batch.images[0, :, :size[0], :size[1]], boxes, labels, found, truth))
+            rows.append(SheetRow(batch.images[0, :, :size[0], :size[1]], boxes, labels, [found], truth))
         if rows:
-            sheet(rows, str(path), [c["name"] for c in annotations.classes], threshold=0, title=title)
+            sheet(rows, str(path), [c["name"] for c in annotations.classes], threshold=0,
+                  titles=["images and their boxes", title, "true masks"])
     except Exception as error:  # of any kind: disk full, out of memory, a font that is missing
         warn(f"{path} was not written: {str(error) or type(error).__name__}")
     finally:

@@ -35,7 +35,7 @@ def draw_labels(annotations: CocoBoxes, content: dict, path: str) -> None:
         scores.setdefault(annotation["image_id"], []).append(annotation["score"])
     index = {image_id: i for i, image_id in enumerate(annotations.image_ids.tolist())}
     order = [index[image_id] for image_id in sorted(scores, key=lambda image_id: -np.mean(scores[image_id]))]
-    rows = sheet_rows(annotations, ground_truth(annotations.json_path), labelled, 12, order)
+    rows = sheet_rows(annotations, ground_truth(annotations.json_path), [labelled], 12, order)
     sheet(rows, path, [c["name"] for c in annotations.classes], threshold=0)
     print(f"sheet: {path}")
 
@@ -53,7 +53,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--score-threshold", type=probability, default=SCORE_THRESHOLD, help="of the mask-aware score in Alg. 1")
     add("--measure", action="store_true", help="if the boxes have masks already, print how well the new ones agree "
         "with them")
-    add("--sheet", metavar="FILE", help="draw the boxes, their new masks and the masks that they had (PNG)")
+    add("--sheet", metavar="FILE", help="draw the boxes, their new masks and the masks that they had (PNG or JPEG)")
     args = parser.parse_args(argv)
     go_together(parser, args, "--train-json", "--train-images")
     return args
