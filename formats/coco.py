@@ -30,7 +30,7 @@ COCO_IDS = sorted(set(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
 COCO_CLASSES = [{"id": number, "name": name} for number, name in zip(COCO_IDS, COCO_NAMES)]
 
 # Where the images of a split are. Another data set that --data finds by its name in datasets/ is one line here ...
-NAMES = {"coco": "{split}2017", "cityscapes": "leftImg8bit/{split}", "shapes": "{split}2017"}
+NAMES = {"coco": "{split}2017", "cityscapes": "leftImg8bit/{split}", "food": "{split}2017", "shapes": "{split}2017"}
 # ... and another layout of folders, told by the first of these that exists, is one here; "" is the folder itself.
 LAYOUTS = {"leftImg8bit": "leftImg8bit/{split}", "train2017": "{split}2017", "JPEGImages": "", "images": "",
            "train/images": ""}

@@ -2,7 +2,6 @@
 program. `python -m pytest -q tests -k golden` prints it alone.
 """
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ pytest.register_assert_rewrite("helpers")
 from label_folders import put, put_image, xml_object, xml  # noqa: E402
 from formats.checkpoint import save  # noqa: E402
 from formats.shapes import write_shapes  # noqa: E402
-from helpers import CHECKED, draw_dataset, new_run, one_batch  # noqa: E402
+from helpers import CHECKED, draw_dataset, new_run, one_batch, real_images  # noqa: E402
 from model import build_model  # noqa: E402
 from train import train_step  # noqa: E402
 
@@ -34,10 +33,8 @@ def golden():
 
 @pytest.fixture(scope="session")
 def coco_mini() -> Path:
-    """The folder of real COCO images that the environment variable COCO_MINI names."""
-    if not os.environ.get("COCO_MINI"):
-        pytest.skip("COCO_MINI names no folder of real images")
-    return Path(os.environ["COCO_MINI"])
+    """A folder of real COCO images."""
+    return real_images("coco-mini")
 
 
 @pytest.fixture

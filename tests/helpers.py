@@ -142,6 +142,21 @@ def finding(annotations: CocoBoxes) -> Callable:
 
 # ---------------------------------------------------------------------------------------------------- data sets
 
+def real_images(name: str) -> Path:
+    """The folder of a set of real images with masks, in COCO layout: food, coco-mini, nuclei or teacher.
+
+    food is part of the project. The environment variable REAL_IMAGES names the folder of the others, COCO_MINI that of
+    coco-mini alone; without them the test is skipped."""
+    if name == "food":
+        return Path(train.__file__).parent / "datasets/food"
+    folder = Path(os.environ.get("REAL_IMAGES", "")) / name
+    if name == "coco-mini" and os.environ.get("COCO_MINI"):
+        folder = Path(os.environ["COCO_MINI"])
+    if not (folder / "annotations").is_dir():
+        pytest.skip(f"no {name} in the folder that REAL_IMAGES names")
+    return folder
+
+
 def noise_image(i: int, height: int, width: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(i).integers(1, 256, (height, width, 3), dtype=np.uint8))
 

@@ -78,9 +78,8 @@ def test_perfect_predictions_give_100_from_images_to_figures(dataset, perfect):
     json.dumps(metrics, allow_nan=False)  # plain floats
 
 
-@pytest.mark.skipif("COCO_MINI" not in os.environ, reason="COCO_MINI names no folder")
-def test_perfect_predictions_on_real_images_with_crowds():
-    path = Path(os.environ["COCO_MINI"]) / "annotations" / "instances_val2017.json"
+def test_perfect_predictions_on_real_images_with_crowds(coco_mini):
+    path = coco_mini / "annotations" / "instances_val2017.json"
     assert any(a["iscrowd"] for a in json.loads(path.read_text())["annotations"])
     results = as_results(path)
     metrics = evaluate.coco_metrics(path, results)
