@@ -1,6 +1,6 @@
 """Train BoxTeacher from boxes alone (paper Sec. 3), or its two bounds: BoxInst and CondInst.
 
-    python train.py --data shapes --backbone r18-slim --backbone-weights none --channels 64 ...   (see `make demo`)
+    python train.py --data food --method boxinst --backbone r18-slim --backbone-weights none ...  (see `make demo`)
     torchrun --nproc_per_node=8 train.py --backbone r50 --schedule 3x --augment strong            COCO, one machine
     torchrun --nnodes=2 --node_rank=N --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...
 

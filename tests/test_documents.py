@@ -2,6 +2,7 @@
 import math
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,8 @@ PARSERS = {"train.py": train.parse_arguments, "evaluate.py": evaluate.parse_argu
            "predict.py": predict.parse_arguments, "data.py": commands.parse_arguments,
            "benchmark.py": benchmark.parse_arguments, "tools.selftraining": selftraining.parse_arguments,
            "tools.experiments": experiments.parse_arguments, "tools.checkpoint": checkpoint.parse_arguments,
-           "tests/overfit.py": overfit_arguments, "tests/released_files.py": lambda options: None}
            "tools.compare": compare.parse_arguments,
+           "tests/overfit.py": overfit_arguments, "tests/released_files.py": lambda options: None}
 TORCHRUN = re.compile(r"torchrun( --[a-z_]+=\S+)+ ")
 OURS = re.compile(r"python ((tests/)?\w+\.py|-m tools\.\w+)( (?!--help)|$)")
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -83,6 +84,18 @@ def test_commands_are_found():
     assert {"tests/overfit.py", "tests/released_files.py", "tools.experiments"} <= {program for program, *_ in ALL}
     table_rows = re.findall(r"^\|.*`(?:\$TRAIN|python) .*", (PROJECT / "EXPERIMENTS.md").read_text(), re.MULTILINE)
     assert len(table_rows) >= 50 and len(EXPERIMENTS) >= len(table_rows)
+
+
+def test_the_demo_is_what_experiments_describes():
+    """But for its folder, --amp, which depends on the CPU, and files."""
+    lines = subprocess.run(["make", "-n", "demo"], cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+    lines = lines.replace("\\\n", " ").replace("runs/demo", "runs/food").splitlines()
+    demo = [shlex.split(line.replace("-m ", ""))[1:] for line in lines if "runs/food" in line]
+    described = [words for words in EXPERIMENTS if "runs/food" in " ".join(words)]
+    assert [program for program, *_ in demo] == [program for program, *_ in described] and len(demo) == 5
+    for (program, *one), (_, *two) in zip(demo, described):
+        one, two = (vars(PARSERS[program](options)) for options in (one, two))
+        assert {name for name in one if one[name] != two[name]} <= {"out", "amp", "metrics", "checkpoint_every"}
 
 
 def test_all_of_the_papers_rows_are_there():

@@ -101,7 +101,7 @@ def test_the_readmes_program(drawn, warm, tmp_path, monkeypatch, capsys):
     code = block("README.md", "from model import load")
     assert len(code) == 4
     photo = min((drawn / "val2017").iterdir())
-    copies = {"runs/demo/final.pt": warm, "datasets/shapes/val2017/000000000001.jpg": photo}
+    copies = {"runs/demo/final.pt": warm, "datasets/food/val2017/0001.jpg": photo}
     for name, file in copies.items():
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_bytes(file.read_bytes())
