@@ -18,7 +18,7 @@ demo: $(READY)
 	$(PY) train.py --data food --method boxinst --out $(DEMO) --backbone r18-slim --backbone-weights none --channels 64 \
 	    --min-size 160 192 --max-size 256 --teacher-min-size 192 --teacher-max-size 256 \
 	    --iters 900 --ramp 500 --batch-size 8 --optimizer adamw --lr 2e-3 --lr-decay cosine --clip-grad 10 --ema 0.99 \
-	    --amp $(AMP) --workers 0 --log-every 100 --checkpoint-every 300
+	    --amp $(AMP) --workers 0 --log-every 100 --eval-every 900 --checkpoint-every 300
 	$(PY) predict.py --ckpt $(DEMO)/final.pt --boxes $(HELD_OUT) --out $(DEMO)/trained-masks --measure
 	$(PY) evaluate.py --ckpt $(DEMO)/final.pt --data food --batch-size 8 --metrics $(DEMO)/metrics.json
 	$(PY) -m tools.compare $(DEMO)/first-masks/masks.json $(DEMO)/trained-masks/masks.json --truth $(HELD_OUT) \

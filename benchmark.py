@@ -137,7 +137,7 @@ class Training:
         annotations = made_up_data(folder, 2 * args.batch_size * world_size, tuple(args.size), args.instances)
         random = make_backbone(args.backbone, frozen=True).state_dict()
         with patch.object(train, "load_backbone", lambda *_: (random, False)):  # frozen norms without a download
-            self.run = train.Run(self.args, annotations.classes, rank, world_size, args.device)
+            self.run = train.Run(self.args, annotations, rank, world_size, args.device)
         batches = TrainBatches(annotations, batch_size=self.args.batch_size, min_sizes=self.args.min_size,
                                max_size=self.args.max_size, teacher_size=tuple(teacher_size), rank=rank,
                                world_size=world_size, stride=COMPILED_STRIDE if args.compile else STRIDE)

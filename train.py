@@ -41,7 +41,7 @@ from formats.files import UserError, one_line_errors, warn
 from formats.pictures import check_sizes, undecodable_limit
 from formats.released import read_backbone, summary
 from model import PIXEL_STD, CondInst, build_model, rescores
-from recipe import RECIPES, learning_rate, make_plan, parse_arguments, ramp_factor
+from recipe import RECIPES, choose, learning_rate, make_plan, parse_arguments, ramp_factor
 from tools.command_line import output_file, pick_amp
 from tools.log import Log, draw_sheet, summary_writer
 from tools.processes import StopSignals, ending_loaders, ignore_signals, start_distributed
@@ -124,31 +124,32 @@ def agreed(*flags: Tensor | bool) -> list[bool]:
 
 
 class Run:
-    """The state of a run: models, optimiser, iteration."""
+    """The state of a run: models, optimiser, iteration. Fills in what `args` leaves to be chosen."""
 
-    def __init__(self, args: argparse.Namespace, classes: list[dict], rank: int, world_size: int, device: torch.device):
-        self.args, self.classes = args, classes
+    def __init__(self, args: argparse.Namespace, annotations: CocoBoxes, rank: int, world_size: int,
+                 device: torch.device):
+        self.args, self.classes = args, annotations.classes
+        self.out, self.iteration = Path(args.out), 0
+        # the weights to resume or start from, and the conventions of the network that they were trained in
+        state = None if args.fresh else checkpoint.load_latest(self.out)
+        start = checkpoint.load(args.init, PIXEL_STD) if state is None and args.init else None
+        source = (state or start or {"model": {}})["model"]
+        self.choices = choose(args, annotations, source, state and state["config"])
         self.plan = make_plan(args.batch_size, args.optimizer, args.schedule, args.iters, args.lr, args.lr_decay,
                               args.warmup, args.ramp)
         self.rank, self.world_size, self.device = rank, world_size, device
-        self.out, self.iteration = Path(args.out), 0
         self.amp_dtype = pick_amp(args.amp, device)
-        self.spec = {"backbone": args.backbone, "num_classes": len(classes), "channels": args.channels,
+        self.spec = {"backbone": args.backbone, "num_classes": len(self.classes), "channels": args.channels,
                      "frozen": args.backbone_weights != "none"}
-
-        # the weights to resume or start from, and the conventions of the network that they were trained in
-        state, start, backbone = None if args.fresh else checkpoint.load_latest(self.out), None, None
-        if state is None and args.init:
-            start = checkpoint.load(args.init, PIXEL_STD)
-        elif state is None and args.backbone_weights != "none":
+        backbone = None
+        if state is None and start is None and args.backbone_weights != "none":
             backbone, self.spec["stride_in_1x1"] = load_backbone(args.backbone, args.backbone_weights)
-        source = (state or start or {"model": {}})["model"]
         self.spec |= {key: source[key] for key in ("mask_channels", "stride_in_1x1") if key in source}
 
         torch.manual_seed(args.seed)
         self.model = build_model(**self.spec)
         if start is not None:
-            initialise(self.model, classes, start, args.init)
+            initialise(self.model, self.classes, start, args.init)
             if rank == 0:
                 print(f"starts from {args.init} (method {start['method']})")
         elif backbone is not None:
@@ -312,8 +313,7 @@ def check_skipped(batches: list[Batch], broken: set[str], images: int) -> None:
 
 
 def report_nonfinite(run: Run, batches: list[Batch], result: StepResult) -> None:
-    """Write the images and losses of each process to nonfinite.json and raise TrainingError. The last checkpoint stays.
-    """
+    """Write the images and losses of each process to nonfinite.json; raise TrainingError. The last checkpoint stays."""
     own = {"rank": run.rank, "image_ids": [i for batch in batches for i in batch.image_ids],
            "gradient_norm": str(float(result.norm)),
            "losses": {name: str(float(value)) for name, value in result.losses.items()}}  # JSON has no NaN
@@ -411,7 +411,7 @@ def describe(run: Run, annotations: CocoBoxes) -> None:
     print(f"python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
           f"{run.world_size} x {gpu}, autocast {run.amp_dtype or 'off'}")
     print(f"{run.args.method}, {run.args.backbone}: {len(annotations)} images, {len(annotations.boxes)} boxes, "
-          f"{len(run.classes)} classes -> {run.out}")
+          f"{len(run.classes)} classes -> {run.out}", *run.choices, sep="\n")
     print(f"{plan.iterations} iterations of {run.args.batch_size} images, learning rate {plan.lr:g} after "
           f"{plan.warmup} of warm-up, {'cosine' if plan.cosine else f'a tenth at {plan.drops}'}; "
           f"ramp of pairwise and pseudo-mask losses {plan.ramp}")
@@ -426,8 +426,8 @@ def main(argv: list[str] | None = None) -> None:
             summary_writer()  # raises before anything is done, on all processes alike
         rank, world_size, device = start_distributed(args.device)
         annotations, validation = open_data(args, rank)
+        run = Run(args, annotations, rank, world_size, device)
         batches = training_batches(args, annotations, rank, world_size)  # raises before anything is written
-        run = Run(args, annotations.classes, rank, world_size, device)
         open_out(args, rank)
         if rank == 0:
             describe(run, annotations)

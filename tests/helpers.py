@@ -232,9 +232,10 @@ def rewrite(path: Path, change) -> Path:
 
 # --------------------------------------------------------------------------------------------------------- runs
 
-SMALL = ("--backbone r18-slim --channels 32 --backbone-weights none --min-size 64 --max-size 64 "
-         "--teacher-min-size 64 --teacher-max-size 64 --workers 0 --device cpu --batch-size 4 "
-         "--log-every 1").split()
+TINY = ("--backbone r18-slim --channels 32 --backbone-weights none --min-size 64 --max-size 64 "
+        "--teacher-min-size 64 --teacher-max-size 64 --workers 0 --device cpu --batch-size 4 "
+        "--log-every 1").split()  # what else a small set needs is chosen
+SMALL = [*TINY, "--schedule", "1x"]  # the paper's recipe
 LOSSES = {"boxteacher": ("cls", "box", "centerness", "projection", "pairwise", "pixel", "affinity"),
           "boxinst": ("cls", "box", "centerness", "projection", "pairwise"),
           "condinst": ("cls", "box", "centerness", "mask")}
@@ -247,7 +248,7 @@ def one_batch(annotations: CocoBoxes, size: int = 4) -> Batch:
 def new_run(drawn: Path, out: Path, *options: str) -> tuple[Run, CocoBoxes]:
     args = parse_arguments(["--data", str(drawn), "--out", str(out), *SMALL, *options])
     annotations = CocoBoxes(drawn / "annotations/instances_train2017.json", drawn / "train2017")
-    return Run(args, annotations.classes, 0, 1, torch.device("cpu")), annotations
+    return Run(args, annotations, 0, 1, torch.device("cpu")), annotations
 
 
 def command(*argv) -> int:

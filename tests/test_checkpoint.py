@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import recipe
 import train
 from formats import checkpoint
 from formats.checkpoint import CheckpointError, load, load_latest, save
-from helpers import SMALL, Code, command, losses_of, metrics, new_run, one_batch, one_line_error, only_training, same
+from helpers import (SMALL, TINY, Code, command, losses_of, metrics, new_run, one_batch, one_line_error, only_training,
+                     same)
 from model import PIXEL_STD, build_model, load_model
 from tools.checkpoint import convert, describe
 from train import initialise
@@ -308,6 +310,52 @@ def test_four_iterations_and_four_more_are_eight(drawn, warm, straight, tmp_path
     assert_same_runs(once, twice)
     if more:
         assert losses_of(once) != losses_of(straight)
+
+
+def test_a_run_goes_on_with_what_was_chosen_for_it(drawn, warm, tmp_path, monkeypatch, capsys):
+    """Whatever has become of the data set, and on whatever device."""
+    facts, once, twice = recipe.SmallSet(50, 0.3, 1.0, "cpu"), tmp_path / "once", tmp_path / "twice"
+    options = [*only_training(drawn), *TINY, "--iters", ITERATIONS, "--init", warm]
+    monkeypatch.setattr(recipe, "small_set", lambda *_: facts)
+    assert command(*options, "--out", once) == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        assert command(*options, "--out", twice) == 128 + signal.SIGTERM
+    monkeypatch.setattr(recipe, "small_set", lambda *_: facts._replace(images=5000, device="cuda"))
+    capsys.readouterr()
+    assert command(*options, "--out", twice) == 0
+    printed = capsys.readouterr().out
+    assert "resumed" in printed and "chosen, since" in printed and "changed since" not in printed
+    assert_same_runs(once, twice)
+    config = load(twice / "final.pt")["config"]
+    assert config["chosen_from"] == [50, 0.3, 1.0, "cpu"] and (config["optimizer"], config["ramp"]) == ("adamw", 1)
+    written = json.loads((twice / "config.json").read_text())
+    assert {name: written[name] for name in config} == config
+
+
+def test_runs_from_before_the_choices_keep_the_papers_recipe(drawn, warm, straight, tmp_path, monkeypatch, capsys):
+    out, words = tmp_path / "out", options_of(drawn, warm, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        assert command(*words) == 128 + signal.SIGTERM
+    state = load(out / "last.pt")
+    del state["config"]["chosen_from"]
+    save(state, out / "last.pt")
+    capsys.readouterr()
+    del words[words.index("--schedule"):words.index("--schedule") + 2]
+    assert command(*words) == 0
+    printed = capsys.readouterr().out
+    assert "resumed" in printed and "chosen" not in printed and "changed since" not in printed
+    assert_same_runs(straight, out)
+
+
+def test_init_names_the_network(drawn, warm, tmp_path):
+    """warm's is neither the one nor the width that would be chosen."""
+    options = [*only_training(drawn), "--init", warm, "--backbone-weights", "none", "--iters", 1, "--min-size", 64]
+    assert command(*options, "--device", "cpu", "--workers", 0, "--out", tmp_path) == 0
+    state = load(tmp_path / "final.pt")
+    assert state["model"]["channels"] == state["config"]["channels"] == 32
+    assert state["config"]["backbone"] == "r18-slim" and state["config"]["test_min_size"] == 64
 
 
 def test_a_truncated_checkpoint_costs_one_iteration(drawn, warm, straight, tmp_path, monkeypatch, capsys):

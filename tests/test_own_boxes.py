@@ -15,11 +15,11 @@ import predict
 import train
 from formats import commands
 from formats.coco import CocoBoxes
-from helpers import SMALL
+from helpers import TINY
 
 PROJECT = Path(__file__).resolve().parent.parent
 PROGRAMS = {"data.py": commands, "train.py": train, "predict.py": predict}
-SHORTER = {"train.py": [*SMALL, "--iters", "3", "--eval-every", "2"], "predict.py": ["--workers", "0"]}
+SHORTER = {"train.py": [*TINY, "--iters", "3", "--eval-every", "2"], "predict.py": ["--workers", "0"]}
 
 
 def block(page: str, start: str) -> list[str]:

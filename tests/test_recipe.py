@@ -1,13 +1,16 @@
 """recipe.py: the plan of a run, its learning rate and ramps, and the options of train.py."""
 import inspect
 import math
+import re
 
 import pytest
 import torch
 
+import recipe
 from boxteacher import total_loss
-from recipe import Plan, learning_rate, make_plan, parse_arguments, ramp_factor
-
+from formats.coco import CocoBoxes
+from recipe import (PAPER, Plan, SmallSet, choose, learning_rate, make_plan, parse_arguments, ramp_factor, small_set,
+                    small_set_recipe)
 
 
 @pytest.mark.parametrize("options, expected", [
@@ -56,6 +59,117 @@ def test_only_the_noisy_losses_are_ramped():
     assert total_loss(losses, 0.5) == 1 + 2 + 4 + 4 + 8 + 16
 
 
+# -------------------------------------------------------------------------------------------------- small sets
+
+
+FOOD = SmallSet(90, 0.1885, 1.0, "cpu")      # tried by hand: 900 iterations of 8 images at 160 and 192 pixels
+COCO = SmallSet(288, 0.0904, 1.4175, "cpu")  # 2600 of 4 at 320, 352 and 384 (EXPERIMENTS.md has both)
+SETS = [facts._replace(images=images, box=box, device=device) for facts in (FOOD, COCO) for images in (50, 500, 5000)
+        for box in (0.02, 0.1, 0.5, 1.0) for device in ("cpu", "cuda")]
+
+
+def chosen(facts: SmallSet, options: str = "", multiple: int = 1) -> dict:
+    """What is chosen with these options of train.py."""
+    return small_set_recipe(*facts, vars(parse_arguments(["--data", "food", *options.split()])), multiple)
+
+
+def test_what_was_measured_is_chosen():
+    food, coco = chosen(FOOD, "--backbone-weights none"), chosen(COCO)
+    shared = {"channels": 64, "optimizer": "adamw", "lr_decay": "cosine", "clip_grad": 10.0, "ema": 0.99}
+    assert food == food | shared | {"backbone": "r18-slim", "min_size": [160, 192], "teacher_min_size": 192,
+                                    "batch_size": 8, "lr": 2e-3, "iters": 890, "ramp": 494}
+    assert coco == coco | shared | {"backbone": "r18", "min_size": [320, 352, 384], "batch_size": 4, "iters": 2270}
+
+
+@pytest.mark.parametrize("facts", SETS)
+def test_choices_are_sensible(facts):
+    value = chosen(facts)
+    side, cpu, seen = max(value["min_size"]), facts.device == "cpu", value["iters"] * value["batch_size"]
+    assert (value["backbone"], value["channels"]) == (("r18", 64) if cpu else ("r50", 256))
+    assert (192 if cpu else 384) <= side <= 800 and all(s % 32 == 0 for s in value["min_size"])
+    assert value["teacher_min_size"] == side < value["max_size"] == value["teacher_max_size"]
+    assert facts.box * side >= (32 if cpu else 64) or side == 800 or cpu and seen <= 9600
+    assert facts.images ** 0.5 * (750 if cpu else 3000) + 40 >= seen
+    assert 0.5 < value["ramp"] / value["iters"] < 0.6
+    assert value["eval_every"] <= value["iters"] >= value["checkpoint_every"] and value["log_every"] >= 1
+    if cpu:
+        micros = recipe.cpu_microseconds(value["backbone"], 64, "boxteacher")
+        assert seen * side ** 2 * facts.aspect * micros < 1.02 * 2 * 3600e6  # an hour on two cores
+
+
+def test_more_images_mean_more_iterations_and_fewer_passes():
+    for device in ("cpu", "cuda"):
+        iters = [chosen(FOOD._replace(images=n, device=device))["iters"] for n in (50, 500, 5000)]
+        assert iters[0] < iters[1] < iters[2] < 100 * iters[0]
+
+
+@pytest.mark.parametrize("options, expected", [
+    ("--iters 1800", {"iters": 1800, "ramp": 1000, "eval_every": 450, "checkpoint_every": 180}),
+    ("--iters 12", {"iters": 12, "ramp": 6, "eval_every": 3, "checkpoint_every": 2, "log_every": 1}),
+    ("--iters 1", {"iters": 1, "ramp": 1, "eval_every": 1, "checkpoint_every": 1, "log_every": 1}),
+    ("--iters 18000", {"ramp": 10_000, "ema": 0.999, "checkpoint_every": 1000, "min_size": [320, 352, 384]}),
+    ("--batch-size 16", {"batch_size": 16, "lr": 4e-4, "iters": 570, "ramp": 316}),
+    ("--batch-size 16 --lr 0.5", {"lr": 0.5}),
+    ("--backbone-weights none", {"backbone": "r18-slim", "batch_size": 8, "lr": 2e-3}),
+    ("--backbone-weights none --backbone r18", {"backbone": "r18", "batch_size": 8, "lr": 2e-3}),
+    ("--backbone r50", {"backbone": "r50", "channels": 64, "min_size": [224, 256], "lr": 1e-4}),
+    ("--init a.pt --backbone-weights none", {"batch_size": 4, "lr": 1e-4, "ramp": 159}),
+    ("--optimizer sgd", {"lr": None, "optimizer": "sgd", "clip_grad": 10.0}),
+    ("--backbone swin-t", {"lr": None, "optimizer": "adamw"}),
+    ("--min-size 200 100", {"min_size": [200, 100], "max_size": 333, "teacher_min_size": 200, "teacher_max_size": 333}),
+    ("--max-size 256", {"min_size": [224, 256], "max_size": 256, "teacher_min_size": 256, "teacher_max_size": 256}),
+    ("--max-size 50", {"min_size": [50], "teacher_min_size": 50}),
+    ("--teacher-min-size 500", {"min_size": [320, 352, 384], "teacher_min_size": 500, "teacher_max_size": 833}),
+    ("--ramp 5 --ema 0.5 --clip-grad 1 --channels 32 --lr-decay steps",
+     {"ramp": 5, "ema": 0.5, "clip_grad": 1.0, "channels": 32, "lr_decay": "steps"}),
+    ("--eval-every 7 --checkpoint-every 8 --log-every 9", {"eval_every": 7, "checkpoint_every": 8, "log_every": 9})])
+def test_what_is_given_stays_and_the_rest_follows(options, expected):
+    value = chosen(COCO, options)
+    if value.get("lr"):
+        value["lr"] = round(value["lr"], 9)
+    assert {name: value.get(name) for name in expected} == expected
+
+
+def test_the_batch_is_a_multiple_of_processes_and_micro_steps():
+    assert [chosen(COCO, multiple=n)["batch_size"] for n in (1, 2, 3, 8)] == [4, 4, 6, 8]
+    assert chosen(COCO, multiple=8)["lr"] == pytest.approx(2 * chosen(COCO)["lr"])
+
+
+def test_facts_of_a_set(drawn):
+    annotations = CocoBoxes(drawn / "annotations/instances_train2017.json", drawn / "train2017")
+    facts = small_set(annotations, "cpu")
+    sides = sorted(min(x1 - x0, y1 - y0) / 64 for x0, y0, x1, y1 in annotations.boxes.tolist())
+    assert facts.images == 12 and facts.aspect == 1 and facts.device == "cpu"
+    assert facts.box == pytest.approx((sides[31] + sides[32]) / 2, abs=1e-4) and len(sides) == 64
+    annotations.boxes, annotations.offsets = annotations.boxes[:0], 0 * annotations.offsets
+    assert small_set(annotations, "cpu").box == 1  # TrainBatches refuses such a set
+
+
+def test_every_choice_is_printed_with_its_reason(drawn):
+    annotations = CocoBoxes(drawn / "annotations/instances_train2017.json", drawn / "train2017")
+    for options in ([], ["--iters", "90", "--backbone", "swin-t", "--init", "a.pt"]):
+        args = parse_arguments(["--data", str(drawn), "--device", "cpu", *options])
+        before = dict(vars(args))
+        first, *lines = choose(args, annotations, {}, None)
+        assert "--schedule 1x" in first and all(": " in line and len(line) < 200 for line in lines[:-1])
+        text = " ".join(lines)
+        for name, value in vars(args).items():
+            if name not in ("chosen_from", "lr"):
+                shown = f"--{name.replace('_', '-')} " in text
+                assert shown == (before[name] is None and value is not None), name
+        assert ("minutes on 1 core" in text) == (not options) and "time left" in text
+
+
+@pytest.mark.parametrize("options", ["--data cityscapes", "--data my-images --schedule 1x",
+                                     "--train-json a.json --train-images b --schedule 1x"])
+def test_the_papers_recipe_for_named_sets_and_with_a_schedule(options, drawn):
+    args, default = parse_arguments(options.split()), vars(parse_arguments([]))
+    expected = dict(vars(args))
+    assert choose(args, None, {}, None) == [] and vars(args) == expected
+    apart = ("data", "out", "train_json", "train_images")
+    assert all(expected[name] == default[name] for name in default if name not in apart)
+
+
 # ------------------------------------------------------------------------------------------------- the options
 
 
@@ -71,6 +185,7 @@ DEFAULTS = {
 
 
 def test_every_option_of_the_contract_and_its_default(capsys):
+    """The options that depend on the data have no default of argparse's; their help states the paper's."""
     args = vars(parse_arguments([]))
     assert {name: args[name] for name in DEFAULTS} == DEFAULTS
     assert args["device"] == torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -80,9 +195,15 @@ def test_every_option_of_the_contract_and_its_default(capsys):
     assert end.value.code == 0
     for name in (*DEFAULTS, "device"):
         assert f" --{name.replace('_', '-')} " in text, name
-    for default in ("coco", "boxteacher", "r50", "256", "imagenet", "1x", "16", "1333", "800", "dice",
-                    "0.999"):
+    for default in ("coco", "boxteacher", "imagenet", "dice", "mask-aware", "0.5", "0.1"):
         assert f"(default: {default})" in text, default
+    for name, value in PAPER.items():
+        name = name.replace("_", "-")
+        option = re.search(rf" --{name} [A-Z{{].*?\(default: None\)", text[text.index(" options: "):])[0]
+        words = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        assert words in option and "None: " in option, name
+    folder = vars(parse_arguments(["--data", "my-images"]))
+    assert all(folder[name] is None for name in PAPER)
 
 
 @pytest.mark.parametrize("option, values", [
@@ -103,7 +224,9 @@ def test_swin_has_its_own_optimiser():
 def test_run_folder_is_named_after_method_backbone_and_data():
     args = parse_arguments("--data /x/birds --method boxinst --backbone r18".split())
     assert args.out == "runs/boxinst-r18-birds"
-    assert parse_arguments("--train-json a/b.json --train-images p".split()).out == "runs/boxteacher-r50-b"
+    files = "--train-json a/b.json --train-images p".split()
+    assert parse_arguments([*files, "--schedule", "1x"]).out == "runs/boxteacher-r50-b"
+    assert parse_arguments([*files, "--device", "cpu"]).out == "runs/boxteacher-r18-b"  # chosen
 
 
 @pytest.mark.parametrize("options", [

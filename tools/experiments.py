@@ -149,7 +149,8 @@ class Experiments:
             # with --train-json train.py evaluates only if --val-json is given too
             evaluation = [*validation, "--eval-every", self.eval_every] if self.eval_every else []
             self.python(folder, "train", "--train-json", annotations, "--train-images", self.train_images,
-                        *evaluation, *RECIPE, *start, *RUNS[run], "--seed", seed, "--amp", self.amp, "--out", folder)
+                        "--schedule", "1x", *evaluation, *RECIPE, *start, *RUNS[run], "--seed", seed, "--amp", self.amp,
+                        "--out", folder)
         for name, row in ROWS.items():
             for rescore in ("off", "on"):
                 metrics = self.metrics(name, seed, rescore)
