@@ -312,12 +312,13 @@ class TrainBatches(torch.utils.data.Dataset):
 class TestImages(torch.utils.data.Dataset):
     """Item i is the Sample of image i at the test size (see `resized_size`); `TestImages.collate` makes a Batch.
 
-    It has masks if the annotations were read with them. Raises DataError."""
+    It has masks if the annotations were read with them; whole: its teacher's view is the image at its own size.
+    Raises DataError."""
 
     __test__ = False                # or pytest would collect it because of its name
 
-    def __init__(self, annotations: CocoBoxes, min_size: int, max_size: int):
-        self.annotations, self.min_size, self.max_size = annotations, min_size, max_size
+    def __init__(self, annotations: CocoBoxes, min_size: int, max_size: int, whole: bool = False):
+        self.annotations, self.min_size, self.max_size, self.whole = annotations, min_size, max_size, whole
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -325,16 +326,17 @@ class TestImages(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> Sample:
         original = self.annotations.size(i)
         size = resized_size(*original, self.min_size, self.max_size)
-        image = view(load_image(self.annotations.path(i), original), size, flip=False)
+        image = load_image(self.annotations.path(i), original)
         boxes, labels = self.annotations.image_boxes(i)
-        return Sample(image, None, None, view_masks(self.annotations, i, size, flip=False),
-                      view_boxes(boxes, original, size, flip=False), torch.tensor(labels), original,
-                      int(self.annotations.image_ids[i]), [])
+        return Sample(view(image, size, flip=False), None, image if self.whole else None,
+                      view_masks(self.annotations, i, size, flip=False), view_boxes(boxes, original, size, flip=False),
+                      torch.tensor(labels), original, int(self.annotations.image_ids[i]), [])
 
     @staticmethod
     def collate(samples: list[Sample]) -> Batch:
         sizes = [(sample.image.height, sample.image.width) for sample in samples]
-        return collate(samples, len(samples), canvas_of(sizes), None)
+        whole = canvas_of([sample.original_size for sample in samples])
+        return collate(samples, len(samples), canvas_of(sizes), whole)
 
 
 class Readable(torch.utils.data.Dataset):

@@ -214,33 +214,43 @@ def num_mask_params(channels: int) -> int:
 
 def dynamic_mask_head(mask_features: Tensor, parameters: Tensor, xy: Tensor, size_of_interest: Tensor,
                       counts: list[int]) -> Tensor:
-    """Each instance's three-layer mask head on the mask features of its image (CondInst Sec. 3.1).
+    """Each instance's mask head on the mask features of its image (CondInst Sec. 3.1).
 
-    mask_features (B, C, H, W) at stride 8; of the K instances, ordered by image, counts[b] in image b: parameters
-    (K, P), locations xy (K, 2) in pixels, and size_of_interest (K,) in pixels. Returns logits (K, 2H, 2W) at stride 4.
-
-    Layer 1 reads the features and the relative coordinate (xy - pixel) / size_of_interest. In the form xy / size -
-    pixel / size, the first term is a bias, and the second reads pixel coordinates, which all instances share. So layer
-    1 of all instances of an image is ONE matrix product with the image's map.
+    mask_features (B, C, H, W) at stride 8; the K instances as in mask_heads. Returns logits (K, 2H, 2W) at stride 4.
     """
-    n, (batch, c, h, w) = MASK_HEAD_WIDTH, mask_features.shape
-    with torch.autocast(mask_features.device.type, enabled=False):
+    batch, _, h, w = mask_features.shape
+    x = torch.arange(w, device=xy.device).mul(8).add(4.0).expand(h, w)
+    y = torch.arange(h, device=xy.device).mul(8).add(4.0)[:, None].expand(h, w)
+    points = torch.stack([x, y]).expand(batch, 2, h, w).flatten(2)
+    logits = mask_heads(mask_features.flatten(2), points, parameters, xy, size_of_interest, counts)
+    return aligned_bilinear(logits.view(-1, 1, h, w), 2)[:, 0]
+
+
+def mask_heads(features: Tensor, points: Tensor, parameters: Tensor, xy: Tensor, size_of_interest: Tensor,
+               counts: list[int]) -> Tensor:
+    """Each instance's three-layer mask head at M points of its image: logits (K, M).
+
+    features (B, C, M) at points (B, 2, M), x and y in pixels; of the K instances, ordered by image, counts[b] in image
+    b: parameters (K, P), locations xy (K, 2) in pixels, and size_of_interest (K,) in pixels.
+
+    Layer 1 reads the features and the relative coordinate (xy - point) / size_of_interest. In the form xy / size -
+    point / size, the first term is a bias, and the second reads coordinates, which all instances share. So layer 1 of
+    all instances of an image is ONE matrix product with the image's map.
+    """
+    n, c = MASK_HEAD_WIDTH, features.shape[1]
+    with torch.autocast(features.device.type, enabled=False):
         w1, w2, w3, b1, b2, b3 = parameters.float().split([n * (c + 2), n * n, n, n, n, 1], dim=1)
         w1, w2, w3 = w1.unflatten(1, (n, c + 2)), w2.unflatten(1, (n, n)), w3.unflatten(1, (1, n))
         w_xy = w1[:, :, :2] / size_of_interest.view(-1, 1, 1)
         b1 = b1 + (w_xy * xy[:, None]).sum(-1)
         w1 = torch.cat([-w_xy, w1[:, :, 2:]], dim=2)
+        features = torch.cat([points, features.float()], 1)
 
-        x = torch.arange(w, device=xy.device).mul(8).add(4.0).expand(h, w)
-        y = torch.arange(h, device=xy.device).mul(8).add(4.0)[:, None].expand(h, w)
-        features = torch.cat([torch.stack([x, y]).expand(batch, 2, h, w), mask_features.float()], 1).flatten(2)
-
-        hidden = [torch.addmm(b.reshape(-1, 1), weight.reshape(-1, c + 2), image)   # (8 k, H*W)
+        hidden = [torch.addmm(b.reshape(-1, 1), weight.reshape(-1, c + 2), image)   # (8 k, M)
                   for image, weight, b in zip(features, w1.split(counts), b1.split(counts))]
-        hidden = F.relu(torch.cat(hidden)).view(len(parameters), n, h * w)
+        hidden = F.relu(torch.cat(hidden)).view(len(parameters), n, features.shape[2])
         hidden = F.relu(torch.baddbmm(b2[:, :, None], w2, hidden))
-        logits = torch.baddbmm(b3[:, :, None], w3, hidden).view(len(parameters), 1, h, w)
-        return aligned_bilinear(logits, 2)[:, 0]
+        return torch.baddbmm(b3[:, :, None], w3, hidden)[:, 0]
 
 
 # ------------------------------------------------------------------------------------------- the network

@@ -10,6 +10,7 @@ image in `pictures/`, and `review.html`, the least certain masks first (tools/re
 """
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +24,12 @@ from formats.coco import CocoBoxes, DataError, UndecodableImage, first_five
 from formats.files import CommandLine, one_line_errors, optional, replacing, warn
 from formats.pictures import check_sizes, find_images, load_image
 from model import CondInst, default_threshold, load_model, predict_confident
-from tools.command_line import (AMP, RESCORE, go_together, input_size, model_options, output_file, pick_amp, positive,
-                                probability, rescored, write_json)
+from refine import FIT_STEPS
+from tools.command_line import (AMP, RESCORE, go_together, input_size, model_options, not_negative, output_file,
+                                pick_amp, positive, probability, rescored, write_json)
 from tools.draw import draw_objects
-from tools.label import (ASSIGNED, COLOURS, PROMPTED, BoxMasks, label_dataset, label_without_model, model_classes,
-                         polygons, report_agreement, with_masks)
+from tools.label import (BoxMasks, label_dataset, label_without_model, model_classes, model_masks, polygons,
+                         report_agreement, with_masks)
 from tools.review import write_review
 
 
@@ -153,6 +155,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("with --boxes").add_argument
     add("--boxes", metavar="FILE", help="instead of images: give each box of this COCO annotation file a mask")
     add("--images", metavar="DIR", help="the images of --boxes")
+    add("--fit-steps", type=not_negative, default=FIT_STEPS, help="steps in which the mask heads of a model are fitted "
+        "to their box")
+    add("--colors", choices=["on", "off"], default="on", help="refine masks by the colours of their image; without "
+        "--ckpt, off leaves an ellipse in each box")
     add("--min-score", type=probability, help="leave out masks below this score (0 to 1) and list their boxes on the "
         "review page; None: keep all")
     add("--polygons", action="store_true", help="write polygons instead of run lengths (holes are filled); needs "
@@ -166,10 +172,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     go_together(parser, args, "--boxes", "--images")
     if not args.ckpt and not args.boxes:
         parser.error("--ckpt FILE is needed to find objects in images")
-    for name in () if args.ckpt else ("weights", "min_size", "max_size", "amp", "batch_size"):
+    for name in () if args.ckpt else ("weights", "min_size", "max_size", "amp", "batch_size", "fit_steps"):
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"argument --{name.replace('_', '-')}: only with --ckpt")
-    others = ["score_threshold", "rescore"] if args.boxes else ["min_score", "polygons", "measure", "review_count"]
+    others = ["score_threshold", "rescore"] if args.boxes else ["fit_steps", "colors", "min_score", "polygons",
+                                                                "measure", "review_count"]
     for name in others:
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"argument --{name.replace('_', '-')}: only with {'images' if args.boxes else '--boxes'}")
@@ -211,7 +218,8 @@ def masks_of_model(args: argparse.Namespace, annotations: CocoBoxes, model: Cond
     if unknown:
         warn(f"{args.ckpt} was not trained for {first_five(list(map(repr, unknown)))}: these boxes take the best mask "
              "of any class")
-    return label_dataset(model, annotations, min_size=size[0], max_size=size[1], classes=classes, **options)
+    label = partial(model_masks, classes=classes.to(args.device), fit_steps=args.fit_steps, colors=args.colors == "on")
+    return label_dataset(model, annotations, label, min_size=size[0], max_size=size[1], **options)
 
 
 def label_boxes(args: argparse.Namespace, *model) -> None:
@@ -227,7 +235,7 @@ def label_boxes(args: argparse.Namespace, *model) -> None:
     if model:
         labels = masks_of_model(args, annotations, *model)
     else:
-        labels = label_without_model(annotations, args.workers)
+        labels = label_without_model(annotations, args.colors == "on", args.workers)
         print("no --ckpt: masks from boxes and colours alone; a model trained on these boxes gives better ones, see "
               "docs/own-boxes.md")
     content, rows = with_masks(annotations, labels, min_score), annotations.rows.tolist()
@@ -236,9 +244,8 @@ def label_boxes(args: argparse.Namespace, *model) -> None:
         for annotation in labelled:
             annotation["segmentation"] = annotation["segmentation"] and polygons(annotation["segmentation"])
     write_json(str(out / "masks.json"), content)
-    assigned, prompted, colours, none = map(labels.sources.count, (ASSIGNED, PROMPTED, COLOURS, None))
-    made = f"{assigned} masks assigned, {prompted} prompted" if args.ckpt else f"{colours} masks"
-    print(f"{out / 'masks.json'}: {len(rows)} boxes, {made}" + f", {none} boxes without a mask" * bool(none))
+    none = labels.sources.count(None)
+    print(f"{out / 'masks.json'}: masks for {len(rows) - none} of {len(rows)} boxes")
     if args.measure:
         report_agreement(annotations, labels)
     if (low := (labels.scores < min_score).sum()):

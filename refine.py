@@ -1,11 +1,15 @@
-"""Masks from what is known about a box, without a network. Not from the paper; docs/own-boxes.md has the figures.
+"""Masks from what is known about a box. Not from the paper; docs/own-boxes.md has the figures.
 
-    the box      an object lies inside its box, most often around the middle         ellipse
-    the colours  it has other colours than what surrounds the box, in this image     color_masks
-    the pixels   people draw boxes at whole pixels                                   pixel_masks
+    the box      an object lies inside its box, most often around the middle            ellipse
+                 and reaches all four sides: each row and column holds a part of it     fitted_masks, reach_sides
+    the network  what the mask heads of the box's locations see                         fitted_masks
+    the colours  it has other colours than what surrounds the box, in this image        color_masks
+    the edges    neighbours of one colour belong together                               color_masks, read_at_pixels
+    the pixels   people draw boxes at whole pixels                                      pixel_masks
 
-Each box is seen in a window: the box and MARGIN of its sides around it, read at POINTS x POINTS points, so that all
-boxes cost the same. Functions are batched over the G boxes of an image; n is POINTS; float32, and deterministic.
+The first guess is an ellipse or what a network sees; colours and edges correct it; then it is read at the pixels. Each
+box is seen in a window: the box and MARGIN of its sides around it, read at POINTS x POINTS points, so that all boxes
+cost the same. Functions are batched over the G boxes of an image; n is POINTS; float32, and deterministic.
 """
 import numpy as np
 import torch
@@ -13,23 +17,58 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import roi_align
 
-from losses import rgb_to_lab
+from assign import LEVEL_RANGES, image_targets
+from losses import projection_loss
 from masks import encode
+from model import SIZES_OF_INTEREST, Locations, Predictions, mask_heads
 
-POINTS = 32       # of a window, along each side
+POINTS = 32       # of a window, along each side; even
 MARGIN = 0.2      # of the sides of a box, around it
-BANDWIDTH = 0.25  # of colours, in units of their spread in the window
+CHUNK = 16        # boxes in memory at once: their pairs of points are n^4 / 4 floats each
+
+HEADS = 4         # mask heads that draw a box
+FIT_STEPS = 20
+FINE = 2 * POINTS  # points at which a mask is compared with its box
+ELLIPSE = 0.3     # weight of the ellipse beside what a network sees
+
+BANDWIDTH = 0.19  # of colours, in units of their spread in the window
 PRIOR = 0.3       # weight of the first guess beside the colours
 CLAMP = 3.0       # the most that the colours of a point count, as a logit
-ROUNDS = 3
-CHUNK = 16        # boxes whose pairs of points, n^4 floats each, are in memory at once
+COUPLING = 8.0    # the most that the neighbours of a point count, as a logit
+RADIUS = 2        # of the neighbours of a point, points
+ROUNDS = 3        # of estimating the colours of both sides
+TURNS = 3         # of settling with the neighbours, in each round
+BAND_PIXELS = 2 ** 20  # of a large box, read at once
 
 
-def box_coordinates(device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+def chunks(count: int) -> list[slice]:
+    """Slices of at most CHUNK of `count` boxes."""
+    return [slice(first, first + CHUNK) for first in range(0, count, CHUNK)]
+
+
+def windows(boxes: Tensor) -> Tensor:
+    """The windows (G, 4) of boxes (G, 4), xyxy."""
+    side = MARGIN * (boxes[:, 2:] - boxes[:, :2])
+    return torch.cat([boxes[:, :2] - side, boxes[:, 2:] + side], 1)
+
+
+def box_coordinates(device: torch.device | str = "cpu", points: int = POINTS) -> tuple[Tensor, Tensor]:
     """(x, y) of the points of a window, both (n, n): -1 and 1 are the edges of the box."""
-    t = ((torch.arange(POINTS, device=device) + 0.5) / POINTS * 2 - 1) * (1 + 2 * MARGIN)
+    t = ((torch.arange(points, device=device) + 0.5) / points * 2 - 1) * (1 + 2 * MARGIN)
     y, x = torch.meshgrid(t, t, indexing="ij")
     return x, y
+
+
+def inside_box(device: torch.device | str = "cpu", points: int = POINTS) -> Tensor:
+    """Which points of a window lie in its box, (n, n) bool."""
+    return torch.stack(box_coordinates(device, points)).abs().amax(0) <= 1
+
+
+def within_image(boxes: Tensor, size: tuple[int, int], points: int = POINTS) -> Tensor:
+    """Which points of the windows of boxes (G, 4) lie in the image of (height, width) size, (G, n, n) bool."""
+    x, y = ((boxes[:, i] + boxes[:, i + 2])[:, None, None] / 2 + (boxes[:, i + 2] - boxes[:, i])[:, None, None] / 2 * t
+            for i, t in enumerate(box_coordinates(boxes.device, points)))
+    return (x > 0) & (x < size[1]) & (y > 0) & (y < size[0])
 
 
 def ellipse(device: torch.device | str = "cpu") -> Tensor:
@@ -38,62 +77,237 @@ def ellipse(device: torch.device | str = "cpu") -> Tensor:
     return (1.1 - (x ** 2 + y ** 2) / 2).clamp(0.05, 0.95)
 
 
+# ------------------------------------------------------------------------------------------------- a network
+
+
 @torch.no_grad()
-def color_masks(image: Tensor, boxes: Tensor, guess: Tensor) -> Tensor:
-    """Probabilities (G, n, n) in the windows of boxes (G, 4), xyxy pixels of image (3, H, W) RGB 0..255.
+def fitted_masks(image: Predictions, boxes: Tensor, size: tuple[int, int], classes: Tensor | None = None,
+                 steps: int = FIT_STEPS) -> Tensor:
+    """Probabilities (G, n, n) in the windows of boxes (G, 4), xyxy pixels of the network's input of (height, width)
+    size: what the mask heads of each box see there, fitted to the box.
 
-    guess (G, n, n): the probability p_i of point i before its colour is known. K_ij is the similarity of two colours,
-    see color_kernel. The object's colours have the density f_i = sum_j K_ij x_j / sum_j x_j at point i; the
-    background's, b_i, has 1 - x_j in place of x_j. Starting from x = p inside the box and 0 outside, ROUNDS times
+    image: the predictions of one image. classes (G,): of the boxes in the model, -1: unknown. For the k heads h_j of a
+    box, with weights w_j of sum one (see box_heads), and the mask features F,
 
-        x_i = sigmoid(PRIOR logit p_i + mean over 3 x 3 points of clamp(log(f_i / b_i), -CLAMP, CLAMP)) inside the box.
+        p = sum_j w_j sigmoid(h_j(F)).
+
+    A mask that is right casts the box's own shadow on both axes. So `steps` steps of Adam change the parameters of the
+    heads, and nothing else of the network, until projection_loss(p, box) is small. In the end the first guess without
+    a network has a say: logit p becomes (1 - ELLIPSE) logit p + ELLIPSE logit ellipse.
     """
-    lab = rgb_to_lab(image[None].float())
-    side = boxes[:, 2:] - boxes[:, :2]
-    windows = torch.cat([boxes[:, :2] - MARGIN * side, boxes[:, 2:] + MARGIN * side], 1).to(lab)
-    inside = torch.stack(box_coordinates(image.device)).abs().amax(0) <= 1                          # (n, n)
-    masks = [guess.new_zeros(0, POINTS, POINTS)]
-    for window, p in zip(windows.split(CHUNK), guess.split(CHUNK)):
-        colors = roi_align(lab, [window], POINTS, sampling_ratio=2, aligned=True).flatten(2).transpose(1, 2)
-        kernel = color_kernel(colors)                                                               # (g, n n, n n)
+    locations, weights = box_heads(image, boxes, classes)                                       # (G, k) both
+    parameters = image.controller.at(image.box_maps, [locations.flatten()]).unflatten(0, locations.shape)
+    xy, sizes = image.locations.xy[locations], boxes.new_tensor(SIZES_OF_INTEREST)[image.locations.level[locations]]
+    masks = [boxes.new_zeros(0, FINE, FINE)]
+    for some in chunks(len(boxes)):
+        masks.append(fit(image.mask_features[0], boxes[some], size, parameters[some], xy[some], sizes[some],
+                         weights[some], steps))
+    p, prior = F.avg_pool2d(torch.cat(masks)[:, None], FINE // POINTS)[:, 0], ellipse(boxes.device)
+    return ((1 - ELLIPSE) * p.logit(1e-3) + ELLIPSE * prior.logit()).sigmoid() * inside_box(boxes.device)
+
+
+def fit(mask_features: Tensor, boxes: Tensor, size: tuple[int, int], parameters: Tensor, xy: Tensor, sizes: Tensor,
+        weights: Tensor, steps: int) -> Tensor:
+    """The fitted probabilities (g, n, n) of g boxes with k heads each; n is FINE.
+
+    mask_features (C, h, w); boxes (g, 4) pixels; parameters (g, k, P), locations xy (g, k, 2) and sizes of interest
+    (g, k), pixels, and weights (g, k) of the heads. The heads are applied to the m x m cells around each box, which
+    are then interpolated at the points of its window.
+    """
+    low, high = windows(boxes).split(2, 1)
+    count = min(FINE, int((high - low).max() / 8) + 3)
+    (columns, across), (rows, down) = (window_cells(low[:, i], high[:, i], count, mask_features.shape[2 - i])
+                                       for i in (0, 1))                                         # (g, m), (g, n, m)
+    features = mask_features[:, rows[:, :, None], columns[:, None]].transpose(0, 1).flatten(2)  # (g, C, m m)
+    cells = torch.stack(torch.broadcast_tensors(columns[:, None], rows[:, :, None]), 1).flatten(2) * 8.0 + 4
+    seen = within_image(boxes, size, FINE)                                                      # (g, n, n)
+    box = inside_box(boxes.device, FINE) & seen
+
+    def fused(parameters: Tensor) -> Tensor:
+        logits = mask_heads(features, cells, parameters.flatten(0, 1), xy.flatten(0, 1), sizes.flatten(),
+                            [weights.shape[1]] * len(boxes)).view(*weights.shape, count, count)
+        p = (down[:, None] @ logits @ across[:, None].transpose(2, 3)).sigmoid()                # (g, k, n, n)
+        return (weights[:, :, None, None] * p).sum(1) * seen
+
+    parameters = parameters.clone().requires_grad_()
+    adam = torch.optim.Adam([parameters], lr=0.03)
+    with torch.enable_grad():
+        for _ in range(steps):
+            adam.zero_grad()
+            projection_loss(fused(parameters), box).sum().backward()
+            adam.step()
+    return fused(parameters).detach()
+
+
+def window_cells(low: Tensor, high: Tensor, count: int, cells: int) -> tuple[Tensor, Tensor]:
+    """One axis of windows from low to high (g,), pixels, on a map of `cells` cells at stride 8: the `count` cells that
+    stand for each window (g, m), and the weights (g, n, m) that interpolate them at its points.
+
+    A window of more cells than that takes every second, third, ... of them. The mask of cell i lies at pixel 8 i + 6.5:
+    there aligned_bilinear and paste_masks put it, twice enlarged and then four times.
+    """
+    step = ((high - low) / 8 / (count - 2)).ceil()
+    first = ((low + high - 13) / 16 - step * (count - 1) / 2).round()
+    number, point = (torch.arange(n, device=low.device) for n in (count, FINE))
+    at = low[:, None] + (high - low)[:, None] * (point + 0.5) / FINE                            # pixels
+    at = (((at - 6.5) / 8).clamp(0, cells - 1) - first[:, None]) / step[:, None]                # the chosen cells
+    weights = (1 - (at[:, :, None] - number).abs()).clamp(min=0)
+    return (first[:, None] + step[:, None] * number).clamp(0, cells - 1).long(), weights
+
+
+def box_heads(image: Predictions, boxes: Tensor, classes: Tensor | None, count: int = HEADS) -> tuple[Tensor, Tensor]:
+    """The `count` locations (G, k) whose mask heads draw each box (G, 4), and their weights (G, k), of sum 1.
+
+    They are the surest of those that FCOS would train on the box, weighted by the confidence in its class (classes
+    (G,), -1 or None: in any), sqrt(class probability * centerness). FCOS trains none on a box whose centre smaller
+    boxes cover, or that lies between the locations of its level: such a box takes the nearest of its level, preferably
+    such that no other box owns.
+    """
+    xy, _, level = image.locations
+    probability, centerness = image.class_logits[0].sigmoid(), image.centerness[0].sigmoid()
+    owner, count = owners(image.locations, boxes), min(count, len(xy))
+    numbers = torch.arange(len(boxes), device=boxes.device)
+    locations, weights = [owner.new_zeros(0, count)], [boxes.new_zeros(0, count)]
+    for some in chunks(len(boxes)):
+        of = probability.amax(1).expand(len(boxes[some]), -1)                                   # (g, L)
+        if classes is not None:
+            known = classes[some] >= 0
+            of = torch.where(known[:, None], probability[:, classes[some].clamp(min=0)].T, of)
+        confidence = (of * centerness).sqrt()
+        center, half = (boxes[some, :2] + boxes[some, 2:]) / 2, (boxes[some, 2:] - boxes[some, :2]).amax(1) / 2
+        own_level = torch.searchsorted(boxes.new_tensor([high for _, high in LEVEL_RANGES]), half)
+        far = torch.cdist(center, xy) + 1e5 * (owner >= 0) + 1e6 * (level != own_level[:, None])
+        rank, chosen = torch.where(owner == numbers[some, None], confidence, -far).topk(count)
+        usable = (rank > 0) | (rank[:, :1] <= 0)
+        weight = confidence.gather(1, chosen) * usable + 1e-6 * usable
+        locations.append(chosen)
+        weights.append(weight / weight.sum(1, keepdim=True))
+    return torch.cat(locations), torch.cat(weights)
+
+
+def owners(locations: Locations, boxes: Tensor) -> Tensor:
+    """The number of the box that FCOS would train at each location (L,), or -1."""
+    labels, part = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device), 2 ** 20 // max(len(boxes), 1) + 1
+    parts = zip(*(x.split(part) for x in locations))  # thousands of boxes in an image must fit into memory
+    return torch.cat([image_targets(Locations(*some), boxes, labels, 1)[2] for some in parts])
+
+
+# ------------------------------------------------------------------------------------------- colours and edges
+
+
+@torch.no_grad()
+def color_masks(lab: Tensor, boxes: Tensor, guess: Tensor) -> Tensor:
+    """Probabilities (G, n, n) in the windows of boxes (G, 4), xyxy pixels of an image lab (3, H, W) in CIE Lab.
+
+    guess (G, n, n): the probability p_i of point i before its colour is known. c_i is its colour in units of the
+    bandwidth, K_ij = exp(-|c_i - c_j|^2 / 2) the similarity of two colours. The object's colours have the density
+    f_i = sum_j K_ij x_j / sum_j x_j at point i; the background's, b_i, has 1 - x_j in place of x_j; points beyond the
+    edge of the image count for neither. Starting from x = p inside the box and 0 outside, ROUNDS times
+
+        u_i = PRIOR logit p_i + mean over 3 x 3 points of clamp(log(f_i / b_i), -CLAMP, CLAMP)
+        x_i = sigmoid(reach_sides(u_i + COUPLING mean over the neighbours j of w_ij (2 x_j - 1))),  TURNS times
+
+    inside the box: the second line is the mean field of a conditional random field. w_ij, at most 1, is the similarity
+    of neighbouring colours; what lies outside the box is background.
+    """
+    inside, masks = inside_box(lab.device), [guess.new_zeros(0, POINTS, POINTS)]
+    for some in chunks(len(boxes)):
+        p, (colors, bandwidth) = guess[some], window_colors(lab, boxes[some])
+        seen = within_image(boxes[some], lab.shape[1:])                                             # (g, n, n)
+        colors = (colors - colors.mean((2, 3), keepdim=True)) / bandwidth
+        # The sums over j run over means of 2 x 2 points: a quarter of the pairs, and the same masks.
+        kernel = color_kernel(columns(colors), columns(F.avg_pool2d(colors, 2)))                    # (g, n n, n n / 4)
+        alike = neighbour_similarity(colors)
         prior = PRIOR * p.logit(1e-3)
         x = p * inside
         for _ in range(ROUNDS):
-            weights = torch.stack([x, 1 - x], -1).flatten(1, 2)                                     # (g, n n, 2)
+            weights = columns(F.avg_pool2d(torch.stack([x, 1 - x], 1) * seen[:, None], 2))                          # (g, n n / 4, 2)
             density = kernel @ (weights / weights.sum(1, keepdim=True).clamp(min=1e-6)) + 1e-4
             evidence = (density[..., 0] / density[..., 1]).log().clamp(-CLAMP, CLAMP).view_as(x)
             evidence = F.avg_pool2d(F.pad(evidence[:, None], (1, 1, 1, 1), mode="replicate"), 3, stride=1)[:, 0]
-            x = (prior + evidence).sigmoid() * inside
+            logits = prior + evidence
+            x = logits.sigmoid() * inside
+            for _ in range(TURNS):
+                agreed = (alike * neighbours(2 * x[:, None] - 1)[:, 0]).mean(1)
+                x = reach_sides(logits + COUPLING * agreed, inside).sigmoid() * inside
         masks.append(x)
     return torch.cat(masks)
 
 
-def color_kernel(lab: Tensor) -> Tensor:
-    """K_ij = exp(-|Lab_i - Lab_j|^2 / 2 s^2) of m points lab (g, m, 3), as (g, m, m).
+def window_colors(lab: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Colours (g, 3, n, n) in the windows of boxes (g, 4) of an image lab (3, H, W), and bandwidths (g, 3, 1, 1).
 
-    s is BANDWIDTH times the spread of the colours in the window, so that pale images count as much as vivid ones. The
-    square is multiplied out, which makes it one matrix product.
+    The bandwidth goes with the spread of the colours in the window, so that pale images count as much as vivid ones.
+    That of a channel lies between the channel's own spread and that of all three: brightness, which shadows change,
+    would otherwise outweigh hue.
     """
-    lab = lab - lab.mean(1, keepdim=True)
-    spread = lab.square().sum(-1).mean(1).sqrt().clamp(min=1.0)                                     # (g,) units of Lab
-    a = lab / (BANDWIDTH * spread)[:, None, None]
-    half, one = a.square().sum(-1, keepdim=True) / 2, torch.ones_like(a[..., :1])
-    return (torch.cat([a, half, one], -1) @ torch.cat([a, -one, -half], -1).transpose(1, 2)).exp_()
+    colors = roi_align(lab[None], [windows(boxes)], POINTS, sampling_ratio=2, aligned=True)
+    variance = colors.var((2, 3), correction=0, keepdim=True)
+    spread = variance.sum(1, keepdim=True).sqrt().clamp(min=1.0)                                    # units of Lab
+    own = (3 * variance).sqrt().maximum(0.2 * spread)
+    return colors, BANDWIDTH * (own * spread).sqrt()
 
 
-def pixel_masks(p: Tensor, guess: Tensor, boxes: Tensor, size: tuple[int, int]) -> tuple[list[dict], np.ndarray]:
+def columns(maps: Tensor) -> Tensor:
+    """Maps (g, c, h, w) as points (g, h w, c)."""
+    return maps.flatten(2).transpose(1, 2)
+
+
+def color_kernel(a: Tensor, b: Tensor) -> Tensor:
+    """K_ij = exp(-|a_i - b_j|^2 / 2) of points a (g, k, 3) and b (g, m, 3), as (g, k, m).
+
+    The square is multiplied out, which makes it one matrix product.
+    """
+    half_a, half_b = (x.square().sum(-1, keepdim=True) / 2 for x in (a, b))
+    one_a, one_b = (torch.ones_like(x[..., :1]) for x in (a, b))
+    return (torch.cat([a, half_a, one_a], -1) @ torch.cat([b, -one_b, -half_b], -1).transpose(1, 2)).exp_()
+
+
+def neighbours(maps: Tensor) -> Tensor:
+    """The points around each point of maps (g, c, n, n): (g, c, k, n, n), k = (2 RADIUS + 1)^2, itself among them."""
+    g, c, n, _ = maps.shape
+    padded = F.pad(maps, (RADIUS,) * 4, mode="replicate")
+    return F.unfold(padded, 2 * RADIUS + 1).view(g, c, -1, n, n)
+
+
+def neighbour_similarity(colors: Tensor) -> Tensor:
+    """w_ij (g, k, n, n) of the colours (g, 3, n, n) of a point and its neighbours, 0 for the point itself.
+
+    exp(-|c_i - c_j|^2 / 4): neighbours may differ by more than the bandwidth, and still be one surface.
+    """
+    w = (-(neighbours(colors) - colors[:, :, None]).square().sum(1) / 4).exp_()
+    w[:, w.shape[1] // 2] = 0
+    return w
+
+
+def reach_sides(logits: Tensor, inside: Tensor) -> Tensor:
+    """Logits (g, n, n) of a mask that reaches the sides of its box, inside (n, n): the projection loss as a rule.
+
+    Each row and each column of the box holds a part of the object. Where the surest point of one has a logit of -d,
+    below 0, the whole row or column rises by 3 d.
+    """
+    surest = logits.masked_fill(~inside, -20.0)
+    lack = torch.maximum(*((-surest.amax(d, keepdim=True)).clamp(0, 4).expand_as(logits) for d in (1, 2)))
+    return logits + 3 * lack
+
+
+def pixel_masks(p: Tensor, guess: Tensor, boxes: Tensor, size: tuple[int, int],
+                lab: Tensor | None = None) -> tuple[list[dict], np.ndarray]:
     """Run lengths of probabilities p (G, n, n) at the pixels of an image of `size` (H, W), and scores (G,).
 
-    Masks are cut to the boxes (G, 4), xyxy pixels, rounded to whole pixels. A mask that is less than 0.3 of its guess
-    (G, n, n) is that guess, and an empty one is the box. A score is the mean probability of a mask's points.
+    Masks are cut to the boxes (G, 4), xyxy pixels, rounded to whole pixels. With the image lab (3, H, W) in CIE Lab,
+    masks of large boxes follow its edges, see read_at_pixels. A mask that is less than 0.3 of its guess (G, n, n) is
+    that guess, and an empty one is the box. A score is the mean probability of a mask's points.
     """
-    rles, scores = [], np.zeros(len(boxes))
+    rles, scores, lab = [], np.zeros(len(boxes)), None if lab is None else lab.cpu()
     for k, (box, edges) in enumerate(zip(boxes.cpu(), rounded(boxes, size))):
         x0, y0, x1, y1 = edges.tolist()
         grid = window_coordinates(box, edges)
         candidates = torch.stack([p[k], guess[k]])[:, None].cpu()
         at_pixels = F.grid_sample(candidates, grid.expand(2, -1, -1, -1), padding_mode="border", align_corners=False)
         mask, first = at_pixels[:, 0] > 0.5                                                        # (h, w) each
+        if lab is not None and (1 + 2 * MARGIN) * max(mask.shape) > POINTS:  # pixels are finer than points
+            mask = read_at_pixels(candidates[0, 0], grid, lab, box, edges) > 0.5
         chosen = 0 if mask.sum() >= 0.3 * first.sum() else 1
         mask = (mask, first)[chosen]
         if mask.any():
@@ -103,6 +317,32 @@ def pixel_masks(p: Tensor, guess: Tensor, boxes: Tensor, size: tuple[int, int]) 
             mask = torch.ones_like(mask)
         rles.append(encode(mask.numpy().T, x0, y0, size))
     return rles, scores
+
+
+def read_at_pixels(p: Tensor, grid: Tensor, lab: Tensor, box: Tensor, edges: Tensor) -> Tensor:
+    """Probabilities p (n, n) of a window at the pixels `edges` (4,) of an image lab (3, H, W): (h, w).
+
+    grid (h, w, xy): see window_coordinates. Between two points, interpolation would blur the outline by their distance.
+    So the 3 x 3 points nearest to a pixel are averaged with weights that fall with their distance and with the
+    difference of their colours (joint bilateral upsampling): a pixel follows the points that look like it.
+    """
+    colors, bandwidth = (x[0] for x in window_colors(lab, box[None]))
+    x0, y0, x1, y1 = edges.tolist()
+    column, row = (grid[0, :, 0] + 1) / 2 * POINTS - 0.5, (grid[:, 0, 1] + 1) / 2 * POINTS - 0.5
+    bands = []
+    for rows in torch.arange(y1 - y0).split(max(1, BAND_PIXELS // (x1 - x0))):
+        pixels = lab[:, y0 + rows[0]:y0 + rows[-1] + 1, x0:x1] / bandwidth                       # (3, band, w)
+        total, weight = torch.zeros(2, *pixels.shape[1:])
+        for dy in (-1, 0, 1):
+            i = (row[rows].round().long() + dy).clamp(0, POINTS - 1)
+            for dx in (-1, 0, 1):
+                j = (column.round().long() + dx).clamp(0, POINTS - 1)
+                near = torch.exp(-(i - row[rows]) ** 2)[:, None] * torch.exp(-(j - column) ** 2)
+                alike = (-((colors / bandwidth)[:, i][:, :, j] - pixels).square().sum(0) / 4).exp() + 1e-3
+                total += near * alike * p[i][:, j]
+                weight += near * alike
+        bands.append(total / weight)
+    return torch.cat(bands)
 
 
 def rounded(boxes: Tensor, size: tuple[int, int]) -> Tensor:

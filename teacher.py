@@ -82,19 +82,17 @@ def pseudo_label(teacher: CondInst, batch: Batch, score: str = "mask-aware") -> 
 
 
 def match(image: Predictions, found: Detections, boxes: Tensor, size: tuple[int, int], teacher_size: tuple[int, int],
-          grid: tuple[int, int], score: str = "mask-aware", classes: Tensor | None = None,
-          iou_threshold: float = IOU_THRESHOLD, score_threshold: float = SCORE_THRESHOLD) -> Match:
+          grid: tuple[int, int], score: str = "mask-aware", iou_threshold: float = IOU_THRESHOLD,
+          score_threshold: float = SCORE_THRESHOLD) -> Match:
     """Alg. 1 for one image: which detection's mask goes to which of the boxes (G, 4), xyxy pixels.
 
     image, found: the teacher's predictions and detections on its view of (height, width) teacher_size; size: that of
-    the student's image, to which boxes and grid (h, w) belong. classes (G,): a box takes detections of this class
-    alone; -1, or None: of any. Masks are drawn only for detections that overlap a box by at least iou_threshold.
+    the student's image, to which boxes and grid (h, w) belong. Masks are drawn only for detections that overlap a box
+    by at least iou_threshold.
     """
     scale = found.boxes.new_tensor([size[1] / teacher_size[1], size[0] / teacher_size[0]] * 2)
     found = found._replace(boxes=clip_boxes_to_image(found.boxes * scale, size))
     iou = box_iou(found.boxes, boxes)                                                            # (N, G)
-    if classes is not None:
-        iou = iou * ((found.labels[:, None] == classes) | (classes < 0))
     eligible = (iou >= iou_threshold).any(1)
     found, iou = Detections(*(x[eligible] for x in found)), iou[eligible]
 

@@ -1,16 +1,22 @@
-"""refine.py: masks from boxes and colours, on made-up images; predict.py --boxes without a checkpoint."""
+"""refine.py: masks from boxes, colours and mask heads, made up; predict.py --boxes without a checkpoint."""
 import json
 import pickle
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 
 import predict
+from assign import image_targets
 from formats.coco import CocoBoxes
+from helpers import random_predictions
+from losses import projection_loss, rgb_to_lab
 from masks import decode
-from refine import POINTS, color_masks, ellipse, pixel_masks, rounded
+from model import Predictions, mask_logits
+from refine import (POINTS, box_coordinates, box_heads, color_masks, ellipse, fitted_masks, inside_box, owners,
+                    pixel_masks, reach_sides, rounded)
 from tools.label import ColourMasks, label_without_model
 
 SIZE = (120, 160)
@@ -29,8 +35,8 @@ def disc(x: float, y: float, radius: float) -> torch.Tensor:
 
 
 def masks_of(image: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
-    guess = ellipse().expand(len(boxes), -1, -1)
-    rles, scores = pixel_masks(color_masks(image, boxes, guess), guess, boxes, SIZE)
+    guess, lab = ellipse().expand(len(boxes), -1, -1), rgb_to_lab(image[None].float())[0]
+    rles, scores = pixel_masks(color_masks(lab, boxes, guess), guess, boxes, SIZE, lab)
     return decode(rles, SIZE), scores
 
 
@@ -61,20 +67,44 @@ def test_without_a_difference_in_colour_the_guess_remains():
     image = torch.full((3, *SIZE), 90, dtype=torch.uint8)
     found, scores = masks_of(image, torch.tensor([[40.0, 30, 100, 90]]))
     guess, _ = pixel_masks(ellipse()[None], ellipse()[None], torch.tensor([[40.0, 30, 100, 90]]), SIZE)
-    assert iou(found[0], decode(guess, SIZE)[0]) > 0.9
+    assert iou(found[0], decode(guess, SIZE)[0]) > 0.85                   # it may grow until it meets the sides
     sure = masks_of(painted(disc(70, 60, 30), (200, 60, 40), (60, 120, 60)), torch.tensor([[40.0, 30, 100, 90]]))[1]
-    assert scores[0] < 0.8 < sure[0]
+    assert 0.5 < scores[0] < sure[0] - 0.01
 
 
 def test_boxes_do_not_see_each_other_and_results_repeat():
     (first, a), (second, b) = shapes()["disc"], shapes()["plus"]
-    image = painted(first | second, (200, 60, 40), (60, 120, 60))
+    image = rgb_to_lab(painted(first | second, (200, 60, 40), (60, 120, 60))[None].float())[0]
     boxes = torch.tensor([a, b] * 20, dtype=torch.float32)                # more than a chunk
     guess = ellipse().expand(len(boxes), -1, -1)
     together = color_masks(image, boxes, guess)
     assert torch.equal(together, color_masks(image, boxes, guess))
     alone = torch.cat([color_masks(image, boxes[k:k + 1], guess[:1]) for k in (0, 1)])
     assert (together[:2] - alone).abs().max() < 1e-4 and together.shape == (40, POINTS, POINTS)
+
+
+def test_a_mask_reaches_the_sides_of_its_box():
+    """A row whose surest point is below one half rises until it is above; a mask that reaches all sides stays."""
+    inside = inside_box()
+    logits = torch.full((2, POINTS, POINTS), -2.0)
+    logits[0, 12:20, 12:20] = 4                                            # away from the sides
+    logits[1, inside.any(1), 15:17] = logits[1, 15:17, :] = 4              # a cross
+    risen = reach_sides(logits, inside) * inside
+    assert (risen[0] > 0)[inside].view(inside.sum(0).max(), -1).any(1).all()
+    assert torch.equal(risen[1], logits[1] * inside)
+
+
+def test_a_large_mask_follows_the_edges_of_the_image():
+    """A disc of 200 pixels has an outline finer than the points of a window, seven pixels apart."""
+    size, box = (240, 240), torch.tensor([[20.0, 20, 220, 220]])
+    y, x = torch.meshgrid(torch.arange(240) + 0.5, torch.arange(240) + 0.5, indexing="ij")
+    mask = (x - 120) ** 2 + (y - 120) ** 2 < 100 ** 2
+    mask &= ((x - 120).abs() > 6) | (y > 120)                              # with a notch
+    lab = rgb_to_lab(painted(mask, (200, 60, 40), (60, 120, 60))[None].float())[0]
+    guess = ellipse()[None]
+    p = color_masks(lab, box, guess)
+    coarse, fine = (decode(pixel_masks(p, guess, box, size, image)[0], size)[0] for image in (None, lab))
+    assert iou(fine, mask) > 0.95 and 1 - iou(fine, mask) < 0.8 * (1 - iou(coarse, mask))
 
 
 def test_masks_are_cut_to_the_nearest_pixels_of_their_box():
@@ -95,9 +125,86 @@ def test_a_mask_that_colours_erase_is_the_guess_and_an_empty_one_the_box():
 
 
 def test_no_boxes():
+    image = random_predictions(64, 64)
+    assert fitted_masks(image, torch.zeros(0, 4), (64, 64)).shape == (0, POINTS, POINTS)
     boxes, guess = torch.zeros(0, 4), torch.zeros(0, POINTS, POINTS)
-    assert color_masks(torch.zeros(3, 20, 20, dtype=torch.uint8), boxes, guess).shape == (0, POINTS, POINTS)
+    assert color_masks(torch.zeros(3, 20, 20), boxes, guess).shape == (0, POINTS, POINTS)
     assert pixel_masks(guess, guess, boxes, (20, 20))[0] == []
+
+
+# --------------------------------------------------------------------------------------------------- mask heads
+
+
+def smooth_predictions() -> Predictions:
+    """Random mask heads on mask features that change slowly, as those of a network do."""
+    image = random_predictions(256, 320)
+    coarse = torch.randn(1, 16, 5, 6, generator=torch.Generator().manual_seed(1))
+    return image._replace(mask_features=F.interpolate(coarse, size=(32, 40), mode="bicubic"))
+
+
+def test_the_heads_of_a_window_draw_what_they_draw_in_the_image(monkeypatch):
+    """At the same place, although the image's masks pass two enlargements, each with a shift of its own; also for a
+    window of more cells than points, and for one beyond the image's edge."""
+    monkeypatch.setattr("refine.ELLIPSE", 0.0)
+    size, boxes = (256, 320), torch.tensor([[40.0, 60, 110, 100], [8, 4, 316, 250], [-6, 200, 60, 270]])
+    image = smooth_predictions()
+    locations, weights = box_heads(image, boxes, None, 4)
+    p = torch.stack([mask_logits(image, [at]).sigmoid() for at in locations])                      # (G, k, h, w)
+    p = (weights[:, :, None, None] * p).sum(1)
+    for number, (box, found) in enumerate(zip(boxes, fitted_masks(image, boxes, size, steps=0))):
+        x, y = (t * (box[i + 2] - box[i]) / 2 + (box[i] + box[i + 2]) / 2 for i, t in enumerate(box_coordinates()))
+        at = torch.stack([((x - 2.5) / 4) / 79, ((y - 2.5) / 4) / 63], -1) * 2 - 1                 # cell i: 4 i + 2.5
+        expected = F.grid_sample(p[number][None, None], at[None], padding_mode="border", align_corners=True)[0, 0]
+        used = inside_box() & (x > 8) & (x < size[1] - 8) & (y > 8) & (y < size[0] - 8)
+        assert used.sum() > 100 and (found - expected)[used].abs().mean() < 0.02, number
+
+
+def test_fitting_makes_the_shadow_of_a_mask_that_of_its_box():
+    image, boxes = smooth_predictions(), torch.tensor([[40.0, 60, 110, 100], [150, 30, 300, 200]])
+    box = inside_box().expand(2, -1, -1)
+    losses = [projection_loss(fitted_masks(image, boxes, (256, 320), steps=n), box) for n in (0, 40)]
+    assert (losses[1] < losses[0]).all()
+
+
+def test_boxes_are_fitted_apart_and_results_repeat(monkeypatch):
+    image, g = smooth_predictions(), torch.Generator().manual_seed(0)
+    boxes = torch.rand(20, 4, generator=g) * 150
+    boxes[:, 2:] = boxes[:, :2] + 4 + boxes[:, 2:]
+    together = fitted_masks(image, boxes, (256, 320), steps=2)
+    assert torch.equal(together, fitted_masks(image, boxes, (256, 320), steps=2))
+    monkeypatch.setattr("refine.CHUNK", 1)
+    assert (together - fitted_masks(image, boxes, (256, 320), steps=2)).abs().max() < 1e-3
+    assert all(parameter.grad is None for parameter in image.controller.parameters())
+
+
+def test_the_heads_of_a_box_are_those_that_fcos_trains():
+    """The surest first, in the class of the box; a box without any takes the nearest of its level."""
+    boxes, classes = torch.tensor([[16.0, 24, 72, 64], [80, 30, 110, 70], [30.0, 30, 33, 33]]), torch.tensor([1, -1, 0])
+    image = random_predictions(96, 128)
+    owner = image_targets(image.locations, boxes, torch.zeros(3, dtype=torch.int64), 1)[2]
+    locations, weights = box_heads(image, boxes, classes, 4)
+    p = image.class_logits[0].sigmoid()
+    for g, confidence in enumerate((p[:, 1], p.amax(1))):
+        own = (owner == g).nonzero()[:, 0]
+        best = own[(confidence[own] * 0.5).sqrt().argsort(descending=True)[:4]]
+        assert len(own) > 4 and locations[g].tolist() == best.tolist()
+        expected = (confidence[best] * 0.5).sqrt()
+        assert torch.allclose(weights[g], expected / expected.sum(), rtol=1e-3)
+    assert not (owner == 2).any() and (image.locations.level[locations[2]] == 0).all()
+    assert (owner[locations[2]] < 0).all() and weights.sum(1).tolist() == pytest.approx([1, 1, 1])
+    free = (owner < 0) & (image.locations.level == 0)
+    nearest = (image.locations.xy - 31.5).norm(dim=1).masked_fill(~free, 1e9).argmin()
+    assert nearest == locations[2, 0]
+
+
+def test_owners_in_parts_are_fcos_targets():
+    """With this many boxes the locations are processed in parts; of equal boxes the first is the owner."""
+    image, boxes = random_predictions(96, 128), torch.rand(50, 4, generator=torch.Generator().manual_seed(1))
+    boxes = torch.cat([boxes[:, :2] * 60, boxes[:, :2] * 60 + 10 + boxes[:, 2:] * 30], 1)
+    whole = image_targets(image.locations, boxes, torch.zeros(50, dtype=torch.int64), 1)[2]
+    assert torch.equal(owners(image.locations, boxes), whole) and len(whole.unique()) > 10
+    many = owners(image.locations, boxes.repeat(2 ** 9, 1))
+    assert 2 ** 20 // (50 * 2 ** 9) < len(whole) // 4 and torch.equal(torch.where(many < 0, many, many % 50), whole)
 
 
 # ------------------------------------------------------------------------------------- predict.py without a checkpoint
@@ -133,7 +240,8 @@ def test_images_need_a_checkpoint(tmp_path, capsys):
     assert end.value.code == 2 and "--ckpt FILE is needed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", [["--weights", "student"], ["--min-size", "64"], ["--batch-size", "2"]])
+@pytest.mark.parametrize("option", [["--weights", "student"], ["--min-size", "64"], ["--batch-size", "2"],
+                                    ["--fit-steps", "5"]])
 def test_options_of_a_model_need_a_checkpoint(option, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         predict.main(["--boxes", "b.json", "--images", "i", "--out", str(tmp_path / "out"), *option])
@@ -143,9 +251,9 @@ def test_options_of_a_model_need_a_checkpoint(option, tmp_path, capsys):
 def test_loading_processes_give_the_same_masks(drawn):
     """Also where they are started afresh, which takes all that they receive through pickle."""
     annotations = CocoBoxes(drawn / "annotations/instances_train2017.json", drawn / "train2017")
-    one, two = (label_without_model(annotations, workers) for workers in (0, 1))
+    one, two = (label_without_model(annotations, workers=workers) for workers in (0, 1))
     assert one.rles == two.rles and (one.scores == two.scores).all()
-    pickle.dumps((ColourMasks(annotations), ColourMasks.collate))
+    pickle.dumps((ColourMasks(annotations, True), ColourMasks.collate))
 
 
 def test_an_image_that_cannot_be_decoded_is_named(drawn, tmp_path, capsys):
@@ -159,4 +267,4 @@ def test_an_image_that_cannot_be_decoded_is_named(drawn, tmp_path, capsys):
     predict.main([str(x) for x in ("--boxes", tmp_path / "boxes.json", "--images", images, "--out", tmp_path / "out",
                                    "--workers", 0)])
     shown = capsys.readouterr()
-    assert content["images"][0]["file_name"] in shown.err and "boxes without a mask" in shown.out
+    assert content["images"][0]["file_name"] in shown.err and " boxes\n" in shown.out

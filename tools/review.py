@@ -19,7 +19,7 @@ from formats.coco import CocoBoxes, UndecodableImage
 from formats.files import replacing
 from formats.pictures import load_image
 from tools.draw import fill_mask, outline_mask
-from tools.label import ASSIGNED, COLOURS, PROMPTED, BoxMasks
+from tools.label import COLOURS, BoxMasks
 
 SIDES = (190, 320)  # the longer side of a cut-out lies between these, pixels
 LISTED = 20_000     # boxes below --min-score that the page lists without a picture, at most
@@ -83,11 +83,9 @@ def write_review(annotations: CocoBoxes, labels: BoxMasks, ids: list, links: lis
             inside = (f'<a href="{quote(os.fsencode(links[image_of[k]][1]))}"><img alt="{described(k)["name"]}" '
                       f'loading="lazy" src="data:image/jpeg;base64,{pictures[k]}"></a>')
         figures.append(FIGURE.format(picture=inside, **described(k)))
-    found, prompted, colours, none = map(labels.sources.count, (ASSIGNED, PROMPTED, COLOURS, None))
-    summary = (f"{len(order)} boxes: "
-               + (f"{colours} masks are from boxes and colours alone, " if colours else
-                  f"{found} masks were found by the detector, {prompted} by prompting at the box, ")
-               + f"{none} boxes have none. "
+    none = labels.sources.count(None)
+    summary = (f"{len(order)} boxes: {len(order) - none} masks"
+               + " are from boxes and colours alone" * (COLOURS in labels.sources) + f", {none} boxes have none. "
                + f"Half of the scores are above {np.median(labels.scores) if len(order) else 0:.2f}. "
                + f"{low} are below {min_score:g}: these masks were left out of the file. " * bool(low)
                + f"Below are the lowest {len(shown)}. Click a picture to see the whole image.")

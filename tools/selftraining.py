@@ -12,6 +12,7 @@ losses alone.
 For a mask for every box, see predict.py --boxes.
 """
 import argparse
+from functools import partial
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from formats.pictures import check_sizes
 from model import load_model
 from tools.command_line import go_together, input_size, model_options, output_file, probability, write_json
 from tools.draw import sheet, sheet_rows
-from tools.label import label_dataset, report_agreement, with_masks
+from tools.label import assigned_masks, label_dataset, report_agreement, with_masks
 
 
 def draw_labels(annotations: CocoBoxes, content: dict, path: str) -> None:
@@ -70,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
         check_classes(args.ckpt, info, json_path, annotations.classes)
         check_sizes(annotations)
         min_size, max_size = input_size(args, info)
-        labels = label_dataset(model.to(args.device), annotations, score_threshold=args.score_threshold,
+        labels = label_dataset(model.to(args.device), annotations,
+                               partial(assigned_masks, score_threshold=args.score_threshold),
                                min_size=min_size, max_size=max_size, workers=args.workers, device=args.device)
         labelled = with_masks(annotations, labels)
         write_json(args.out, labelled)
