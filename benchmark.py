@@ -52,8 +52,8 @@ from model import Predictions
 from recipe import parse_arguments as training_arguments
 from tools.command_line import AMP, DEVICE, not_negative, output_file, pick_amp, positive, write_json
 from tools.growth import draw_growth, measure_growth, show_growth
-from tools.measuring import (Clock, Yardstick, imported_functions, made_up_data, measure_annotations, medians,
-                             peak_memory, reset_peak, tensor_peak)
+from tools.measuring import (Clock, Yardstick, imported_functions, made_up_data, measure_annotations,
+                             measure_labels, medians, peak_memory, reset_peak, tensor_peak)
 from tools.processes import start_distributed
 
 # What is timed: (module or class, function) -> part. Inner parts are taken off the outer ones.
@@ -286,6 +286,12 @@ def measure_evaluation(args: argparse.Namespace, folder: Path, count: int = 12) 
             "parts": dict(clock.seconds)}
 
 
+def measure_labels_of(args: argparse.Namespace, folder: Path) -> dict:
+    network = model.build_model(args.backbone, 80).eval().to(args.device)
+    network.amp_dtype = pick_amp(args.amp, args.device)
+    return measure_labels(folder, network, tuple(args.size), args.rounds, args.device)
+
+
 def measure_data(args: argparse.Namespace, folder: Path) -> dict:
     """Milliseconds an image in one process, for each --augment, and for decoding and resizing alone ("bare"): to the
     student's view and the teacher's, once if they are equal. At --size, and at the default sizes of train.py."""
@@ -356,7 +362,8 @@ def show(title: str, figures: dict) -> None:
 # -------------------------------------------------------------------------------------------- command line
 
 MEASURES = {"training": measure_training, "mask-memory": lambda args, folder: measure_mask_memory(args),
-            "inference": measure_inference, "evaluation": measure_evaluation, "data": measure_data,
+            "inference": measure_inference, "evaluation": measure_evaluation, "labels": measure_labels_of,
+            "data": measure_data,
             "annotations": lambda args, folder: measure_annotations(folder, args.annotated), "step": measure_step}
 TOGETHER = ("training", "step")  # measured by all processes; the others by the first one
 

@@ -98,11 +98,12 @@ def fitted_masks(image: Predictions, boxes: Tensor, size: tuple[int, int], class
     locations, weights = box_heads(image, boxes, classes)                                       # (G, k) both
     parameters = image.controller.at(image.box_maps, [locations.flatten()]).unflatten(0, locations.shape)
     xy, sizes = image.locations.xy[locations], boxes.new_tensor(SIZES_OF_INTEREST)[image.locations.level[locations]]
-    masks = [boxes.new_zeros(0, FINE, FINE)]
-    for some in chunks(len(boxes)):
-        masks.append(fit(image.mask_features[0], boxes[some], size, parameters[some], xy[some], sizes[some],
-                         weights[some], steps))
-    p, prior = F.avg_pool2d(torch.cat(masks)[:, None], FINE // POINTS)[:, 0], ellipse(boxes.device)
+    fine = boxes.new_empty(len(boxes), FINE, FINE)
+    by_size = (boxes[:, 2:] - boxes[:, :2]).amax(1).argsort()  # the largest box of a chunk says how many cells it takes
+    for some in (by_size[chunk] for chunk in chunks(len(boxes))):
+        fine[some] = fit(image.mask_features[0], boxes[some], size, parameters[some], xy[some], sizes[some],
+                         weights[some], steps)
+    p, prior = F.avg_pool2d(fine[:, None], FINE // POINTS)[:, 0], ellipse(boxes.device)
     return ((1 - ELLIPSE) * p.logit(1e-3) + ELLIPSE * prior.logit()).sigmoid() * inside_box(boxes.device)
 
 
@@ -221,7 +222,7 @@ def color_masks(lab: Tensor, boxes: Tensor, guess: Tensor) -> Tensor:
         prior = PRIOR * p.logit(1e-3)
         x = p * inside
         for _ in range(ROUNDS):
-            weights = columns(F.avg_pool2d(torch.stack([x, 1 - x], 1) * seen[:, None], 2))                          # (g, n n / 4, 2)
+            weights = columns(F.avg_pool2d(torch.stack([x, 1 - x], 1) * seen[:, None], 2))          # (g, n n / 4, 2)
             density = kernel @ (weights / weights.sum(1, keepdim=True).clamp(min=1e-6)) + 1e-4
             evidence = (density[..., 0] / density[..., 1]).log().clamp(-CLAMP, CLAMP).view_as(x)
             evidence = F.avg_pool2d(F.pad(evidence[:, None], (1, 1, 1, 1), mode="replicate"), 3, stride=1)[:, 0]

@@ -23,9 +23,12 @@ from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
-from data import TrainBatches
+from data import TestImages, TrainBatches
 from formats.coco import CocoBoxes
+from model import CondInst
+from refine import ellipse
 from tools.command_line import write_json
+from tools.label import COLOURS, at_pixels, model_masks
 
 # -------------------------------------------------------------------------------------------------- seconds
 
@@ -203,6 +206,30 @@ def made_up_data(folder: Path, count: int, size: tuple[int, int], instances: int
                                 "segmentation": [[box[0], box[1], box[0] + w, box[1], box[0] + w, box[1] + h]]})
     write_json(str(folder / "boxes.json"), {"images": images, "annotations": annotations, "categories": CATEGORIES})
     return CocoBoxes(folder / "boxes.json", folder)
+
+
+@torch.no_grad()
+def measure_labels(folder: Path, network: CondInst, size: tuple[int, int], rounds: int, device: torch.device,
+                   counts: tuple[int, ...] = (1, 8, 64, 500)) -> dict:
+    """Seconds of the masks for an image with so many boxes (tools/label.py) and of the network's pass; milliseconds a
+    box, with a network and without; MiB of tensors at the peak."""
+    annotations = made_up_data(folder, 1, size, max(counts))
+    images, classes = TestImages(annotations, *size, whole=True), torch.arange(network.num_classes)
+    whole = TestImages.collate([images[0]])
+    network_pass = medians(rounds, device, network=lambda: network(whole.images.to(device), whole.sizes))["network"]
+    predictions, figures = network(whole.images.to(device), whole.sizes), {"seconds": {"network": network_pass}}
+    for count in counts:
+        boxes = torch.from_numpy(annotations.boxes[:count])
+        batch = whole._replace(boxes=[whole.boxes[0][:count]], labels=[whole.labels[0][:count]]).to(device)
+        works = {"with": lambda: model_masks(predictions, batch, 0, boxes, classes.to(device)),
+                 "without": lambda: at_pixels(batch.teacher_images[0, :, :size[0], :size[1]], boxes,
+                                              ellipse(device).expand(count, -1, -1), True, size, COLOURS)}
+        seconds = medians(rounds, device, **works)
+        figures["seconds"] |= {f"{count} boxes, {name} a network": seconds[name] for name in works}
+        for name in works:
+            figures.setdefault(f"milliseconds a box, {name} a network", {})[str(count)] = 1000 * seconds[name] / count
+    figures["peak MiB"] = {name: tensor_peak(work, device) for name, work in works.items()}
+    return figures
 
 
 def many_annotations(folder: Path, count: int, instances: int = 7) -> Path:
