@@ -4,7 +4,7 @@
                  and reaches all four sides: each row and column holds a part of it     fitted_masks, reach_sides
     the network  what the mask heads of the box's locations see                         fitted_masks
     the colours  it has other colours than what surrounds the box, in this image        color_masks
-    the edges    neighbours of one colour belong together                               color_masks, read_at_pixels
+    the edges    neighbours of one colour belong together                               color_masks, follow_edges
     the pixels   people draw boxes at whole pixels                                      pixel_masks
 
 The first guess is an ellipse or what a network sees; colours and edges correct it; then it is read at the pixels. Each
@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from assign import LEVEL_RANGES, image_targets
-from losses import projection_loss
+from losses import projection_loss, rgb_to_lab
 from masks import encode
 from model import SIZES_OF_INTEREST, Locations, Predictions, mask_heads
 
@@ -38,7 +38,7 @@ COUPLING = 8.0    # the most that the neighbours of a point count, as a logit
 RADIUS = 2        # of the neighbours of a point, points
 ROUNDS = 3        # of estimating the colours of both sides
 TURNS = 3         # of settling with the neighbours, in each round
-BAND_PIXELS = 2 ** 20  # of a large box, read at once
+THRESHOLD = 0.4   # of a mask: a pixel of probability p raises the IoU J expected if p > J / (1 + J); J is about 0.7
 
 
 def chunks(count: int) -> list[slice]:
@@ -72,9 +72,9 @@ def within_image(boxes: Tensor, size: tuple[int, int], points: int = POINTS) -> 
 
 
 def ellipse(device: torch.device | str = "cpu") -> Tensor:
-    """The first guess for any box (n, n): the probability falls from the middle and is 0.5 ... 0.6 at its ellipse."""
+    """The first guess for any box (n, n): the probability falls from the middle to 0.5 at the ellipse in the box."""
     x, y = box_coordinates(device)
-    return (1.1 - (x ** 2 + y ** 2) / 2).clamp(0.05, 0.95)
+    return (1 - (x ** 2 + y ** 2) / 2).clamp(0.05, 0.95)
 
 
 # ------------------------------------------------------------------------------------------------- a network
@@ -197,8 +197,8 @@ def owners(locations: Locations, boxes: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def color_masks(lab: Tensor, boxes: Tensor, guess: Tensor) -> Tensor:
-    """Probabilities (G, n, n) in the windows of boxes (G, 4), xyxy pixels of an image lab (3, H, W) in CIE Lab.
+def color_masks(image: Tensor, boxes: Tensor, guess: Tensor) -> Tensor:
+    """Probabilities (G, n, n) in the windows of boxes (G, 4), xyxy pixels of image (3, H, W) RGB 0..255.
 
     guess (G, n, n): the probability p_i of point i before its colour is known. c_i is its colour in units of the
     bandwidth, K_ij = exp(-|c_i - c_j|^2 / 2) the similarity of two colours. The object's colours have the density
@@ -211,10 +211,10 @@ def color_masks(lab: Tensor, boxes: Tensor, guess: Tensor) -> Tensor:
     inside the box: the second line is the mean field of a conditional random field. w_ij, at most 1, is the similarity
     of neighbouring colours; what lies outside the box is background.
     """
-    inside, masks = inside_box(lab.device), [guess.new_zeros(0, POINTS, POINTS)]
+    image, inside, masks = image.float(), inside_box(image.device), [guess.new_zeros(0, POINTS, POINTS)]
     for some in chunks(len(boxes)):
-        p, (colors, bandwidth) = guess[some], window_colors(lab, boxes[some])
-        seen = within_image(boxes[some], lab.shape[1:])                                             # (g, n, n)
+        p, (colors, bandwidth) = guess[some], window_colors(image, boxes[some])
+        seen = within_image(boxes[some], image.shape[1:])                                             # (g, n, n)
         colors = (colors - colors.mean((2, 3), keepdim=True)) / bandwidth
         # The sums over j run over means of 2 x 2 points: a quarter of the pairs, and the same masks.
         kernel = color_kernel(columns(colors), columns(F.avg_pool2d(colors, 2)))                    # (g, n n, n n / 4)
@@ -235,18 +235,12 @@ def color_masks(lab: Tensor, boxes: Tensor, guess: Tensor) -> Tensor:
     return torch.cat(masks)
 
 
-def window_colors(lab: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Colours (g, 3, n, n) in the windows of boxes (g, 4) of an image lab (3, H, W), and bandwidths (g, 3, 1, 1).
-
-    The bandwidth goes with the spread of the colours in the window, so that pale images count as much as vivid ones.
-    That of a channel lies between the channel's own spread and that of all three: brightness, which shadows change,
-    would otherwise outweigh hue.
-    """
-    colors = roi_align(lab[None], [windows(boxes)], POINTS, sampling_ratio=2, aligned=True)
-    variance = colors.var((2, 3), correction=0, keepdim=True)
-    spread = variance.sum(1, keepdim=True).sqrt().clamp(min=1.0)                                    # units of Lab
-    own = (3 * variance).sqrt().maximum(0.2 * spread)
-    return colors, BANDWIDTH * (own * spread).sqrt()
+def window_colors(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Lab (g, 3, n, n) in the windows of boxes (g, 4) of an image (3, H, W), and bandwidths (g, 1, 1, 1), which go with
+    the spread of the colours in the window, so that pale images count as much as vivid ones."""
+    colors = rgb_to_lab(roi_align(image[None], [windows(boxes)], POINTS, sampling_ratio=2, aligned=True))
+    spread = colors.var((2, 3), correction=0, keepdim=True).sum(1, keepdim=True).sqrt()      # units of Lab
+    return colors, BANDWIDTH * spread.clamp(min=1.0)
 
 
 def columns(maps: Tensor) -> Tensor:
@@ -285,30 +279,31 @@ def reach_sides(logits: Tensor, inside: Tensor) -> Tensor:
     """Logits (g, n, n) of a mask that reaches the sides of its box, inside (n, n): the projection loss as a rule.
 
     Each row and each column of the box holds a part of the object. Where the surest point of one has a logit of -d,
-    below 0, the whole row or column rises by 3 d.
+    below 0, the whole row or column rises by 5 d.
     """
     surest = logits.masked_fill(~inside, -20.0)
     lack = torch.maximum(*((-surest.amax(d, keepdim=True)).clamp(0, 4).expand_as(logits) for d in (1, 2)))
-    return logits + 3 * lack
+    return logits + 5 * lack
 
 
 def pixel_masks(p: Tensor, guess: Tensor, boxes: Tensor, size: tuple[int, int],
-                lab: Tensor | None = None) -> tuple[list[dict], np.ndarray]:
+                image: Tensor | None = None) -> tuple[list[dict], np.ndarray]:
     """Run lengths of probabilities p (G, n, n) at the pixels of an image of `size` (H, W), and scores (G,).
 
-    Masks are cut to the boxes (G, 4), xyxy pixels, rounded to whole pixels. With the image lab (3, H, W) in CIE Lab,
-    masks of large boxes follow its edges, see read_at_pixels. A mask that is less than 0.3 of its guess (G, n, n) is
-    that guess, and an empty one is the box. A score is the mean probability of a mask's points.
+    Masks are cut to the boxes (G, 4), xyxy pixels, rounded to whole pixels. With the image (3, H, W) RGB 0..255, masks
+    of large boxes follow its edges, see follow_edges. A mask that is less than 0.3 of its guess (G, n, n) is that
+    guess, and an empty one is the box. A score is the mean probability of a mask's points.
     """
-    rles, scores, lab = [], np.zeros(len(boxes)), None if lab is None else lab.cpu()
-    for k, (box, edges) in enumerate(zip(boxes.cpu(), rounded(boxes, size))):
+    rles, scores, image = [], np.zeros(len(boxes)), None if image is None else image.cpu().float()
+    p, guess, boxes = p.cpu(), guess.cpu(), boxes.cpu()
+    for k, (box, edges) in enumerate(zip(boxes, rounded(boxes, size))):
         x0, y0, x1, y1 = edges.tolist()
         grid = window_coordinates(box, edges)
-        candidates = torch.stack([p[k], guess[k]])[:, None].cpu()
+        candidates = torch.stack([p[k], guess[k]])[:, None]
         at_pixels = F.grid_sample(candidates, grid.expand(2, -1, -1, -1), padding_mode="border", align_corners=False)
-        mask, first = at_pixels[:, 0] > 0.5                                                        # (h, w) each
-        if lab is not None and (1 + 2 * MARGIN) * max(mask.shape) > POINTS:  # pixels are finer than points
-            mask = read_at_pixels(candidates[0, 0], grid, lab, box, edges) > 0.5
+        mask, first = at_pixels[0, 0] > THRESHOLD, at_pixels[1, 0] > 0.5                              # (h, w) each
+        if image is not None and (1 + 2 * MARGIN) * max(mask.shape) > POINTS:  # pixels are finer than points
+            mask = follow_edges(mask, p[k], grid, image, box, edges)
         chosen = 0 if mask.sum() >= 0.3 * first.sum() else 1
         mask = (mask, first)[chosen]
         if mask.any():
@@ -320,30 +315,30 @@ def pixel_masks(p: Tensor, guess: Tensor, boxes: Tensor, size: tuple[int, int],
     return rles, scores
 
 
-def read_at_pixels(p: Tensor, grid: Tensor, lab: Tensor, box: Tensor, edges: Tensor) -> Tensor:
-    """Probabilities p (n, n) of a window at the pixels `edges` (4,) of an image lab (3, H, W): (h, w).
+def follow_edges(mask: Tensor, p: Tensor, grid: Tensor, image: Tensor, box: Tensor, edges: Tensor) -> Tensor:
+    """`mask` (h, w), probabilities p (n, n) interpolated at the pixels `edges` (4,) of an image (3, H, W), sharpened.
 
-    grid (h, w, xy): see window_coordinates. Between two points, interpolation would blur the outline by their distance.
-    So the 3 x 3 points nearest to a pixel are averaged with weights that fall with their distance and with the
-    difference of their colours (joint bilateral upsampling): a pixel follows the points that look like it.
+    grid (h, w, xy): see window_coordinates. Where pixels are finer than points, interpolation blurs the outline. So
+    the weights of the 2 x 2 points around a pixel also fall with the difference of their colours from the pixel's
+    (joint bilateral upsampling): a pixel follows the points that look like it. This matters only for pixels between
+    points on either side of THRESHOLD, so only these are computed.
     """
-    colors, bandwidth = (x[0] for x in window_colors(lab, box[None]))
-    x0, y0, x1, y1 = edges.tolist()
-    column, row = (grid[0, :, 0] + 1) / 2 * POINTS - 0.5, (grid[:, 0, 1] + 1) / 2 * POINTS - 0.5
-    bands = []
-    for rows in torch.arange(y1 - y0).split(max(1, BAND_PIXELS // (x1 - x0))):
-        pixels = lab[:, y0 + rows[0]:y0 + rows[-1] + 1, x0:x1] / bandwidth                       # (3, band, w)
-        total, weight = torch.zeros(2, *pixels.shape[1:])
-        for dy in (-1, 0, 1):
-            i = (row[rows].round().long() + dy).clamp(0, POINTS - 1)
-            for dx in (-1, 0, 1):
-                j = (column.round().long() + dx).clamp(0, POINTS - 1)
-                near = torch.exp(-(i - row[rows]) ** 2)[:, None] * torch.exp(-(j - column) ** 2)
-                alike = (-((colors / bandwidth)[:, i][:, :, j] - pixels).square().sum(0) / 4).exp() + 1e-3
-                total += near * alike * p[i][:, j]
-                weight += near * alike
-        bands.append(total / weight)
-    return torch.cat(bands)
+    row, column = ((t + 1) / 2 * POINTS - 0.5 for t in (grid[:, 0, 1], grid[0, :, 0]))       # (h,), (w,) in points
+    top, left = (t.floor().long().clamp(0, POINTS - 2) for t in (row, column))
+    above = (p > THRESHOLD).float()[None]
+    mixed = F.max_pool2d(above, 2, 1)[0] > -F.max_pool2d(-above, 2, 1)[0]                    # of 2 x 2 points
+    y, x = mixed[top][:, left].nonzero().unbind(1)                                           # (m,) each
+    colors, bandwidth = (t[0] for t in window_colors(image, box[None]))
+    own = rgb_to_lab(image[None, :, edges[1] + y, edges[0] + x])[0]                          # (3, m)
+    total, weight = torch.zeros(2, len(y))
+    for i, j in ((top[y] + a, left[x] + b) for a in (0, 1) for b in (0, 1)):
+        near = (1 - (row[y] - i).abs()) * (1 - (column[x] - j).abs())
+        alike = (-((colors[:, i, j] - own) / bandwidth[0]).square().sum(0) / 4).exp() + 1e-3
+        total += near * alike * p[i, j]
+        weight += near * alike
+    mask = mask.clone()
+    mask[y, x] = total > THRESHOLD * weight
+    return mask
 
 
 def rounded(boxes: Tensor, size: tuple[int, int]) -> Tensor:

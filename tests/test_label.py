@@ -95,7 +95,7 @@ def test_fitting_and_colours_can_be_left_out():
         rles = model_masks(image, batch, 0, torch.tensor([box]), torch.tensor([0]), **options).rles
         return decoded(rles)[0, 16:80, 16:80].float().unflatten(1, (4, 16)).mean((0, 2)).tolist()
 
-    assert quarters(fit_steps=0, colors=False) == pytest.approx([1, 1, 0, 0], abs=0.2)
+    assert quarters(fit_steps=0, colors=False) == pytest.approx([1, 1, 0, 0], abs=0.25)  # and some of the ellipse
     assert quarters(fit_steps=30, colors=False)[3] > 0.05
     assert quarters(fit_steps=0, colors=True)[2] > 0.9
 

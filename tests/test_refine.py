@@ -12,7 +12,7 @@ import predict
 from assign import image_targets
 from formats.coco import CocoBoxes
 from helpers import random_predictions
-from losses import projection_loss, rgb_to_lab
+from losses import projection_loss
 from masks import decode
 from model import Predictions, mask_logits
 from refine import (POINTS, box_coordinates, box_heads, color_masks, ellipse, fitted_masks, inside_box, owners,
@@ -35,8 +35,8 @@ def disc(x: float, y: float, radius: float) -> torch.Tensor:
 
 
 def masks_of(image: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, np.ndarray]:
-    guess, lab = ellipse().expand(len(boxes), -1, -1), rgb_to_lab(image[None].float())[0]
-    rles, scores = pixel_masks(color_masks(lab, boxes, guess), guess, boxes, SIZE, lab)
+    guess = ellipse().expand(len(boxes), -1, -1)
+    rles, scores = pixel_masks(color_masks(image, boxes, guess), guess, boxes, SIZE, image)
     return decode(rles, SIZE), scores
 
 
@@ -74,7 +74,7 @@ def test_without_a_difference_in_colour_the_guess_remains():
 
 def test_boxes_do_not_see_each_other_and_results_repeat():
     (first, a), (second, b) = shapes()["disc"], shapes()["plus"]
-    image = rgb_to_lab(painted(first | second, (200, 60, 40), (60, 120, 60))[None].float())[0]
+    image = painted(first | second, (200, 60, 40), (60, 120, 60))
     boxes = torch.tensor([a, b] * 20, dtype=torch.float32)                # more than a chunk
     guess = ellipse().expand(len(boxes), -1, -1)
     together = color_masks(image, boxes, guess)
@@ -100,10 +100,10 @@ def test_a_large_mask_follows_the_edges_of_the_image():
     y, x = torch.meshgrid(torch.arange(240) + 0.5, torch.arange(240) + 0.5, indexing="ij")
     mask = (x - 120) ** 2 + (y - 120) ** 2 < 100 ** 2
     mask &= ((x - 120).abs() > 6) | (y > 120)                              # with a notch
-    lab = rgb_to_lab(painted(mask, (200, 60, 40), (60, 120, 60))[None].float())[0]
+    image = painted(mask, (200, 60, 40), (60, 120, 60))
     guess = ellipse()[None]
-    p = color_masks(lab, box, guess)
-    coarse, fine = (decode(pixel_masks(p, guess, box, size, image)[0], size)[0] for image in (None, lab))
+    p = color_masks(image, box, guess)
+    coarse, fine = (decode(pixel_masks(p, guess, box, size, edges)[0], size)[0] for edges in (None, image))
     assert iou(fine, mask) > 0.95 and 1 - iou(fine, mask) < 0.8 * (1 - iou(coarse, mask))
 
 
@@ -118,9 +118,8 @@ def test_masks_are_cut_to_the_nearest_pixels_of_their_box():
 
 def test_a_mask_that_colours_erase_is_the_guess_and_an_empty_one_the_box():
     box, nothing = torch.tensor([[20.0, 20, 60, 60]]), torch.zeros(1, POINTS, POINTS)
-    guess = ellipse()[None]
-    (erased, empty), size = (pixel_masks(nothing, x, box, SIZE) for x in (guess, nothing)), SIZE
-    assert erased[0] == pixel_masks(guess, guess, box, size)[0] and erased[1][0] > 0.5
+    (erased, empty), size = (pixel_masks(nothing, x, box, SIZE) for x in (ellipse()[None], nothing)), SIZE
+    assert iou(decode(erased[0], size)[0], disc(40, 40, 20)) > 0.95 and erased[1][0] > 0.5
     assert decode(empty[0], size).sum() == 40 * 40 and empty[1][0] == 0
 
 

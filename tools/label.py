@@ -22,7 +22,6 @@ from data import Batch, TestImages, pixels, readable_batches
 from formats.coco import CocoBoxes, UndecodableImage
 from formats.files import optional, warn
 from formats.pictures import load_image
-from losses import rgb_to_lab
 from masks import cells, paste_masks
 from model import CondInst, Predictions, detect, mask_logits
 from refine import FIT_STEPS, color_masks, ellipse, fitted_masks, pixel_masks, rounded
@@ -78,9 +77,8 @@ def model_masks(image: Predictions, batch: Batch, b: int, boxes: Tensor, classes
 def at_pixels(picture: Tensor, boxes: Tensor, guess: Tensor, colors: bool, size: tuple[int, int],
               source: str) -> BoxMasks:
     """The masks of the first guess (G, n, n), with or without the colours of the picture (3, H, W) RGB 0..255."""
-    lab = rgb_to_lab(picture[None].float())[0] if colors else None
-    masks = color_masks(lab, boxes.to(lab.device), guess) if colors else guess
-    rles, scores = pixel_masks(masks, guess, boxes, size, lab)
+    masks = color_masks(picture, boxes.to(picture.device), guess) if colors else guess
+    rles, scores = pixel_masks(masks, guess, boxes, size, picture if colors else None)
     return BoxMasks(rles, scores, [source] * len(rles))
 
 
