@@ -20,10 +20,10 @@ from formats.coco import CocoBoxes
 from formats.files import UserError
 from helpers import random_predictions
 from masks import box_masks
-from model import detect
+from model import build_model, detect
 from tools import growth
-from tools.measuring import (Clock, imported_functions, made_up_data, many_annotations, medians, process_memory,
-                             tensor_peak)
+from tools.measuring import (Clock, imported_functions, made_up_data, many_annotations, measure_labels, medians,
+                             process_memory, tensor_peak)
 
 
 def test_parts_within_parts():
@@ -237,3 +237,14 @@ def test_wrong_options_are_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         benchmark.main(["--json", str(tmp_path)])
     assert end.value.code == 1 and "cannot write" in capsys.readouterr().err
+
+
+def test_labels_are_measured_for_each_number_of_boxes(tmp_path):
+    network = build_model("r18-slim", 80, channels=32, frozen=False).eval()
+    figures = measure_labels(tmp_path, network, (64, 96), 1, torch.device("cpu"), counts=(1, 3))
+    assert set(figures["seconds"]) == {"network", *(f"{n} boxes, {how} a network" for n in (1, 3)
+                                                    for how in ("with", "without"))}
+    for how in ("with", "without"):
+        seconds = figures["seconds"][f"3 boxes, {how} a network"]
+        assert figures[f"milliseconds a box, {how} a network"]["3"] == pytest.approx(1000 * seconds / 3)
+    assert all(mib > 0 for mib in figures["peak MiB"].values())
