@@ -26,7 +26,7 @@ from formats.pictures import check_sizes, find_images, load_image
 from model import CondInst, default_threshold, load_model, predict_confident
 from refine import FIT_STEPS
 from tools.command_line import (AMP, RESCORE, go_together, input_size, model_options, not_negative, output_file,
-                                pick_amp, positive, probability, rescored, write_json)
+                                pick_amp, positive, positive_float, probability, rescored, write_json)
 from tools.draw import draw_objects
 from tools.label import (BoxMasks, label_dataset, label_without_model, model_classes, model_masks, polygons,
                          report_agreement, with_masks)
@@ -159,6 +159,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "to their box")
     add("--colors", choices=["on", "off"], default="on", help="refine masks by the colours of their image; without "
         "--ckpt, off leaves an ellipse in each box")
+    add("--color-strength", type=positive_float, default=1.0, help="how much colours count beside the first guess")
     add("--min-score", type=probability, help="leave out masks below this score (0 to 1) and list their boxes on the "
         "review page; None: keep all")
     add("--polygons", action="store_true", help="write polygons instead of run lengths (holes are filled); needs "
@@ -175,8 +176,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in () if args.ckpt else ("weights", "min_size", "max_size", "amp", "batch_size", "fit_steps"):
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"argument --{name.replace('_', '-')}: only with --ckpt")
-    others = ["score_threshold", "rescore"] if args.boxes else ["fit_steps", "colors", "min_score", "polygons",
-                                                                "measure", "review_count"]
+    others = ["score_threshold", "rescore"] if args.boxes else ["fit_steps", "colors", "color_strength", "min_score",
+                                                                "polygons", "measure", "review_count"]
     for name in others:
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"argument --{name.replace('_', '-')}: only with {'images' if args.boxes else '--boxes'}")
@@ -210,6 +211,11 @@ def predict_images(args: argparse.Namespace, model: CondInst, info: dict, size: 
     print(f"{out}: drawings of {seen} images")
 
 
+def color_strength(args: argparse.Namespace) -> float:
+    """How much colours count; 0 with --colors off."""
+    return args.color_strength if args.colors == "on" else 0.0
+
+
 def masks_of_model(args: argparse.Namespace, annotations: CocoBoxes, model: CondInst, info: dict,
                    size: tuple[int, int], options: dict) -> BoxMasks:
     """predict.py --boxes with --ckpt."""
@@ -218,7 +224,7 @@ def masks_of_model(args: argparse.Namespace, annotations: CocoBoxes, model: Cond
     if unknown:
         warn(f"{args.ckpt} was not trained for {first_five(list(map(repr, unknown)))}: these boxes take the best mask "
              "of any class")
-    label = partial(model_masks, classes=classes.to(args.device), fit_steps=args.fit_steps, colors=args.colors == "on")
+    label = partial(model_masks, classes=classes.to(args.device), fit_steps=args.fit_steps, colors=color_strength(args))
     return label_dataset(model, annotations, label, min_size=size[0], max_size=size[1], **options)
 
 
@@ -235,9 +241,9 @@ def label_boxes(args: argparse.Namespace, *model) -> None:
     if model:
         labels = masks_of_model(args, annotations, *model)
     else:
-        labels = label_without_model(annotations, args.colors == "on", args.workers)
-        print("no --ckpt: masks from boxes and colours alone; a model trained on these boxes gives better ones, see "
-              "docs/own-boxes.md")
+        labels = label_without_model(annotations, color_strength(args), args.workers)
+        print(f"no --ckpt: masks from boxes and colours alone; a model mostly gives better ones, trained by python "
+              f"train.py --train-json {args.boxes} --train-images {args.images}")
     content, rows = with_masks(annotations, labels, min_score), annotations.rows.tolist()
     labelled = [content["annotations"][row] for row in rows]
     if args.polygons:

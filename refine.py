@@ -197,7 +197,7 @@ def owners(locations: Locations, boxes: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def color_masks(image: Tensor, boxes: Tensor, guess: Tensor) -> Tensor:
+def color_masks(image: Tensor, boxes: Tensor, guess: Tensor, strength: float = 1.0) -> Tensor:
     """Probabilities (G, n, n) in the windows of boxes (G, 4), xyxy pixels of image (3, H, W) RGB 0..255.
 
     guess (G, n, n): the probability p_i of point i before its colour is known. c_i is its colour in units of the
@@ -209,7 +209,7 @@ def color_masks(image: Tensor, boxes: Tensor, guess: Tensor) -> Tensor:
         x_i = sigmoid(reach_sides(u_i + COUPLING mean over the neighbours j of w_ij (2 x_j - 1))),  TURNS times
 
     inside the box: the second line is the mean field of a conditional random field. w_ij, at most 1, is the similarity
-    of neighbouring colours; what lies outside the box is background.
+    of neighbouring colours; what lies outside the box is background. strength: a factor of both means over points.
     """
     image, inside, masks = image.float(), inside_box(image.device), [guess.new_zeros(0, POINTS, POINTS)]
     for some in chunks(len(boxes)):
@@ -226,11 +226,11 @@ def color_masks(image: Tensor, boxes: Tensor, guess: Tensor) -> Tensor:
             density = kernel @ (weights / weights.sum(1, keepdim=True).clamp(min=1e-6)) + 1e-4
             evidence = (density[..., 0] / density[..., 1]).log().clamp(-CLAMP, CLAMP).view_as(x)
             evidence = F.avg_pool2d(F.pad(evidence[:, None], (1, 1, 1, 1), mode="replicate"), 3, stride=1)[:, 0]
-            logits = prior + evidence
+            logits = prior + strength * evidence
             x = logits.sigmoid() * inside
             for _ in range(TURNS):
                 agreed = (alike * neighbours(2 * x[:, None] - 1)[:, 0]).mean(1)
-                x = reach_sides(logits + COUPLING * agreed, inside).sigmoid() * inside
+                x = reach_sides(logits + strength * COUPLING * agreed, inside).sigmoid() * inside
         masks.append(x)
     return torch.cat(masks)
 

@@ -72,6 +72,14 @@ def test_without_a_difference_in_colour_the_guess_remains():
     assert 0.5 < scores[0] < sure[0] - 0.01
 
 
+def test_colours_count_as_much_as_their_strength_says():
+    mask, box = shapes()["plus"]
+    image, box, guess = painted(mask, (200, 60, 40), (60, 120, 60)), torch.tensor([box]).float(), ellipse()[None]
+    ious = [iou(decode(pixel_masks(color_masks(image, box, guess, strength), guess, box, SIZE)[0], SIZE)[0], mask)
+            for strength in (0.02, 1.0)]
+    assert ious[0] < 0.85 < ious[1]
+
+
 def test_boxes_do_not_see_each_other_and_results_repeat():
     (first, a), (second, b) = shapes()["disc"], shapes()["plus"]
     image = painted(first | second, (200, 60, 40), (60, 120, 60))

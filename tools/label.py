@@ -63,21 +63,21 @@ def assigned_masks(image: Predictions, batch: Batch, b: int, boxes: Tensor,
 
 
 def model_masks(image: Predictions, batch: Batch, b: int, boxes: Tensor, classes: Tensor, fit_steps: int = FIT_STEPS,
-                colors: bool = True) -> BoxMasks:
+                colors: float = 1.0) -> BoxMasks:
     """A mask for every box of image b of a batch, whose teacher's view is the image itself.
 
     image: the predictions of the image. boxes (G, 4): xyxy pixels of the image itself. classes: the model's class for
-    each class of the data set, -1: unknown. fit_steps and colors: 0 and False leave the step out.
+    each class of the data set, -1: unknown. fit_steps, and colors, their strength: 0 leaves the step out.
     """
     masks = fitted_masks(image, batch.boxes[b], batch.sizes[b], classes[batch.labels[b]], fit_steps)
     height, width = batch.original_sizes[b]
     return at_pixels(batch.teacher_images[b, :, :height, :width], boxes, masks, colors, (height, width), MODEL)
 
 
-def at_pixels(picture: Tensor, boxes: Tensor, guess: Tensor, colors: bool, size: tuple[int, int],
+def at_pixels(picture: Tensor, boxes: Tensor, guess: Tensor, colors: float, size: tuple[int, int],
               source: str) -> BoxMasks:
-    """The masks of the first guess (G, n, n), with or without the colours of the picture (3, H, W) RGB 0..255."""
-    masks = color_masks(picture, boxes.to(picture.device), guess) if colors else guess
+    """The masks of the first guess (G, n, n) and of the colours, of this strength, of picture (3, H, W) RGB 0..255."""
+    masks = color_masks(picture, boxes.to(picture.device), guess, colors) if colors else guess
     rles, scores = pixel_masks(masks, guess, boxes, size, picture if colors else None)
     return BoxMasks(rles, scores, [source] * len(rles))
 
@@ -120,7 +120,7 @@ def fill_in(labels: BoxMasks, annotations: CocoBoxes, i: int, of_image: BoxMasks
 class ColourMasks(Dataset):
     """Item i is the masks of the boxes of image i without a model, or what went wrong with the image."""
 
-    def __init__(self, annotations: CocoBoxes, colors: bool):
+    def __init__(self, annotations: CocoBoxes, colors: float):
         self.annotations, self.colors = annotations, colors
 
     def __len__(self) -> int:
@@ -140,7 +140,7 @@ class ColourMasks(Dataset):
         return item
 
 
-def label_without_model(annotations: CocoBoxes, colors: bool = True, workers: int = 2) -> BoxMasks:
+def label_without_model(annotations: CocoBoxes, colors: float = 1.0, workers: int = 2) -> BoxMasks:
     """Masks from boxes and colours alone, in the order of annotations.boxes, as in label_dataset."""
     labels = no_masks(annotations)
     loader = DataLoader(ColourMasks(annotations, colors), batch_size=None, num_workers=workers,

@@ -223,7 +223,7 @@ def measure_labels(folder: Path, network: CondInst, size: tuple[int, int], round
         batch = whole._replace(boxes=[whole.boxes[0][:count]], labels=[whole.labels[0][:count]]).to(device)
         works = {"with": lambda: model_masks(predictions, batch, 0, boxes, classes.to(device)),
                  "without": lambda: at_pixels(batch.teacher_images[0, :, :size[0], :size[1]], boxes,
-                                              ellipse(device).expand(count, -1, -1), True, size, COLOURS)}
+                                              ellipse(device).expand(count, -1, -1), 1.0, size, COLOURS)}
         seconds = medians(rounds, device, **works)
         figures["seconds"] |= {f"{count} boxes, {name} a network": seconds[name] for name in works}
         for name in works:
