@@ -10,6 +10,7 @@ image in `pictures/`, and `review.html`, the least certain masks first (tools/re
 """
 import argparse
 import os
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -171,6 +172,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if bool(args.inputs) == bool(args.boxes):
         parser.error("either images (files or folders) or --boxes FILE is needed, not both")
     go_together(parser, args, "--boxes", "--images")
+    if args.colors == "off" and args.color_strength != parser.get_default("color_strength"):
+        parser.error("argument --color-strength: only with --colors on")
     if not args.ckpt and not args.boxes:
         parser.error("--ckpt FILE is needed to find objects in images")
     for name in () if args.ckpt else ("weights", "min_size", "max_size", "amp", "batch_size", "fit_steps"):
@@ -232,6 +235,8 @@ def label_boxes(args: argparse.Namespace, *model) -> None:
     """predict.py --boxes: masks.json first, then the review page and the drawings. model: what masks_of_model takes."""
     out, min_score = Path(args.out), args.min_score or 0.0
     annotations = CocoBoxes(args.boxes, args.images, masks=args.measure)
+    if not len(annotations.boxes):
+        warn(f"{args.boxes} has no usable box: there is nothing to give a mask")
     check_sizes(annotations, len(annotations))  # all images: a wrong one must not end the work halfway
     paths = [annotations.path(i) for i in range(len(annotations))]
     names = [os.path.relpath(path, args.images) for path in paths]
@@ -242,8 +247,9 @@ def label_boxes(args: argparse.Namespace, *model) -> None:
         labels = masks_of_model(args, annotations, *model)
     else:
         labels = label_without_model(annotations, color_strength(args), args.workers)
-        print(f"no --ckpt: masks from boxes and colours alone; a model mostly gives better ones, trained by python "
-              f"train.py --train-json {args.boxes} --train-images {args.images}")
+        print("no --ckpt: masks from " + ("boxes and colours alone" if args.colors == "on" else "boxes alone")
+              + "; a model may give better ones, trained by "
+              + shlex.join(["python", "train.py", "--train-json", args.boxes, "--train-images", args.images]))
     content, rows = with_masks(annotations, labels, min_score), annotations.rows.tolist()
     labelled = [content["annotations"][row] for row in rows]
     if args.polygons:
@@ -254,8 +260,9 @@ def label_boxes(args: argparse.Namespace, *model) -> None:
     print(f"{out / 'masks.json'}: masks for {len(rows) - none} of {len(rows)} boxes")
     if args.measure:
         report_agreement(annotations, labels)
-    if (low := (labels.scores < min_score).sum()):
-        print(f"{low} of them score below {min_score:g}: their segmentation stays empty")
+    if min_score:
+        low = (labels.scores < min_score).sum()
+        print(f"{low} of them score below {min_score:g}" + ": their segmentation stays empty" * bool(low))
     write_review(annotations, labels, [annotation["id"] for annotation in labelled], list(zip(names, drawings)),
                  str(out / "review.html"), args.review_count or 200, min_score)
     print(f"{out / 'review.html'}: the least certain masks first")

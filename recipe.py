@@ -108,8 +108,9 @@ def small_set(annotations: CocoBoxes, device: str) -> SmallSet:
 
 
 def small_backbone(device: str, backbone_weights: str) -> str:
-    """The backbone for a small set."""
-    return "r50" if device != "cpu" else "r18-slim" if backbone_weights == "none" else "r18"
+    """The backbone for a small set. A file of weights is mostly one of r50."""
+    small = {"imagenet": "r18", "none": "r18-slim"}
+    return "r50" if device != "cpu" else small.get(backbone_weights, "r50")
 
 
 def cpu_microseconds(backbone: str, channels: int, method: str) -> float:

@@ -198,20 +198,23 @@ def owners(locations: Locations, boxes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def color_masks(image: Tensor, boxes: Tensor, guess: Tensor, strength: float = 1.0) -> Tensor:
-    """Probabilities (G, n, n) in the windows of boxes (G, 4), xyxy pixels of image (3, H, W) RGB 0..255.
+    """Probabilities (G, n, n) in the windows of boxes (G, 4), xyxy pixels of image (3, H, W) RGB 0..255, which is float
+    and contiguous: roi_align would copy any other image for each chunk of boxes.
 
-    guess (G, n, n): the probability p_i of point i before its colour is known. c_i is its colour in units of the
-    bandwidth, K_ij = exp(-|c_i - c_j|^2 / 2) the similarity of two colours. The object's colours have the density
-    f_i = sum_j K_ij x_j / sum_j x_j at point i; the background's, b_i, has 1 - x_j in place of x_j; points beyond the
-    edge of the image count for neither. Starting from x = p inside the box and 0 outside, ROUNDS times
+    guess (G, n, n): the probability p_i of point i before its colour is known, within 0.001 ... 0.999. c_i is its
+    colour in units of the bandwidth, K_ij = exp(-|c_i - c_j|^2 / 2) the similarity of two colours. The object's colours
+    have the density f_i = 1e-4 + sum_j K_ij x_j / sum_j x_j at point i; the background's, b_i, has 1 - x_j in place of
+    x_j; points beyond the edge of the image count for neither. Starting from x = p inside the box and 0 outside, ROUNDS
+    times
 
-        u_i = PRIOR logit p_i + mean over 3 x 3 points of clamp(log(f_i / b_i), -CLAMP, CLAMP)
-        x_i = sigmoid(reach_sides(u_i + COUPLING mean over the neighbours j of w_ij (2 x_j - 1))),  TURNS times
+        u_i = PRIOR logit p_i + s mean over 3 x 3 points of clamp(log(f_i / b_i), -CLAMP, CLAMP)
+        x_i = sigmoid(u_i), and then TURNS times
+        x_i = sigmoid(reach_sides(u_i + s COUPLING mean over the points j around i of w_ij (2 x_j - 1)))
 
-    inside the box: the second line is the mean field of a conditional random field. w_ij, at most 1, is the similarity
-    of neighbouring colours; what lies outside the box is background. strength: a factor of both means over points.
+    inside the box; outside of it x stays 0. The last line is the mean field of a conditional random field. w_ij, at
+    most 1, is the similarity of neighbouring colours, 0 for i itself. s: `strength`.
     """
-    image, inside, masks = image.float(), inside_box(image.device), [guess.new_zeros(0, POINTS, POINTS)]
+    inside, masks = inside_box(image.device), [guess.new_zeros(0, POINTS, POINTS)]
     for some in chunks(len(boxes)):
         p, (colors, bandwidth) = guess[some], window_colors(image, boxes[some])
         seen = within_image(boxes[some], image.shape[1:])                                             # (g, n, n)
@@ -279,7 +282,7 @@ def reach_sides(logits: Tensor, inside: Tensor) -> Tensor:
     """Logits (g, n, n) of a mask that reaches the sides of its box, inside (n, n): the projection loss as a rule.
 
     Each row and each column of the box holds a part of the object. Where the surest point of one has a logit of -d,
-    below 0, the whole row or column rises by 5 d.
+    below 0, the whole row or column rises by 5 d, with d at most 4; where both do, by the larger.
     """
     surest = logits.masked_fill(~inside, -20.0)
     lack = torch.maximum(*((-surest.amax(d, keepdim=True)).clamp(0, 4).expand_as(logits) for d in (1, 2)))
@@ -290,18 +293,19 @@ def pixel_masks(p: Tensor, guess: Tensor, boxes: Tensor, size: tuple[int, int],
                 image: Tensor | None = None) -> tuple[list[dict], np.ndarray]:
     """Run lengths of probabilities p (G, n, n) at the pixels of an image of `size` (H, W), and scores (G,).
 
-    Masks are cut to the boxes (G, 4), xyxy pixels, rounded to whole pixels. With the image (3, H, W) RGB 0..255, masks
-    of large boxes follow its edges, see follow_edges. A mask that is less than 0.3 of its guess (G, n, n) is that
-    guess, and an empty one is the box. A score is the mean probability of a mask's points.
+    Masks are cut to the boxes (G, 4), xyxy pixels, rounded to whole pixels. With the image (3, H, W), as color_masks
+    takes it, the threshold is THRESHOLD, and masks of large boxes follow its edges, see follow_edges; without it, 0.5.
+    A mask that is less than 0.3 of its guess (G, n, n) is that guess, and an empty one is the box. A score is the mean
+    probability of the points above 0.5.
     """
-    rles, scores, image = [], np.zeros(len(boxes)), None if image is None else image.cpu().float()
-    p, guess, boxes = p.cpu(), guess.cpu(), boxes.cpu()
+    rles, scores, threshold = [], np.zeros(len(boxes)), 0.5 if image is None else THRESHOLD
+    p, guess, boxes, image = p.cpu(), guess.cpu(), boxes.cpu(), None if image is None else image.cpu()
     for k, (box, edges) in enumerate(zip(boxes, rounded(boxes, size))):
         x0, y0, x1, y1 = edges.tolist()
         grid = window_coordinates(box, edges)
         candidates = torch.stack([p[k], guess[k]])[:, None]
         at_pixels = F.grid_sample(candidates, grid.expand(2, -1, -1, -1), padding_mode="border", align_corners=False)
-        mask, first = at_pixels[0, 0] > THRESHOLD, at_pixels[1, 0] > 0.5                              # (h, w) each
+        mask, first = at_pixels[0, 0] > threshold, at_pixels[1, 0] > 0.5                              # (h, w) each
         if image is not None and (1 + 2 * MARGIN) * max(mask.shape) > POINTS:  # pixels are finer than points
             mask = follow_edges(mask, p[k], grid, image, box, edges)
         chosen = 0 if mask.sum() >= 0.3 * first.sum() else 1

@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import signal
 import sys
 import time
@@ -419,6 +420,17 @@ def describe(run: Run, annotations: CocoBoxes) -> None:
         (run.out / "config.json").write_text(json.dumps(run.config() | {"plan": plan._asdict()}, indent=1))
 
 
+def next_command(run: Run, annotations: CocoBoxes, validation: CocoBoxes | None) -> str:
+    """What a person runs next: the evaluation, or without anything to evaluate on the labels of the training images."""
+    program, files = "evaluate.py", ["--data", run.args.data]
+    if validation is None:
+        program, files = "predict.py", ["--boxes", str(annotations.json_path), "--images", str(annotations.image_dir),
+                                        "--out", str(run.out / "masks")]
+    elif run.args.val_json:
+        files = ["--val-json", run.args.val_json, "--val-images", run.args.val_images]
+    return shlex.join(["python", program, "--ckpt", str(run.out / "final.pt"), *files])
+
+
 def main(argv: list[str] | None = None) -> None:
     args, stopped_by = parse_arguments(argv), 0
     with ending_loaders(), one_line_errors():
@@ -437,9 +449,7 @@ def main(argv: list[str] | None = None) -> None:
         elif not (run.out / "final.pt").exists():  # --iters is now below the iterations that are done
             run.save()
         if rank == 0 and not stopped_by:
-            data = "" if args.train_json else f" --data {args.data}"
-            print(f"{run.out} is complete: {run.iteration} iterations; python evaluate.py --ckpt "
-                  f"{run.out / 'final.pt'}{data}")
+            print(f"{run.out} is complete: {run.iteration} iterations; {next_command(run, annotations, validation)}")
         if dist.is_initialized():
             dist.destroy_process_group()
     if stopped_by:

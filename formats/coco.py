@@ -203,8 +203,12 @@ def image_problems(path: str, images: list[dict], image_dir: str) -> Iterator[st
                and not os.path.exists(os.path.join(image_dir, row["file_name"]))]
     if missing:
         ids = first_five([f"id {row['id']}" for row in missing[:6]])
+        name = missing[0]["file_name"]
+        elsewhere = sorted(entry.name for entry in os.scandir(image_dir)
+                           if entry.is_dir() and os.path.exists(os.path.join(entry.path, name)))
+        hint = f"; name {os.path.join(image_dir, elsewhere[0])} instead" if elsewhere else ""
         yield (f"{len(missing)} of {len(images)} images of {path} are missing in {image_dir}, "
-               f"the first: {missing[0]['file_name']!r} ({ids})")
+               f"the first: {name!r} ({ids}){hint}")
 
 
 def category_problems(path: str, classes: list[dict], val_path: str, val_classes: list[dict]) -> Iterator[str]:

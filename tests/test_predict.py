@@ -228,6 +228,30 @@ def test_every_box_gets_a_mask_a_score_and_a_source(drawn, sure, boxes, tmp_path
         scores, abs=0.00501)
 
 
+def test_each_step_can_be_left_out(drawn, sure, boxes, tmp_path, capsys):
+    """Fitting, colours, their strength: each changes masks, with a checkpoint and, but for fitting, without one."""
+    def masks(*options) -> list[str]:
+        predict.main(["--boxes", str(boxes[0]), "--images", str(drawn / "train2017"), "--out", str(tmp_path / "m"),
+                      "--workers", "0", *options])
+        return [row["segmentation"]["counts"] for row in
+                json.loads((tmp_path / "m/masks.json").read_text())["annotations"]]
+
+    for with_model in (["--ckpt", str(sure)], []):
+        changes = [["--colors", "off"], ["--color-strength", "0.3"]] + [["--fit-steps", "0"]] * bool(with_model)
+        results = [masks(*with_model, *options) for options in ([], *changes)]
+        assert all(results[0] != changed for changed in results[1:]) and len(set(map(tuple, results))) == len(results)
+    capsys.readouterr()
+    assert failing("--boxes", boxes[0], "--images", drawn, "--out", tmp_path, "--colors", "off", "--color-strength",
+                   "2") == 2
+    assert "--color-strength: only with --colors on" in capsys.readouterr().err
+
+
+def test_a_folder_above_the_images_ends_in_a_line_that_names_theirs(drawn, tmp_path, capsys):
+    assert failing("--boxes", drawn / "annotations/instances_train2017.json", "--images", drawn, "--out",
+                   tmp_path / "m") == 1
+    assert f"name {drawn / 'train2017'} instead" in one_line_error(capsys)
+
+
 def test_low_scores_are_left_out_and_listed(drawn, sure, boxes, tmp_path, capsys):
     path, content = boxes
     out, images = tmp_path / "masks", drawn / "train2017"

@@ -48,6 +48,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     with one_line_errors():
+        if args.out and os.path.realpath(args.out) in map(os.path.realpath, [*args.masks, args.truth]):
+            raise DataError(f"{args.out} is an input and would be overwritten: name another file with --out")
         output_file(args.out)
         truth = CocoBoxes(args.truth, args.images, masks=True)
         if not len(truth.boxes):
@@ -56,7 +58,10 @@ def main(argv: list[str] | None = None) -> None:
         runs = [read_masks(path, truth) for path in args.masks]
         ious = [agreement(truth, [annotation["segmentation"] for annotation in run]) for run in runs]
         ious = [ious[0][1], *(of_masks for of_masks, _ in ious)]   # (m,) each, of the filled boxes first
-        names = ["filled boxes", *(os.path.basename(os.path.dirname(os.path.abspath(path))) for path in args.masks)]
+        names = [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in args.masks]
+        if len(set(names)) < len(names):  # of one folder: their own names tell them apart
+            names = [os.path.splitext(os.path.basename(path))[0] for path in args.masks]
+        names = ["filled boxes", *names]
         print(f"mean IoU with {args.truth}, {len(truth.boxes)} boxes")
         for name, of_boxes in zip(names, ious):
             print(f"{name:24}{of_boxes.mean():6.3f}")

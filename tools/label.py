@@ -77,8 +77,9 @@ def model_masks(image: Predictions, batch: Batch, b: int, boxes: Tensor, classes
 def at_pixels(picture: Tensor, boxes: Tensor, guess: Tensor, colors: float, size: tuple[int, int],
               source: str) -> BoxMasks:
     """The masks of the first guess (G, n, n) and of the colours, of this strength, of picture (3, H, W) RGB 0..255."""
+    picture = picture.float().contiguous() if colors else None
     masks = color_masks(picture, boxes.to(picture.device), guess, colors) if colors else guess
-    rles, scores = pixel_masks(masks, guess, boxes, size, picture if colors else None)
+    rles, scores = pixel_masks(masks, guess, boxes, size, picture)
     return BoxMasks(rles, scores, [source] * len(rles))
 
 

@@ -84,8 +84,8 @@ def write_review(annotations: CocoBoxes, labels: BoxMasks, ids: list, links: lis
                       f'loading="lazy" src="data:image/jpeg;base64,{pictures[k]}"></a>')
         figures.append(FIGURE.format(picture=inside, **described(k)))
     none = labels.sources.count(None)
-    summary = (f"{len(order)} boxes: {len(order) - none} masks"
-               + " are from boxes and colours alone" * (COLOURS in labels.sources) + f", {none} boxes have none. "
+    summary = (f"{len(order)} boxes, {len(order) - none} with a mask"
+               + ", made without a model" * (COLOURS in labels.sources) + f"; {none} have none" * bool(none) + ". "
                + f"Half of the scores are above {np.median(labels.scores) if len(order) else 0:.2f}. "
                + f"{low} are below {min_score:g}: these masks were left out of the file. " * bool(low)
                + f"Below are the lowest {len(shown)}. Click a picture to see the whole image.")
