@@ -356,6 +356,9 @@ def rounded(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 def window_coordinates(box: Tensor, edges: Tensor) -> Tensor:
     """Where the middles of the pixels `edges` (4,) lie in the window of a box (4,), -1 ... 1: (h, w, xy)."""
     (x0, y0, x1, y1), (left, top, right, bottom) = box.tolist(), edges.tolist()
-    x = ((torch.arange(left, right) + 0.5 - x0) / (x1 - x0) * 2 - 1) / (1 + 2 * MARGIN)
-    y = ((torch.arange(top, bottom) + 0.5 - y0) / (y1 - y0) * 2 - 1) / (1 + 2 * MARGIN)
-    return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)
+
+    def axis(low: float, high: float, first: int, end: int) -> Tensor:
+        t = (torch.arange(first, end) + 0.5 - low) / (high - low) * 2 - 1
+        return t / (1 + 2 * MARGIN) if len(t) > 1 else t * 0  # rounding may move the only pixel of a box to its edge
+
+    return torch.stack(torch.meshgrid(axis(x0, x1, left, right), axis(y0, y1, top, bottom), indexing="xy"), -1)

@@ -124,6 +124,12 @@ def test_masks_are_cut_to_the_nearest_pixels_of_their_box():
         [10, 11, 21, 18], [150, 100, 10, 20], [0, 0, 1, 1], [50, 50, 1, 1]] and (scores == 1).all()
 
 
+def test_a_box_of_one_pixel_between_pixels_has_a_sure_mask():
+    boxes = torch.tensor([[10.5, 1.5, 11.5, 2.5], [20.0, 20, 20.4, 20.3]])
+    rles, scores = pixel_masks(ellipse().expand(2, -1, -1), ellipse().expand(2, -1, -1), boxes, SIZE)
+    assert [coco_mask.toBbox(rle).tolist() for rle in rles] == [[11, 2, 1, 1], [20, 20, 1, 1]] and (scores > 0.5).all()
+
+
 def test_a_mask_that_colours_erase_is_the_guess_and_an_empty_one_the_box():
     box, nothing = torch.tensor([[20.0, 20, 60, 60]]), torch.zeros(1, POINTS, POINTS)
     (erased, empty), size = (pixel_masks(nothing, x, box, SIZE) for x in (ellipse()[None], nothing)), SIZE
