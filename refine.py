@@ -8,8 +8,9 @@
     the pixels   people draw boxes at whole pixels                                      pixel_masks
 
 The first guess is an ellipse or what a network sees; colours and edges correct it; then it is read at the pixels. Each
-box is seen in a window: the box and MARGIN of its sides around it, read at POINTS x POINTS points, so that all boxes
-cost the same. Functions are batched over the G boxes of an image; n is POINTS; float32, and deterministic.
+box is seen in a window: the box and MARGIN of its sides around it, read at POINTS x POINTS points, so that large boxes
+cost hardly more than small ones. Functions are batched over the G boxes of an image; n is POINTS; float32, and
+deterministic.
 """
 import numpy as np
 import torch
@@ -148,7 +149,7 @@ def window_cells(low: Tensor, high: Tensor, count: int, cells: int) -> tuple[Ten
     there aligned_bilinear and paste_masks put it, twice enlarged and then four times.
     """
     step = ((high - low) / 8 / (count - 2)).ceil()
-    first = ((low + high - 13) / 16 - step * (count - 1) / 2).round()
+    first = (((low + high) / 2 - 6.5) / 8 - step * (count - 1) / 2).round()
     number, point = (torch.arange(n, device=low.device) for n in (count, FINE))
     at = low[:, None] + (high - low)[:, None] * (point + 0.5) / FINE                            # pixels
     at = (((at - 6.5) / 8).clamp(0, cells - 1) - first[:, None]) / step[:, None]                # the chosen cells
@@ -179,7 +180,7 @@ def box_heads(image: Predictions, boxes: Tensor, classes: Tensor | None, count: 
         own_level = torch.searchsorted(boxes.new_tensor([high for _, high in LEVEL_RANGES]), half)
         far = torch.cdist(center, xy) + 1e5 * (owner >= 0) + 1e6 * (level != own_level[:, None])
         rank, chosen = torch.where(owner == numbers[some, None], confidence, -far).topk(count)
-        usable = (rank > 0) | (rank[:, :1] <= 0)
+        usable = (rank > 0) | (rank[:, :1] <= 0)  # a box with locations of its own draws with these alone
         weight = confidence.gather(1, chosen) * usable + 1e-6 * usable
         locations.append(chosen)
         weights.append(weight / weight.sum(1, keepdim=True))
@@ -217,7 +218,7 @@ def color_masks(image: Tensor, boxes: Tensor, guess: Tensor, strength: float = 1
     inside, masks = inside_box(image.device), [guess.new_zeros(0, POINTS, POINTS)]
     for some in chunks(len(boxes)):
         p, (colors, bandwidth) = guess[some], window_colors(image, boxes[some])
-        seen = within_image(boxes[some], image.shape[1:])                                             # (g, n, n)
+        seen = within_image(boxes[some], image.shape[1:])                                           # (g, n, n)
         colors = (colors - colors.mean((2, 3), keepdim=True)) / bandwidth
         # The sums over j run over means of 2 x 2 points: a quarter of the pairs, and the same masks.
         kernel = color_kernel(columns(colors), columns(F.avg_pool2d(colors, 2)))                    # (g, n n, n n / 4)

@@ -247,4 +247,4 @@ def test_labels_are_measured_for_each_number_of_boxes(tmp_path):
     for how in ("with", "without"):
         seconds = figures["seconds"][f"3 boxes, {how} a network"]
         assert figures[f"milliseconds a box, {how} a network"]["3"] == pytest.approx(1000 * seconds / 3)
-    assert all(mib > 0 for mib in figures["peak MiB"].values())
+    assert all(mib > 0 for mib in figures["peak MiB for 3 boxes"].values())

@@ -408,7 +408,8 @@ def test_killed_between_the_two_files_at_the_end(drawn, warm, straight, tmp_path
 def test_a_complete_run_says_so_and_changes_nothing(drawn, warm, straight, capsys):
     before = {path.name: path.read_bytes() for path in straight.iterdir()}
     assert command(*options_of(drawn, warm, straight)) == 0
-    assert f"{straight} is complete: 8 iterations" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"{straight} is complete: 8 iterations; python predict.py --ckpt {straight / 'final.pt'} --boxes" in shown
     assert {path.name: path.read_bytes() for path in straight.iterdir()} == before
 
 

@@ -83,3 +83,14 @@ def test_there_must_be_boxes(drawn, tmp_path, capsys):
     with pytest.raises(SystemExit):
         compare.main([str(x) for x in (empty, "--truth", empty, "--images", drawn / "train2017")])
     assert f"{empty} has no boxes" in one_line_error(capsys)
+
+
+def test_files_of_one_folder_keep_their_own_names_and_no_input_is_overwritten(drawn, runs, tmp_path, capsys):
+    second = tmp_path / "half/others.json"
+    second.write_text(runs[1].read_text())
+    compare.main(arguments(drawn, runs[0], second))
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:4]] == ["masks", "others"]
+    before = runs[0].read_text()
+    with pytest.raises(SystemExit):
+        compare.main(arguments(drawn, runs[0], "--out", runs[0]))
+    assert "would be overwritten" in one_line_error(capsys) and runs[0].read_text() == before

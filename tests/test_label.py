@@ -14,8 +14,9 @@ from data import TestImages, pixels
 from formats.coco import CocoBoxes
 from formats.pictures import load_image
 from helpers import draw_dataset, made_up, make_batch, random_predictions
-from tools.label import (ASSIGNED, MODEL, BoxMasks, agreement, assigned_masks, label_dataset, model_classes,
-                         model_masks, polygons, report_agreement, with_masks)
+from refine import ellipse
+from tools.label import (ASSIGNED, MODEL, BoxMasks, agreement, assigned_masks, at_pixels, label_dataset,
+                         model_classes, model_masks, polygons, report_agreement, with_masks)
 from model import build_model
 
 EVERYWHERE = torch.full((12, 16), 6.0)
@@ -100,6 +101,27 @@ def test_fitting_and_colours_can_be_left_out():
     assert quarters(fit_steps=0, colors=False) == pytest.approx([1, 1, 0, 0], abs=0.25)  # and some of the ellipse
     assert quarters(fit_steps=30, colors=False)[3] > 0.05
     assert quarters(fit_steps=0, colors=True)[2] > 0.9
+
+
+def test_the_picture_is_made_contiguous_before_boxes_are_read(monkeypatch):
+    """roi_align would copy a picture whose colours are last in memory for every chunk of boxes, and every large box."""
+    seen = []
+    monkeypatch.setattr("tools.label.color_masks", lambda image, boxes, guess, strength: seen.append(image) or guess)
+    picture = torch.zeros(40, 50, 3, dtype=torch.uint8).permute(2, 0, 1)
+    at_pixels(picture, torch.tensor([[5.0, 5, 30, 30]]), ellipse()[None], 1.0, (40, 50), MODEL)
+    assert seen[0].is_contiguous() and seen[0].dtype == torch.float32 and not picture.is_contiguous()
+
+
+def test_the_padding_of_a_picture_is_not_seen():
+    """A red object at the lower right corner of a picture that is padded with red for its batch."""
+    size, box = (96, 128), [80.0, 50, 128, 96]
+    image, batch = made_up([[(box, 0.9, torch.zeros(12, 16))]], size), picture_batch([box], size)
+    batch.teacher_images[0, :, 60:, 90:] = torch.tensor([200, 40, 40], dtype=torch.uint8)[:, None, None]
+    padded = torch.tensor([200, 40, 40], dtype=torch.uint8).view(1, 3, 1, 1).repeat(1, 1, 160, 160)
+    padded[:, :, :96, :128] = batch.teacher_images
+    one, two = (model_masks(image, batch._replace(teacher_images=images), 0, torch.tensor([box]), torch.tensor([0]), 0)
+                for images in (batch.teacher_images, padded))
+    assert one.rles == two.rles and one.scores == two.scores
 
 
 def test_a_mask_that_is_empty_is_the_box_and_its_score_is_0():
@@ -198,7 +220,7 @@ def test_polygons_draw_the_same_pixels():
 # ------------------------------------------------------------------------------------------------- measuring
 
 
-def test_agreement_by_hand(drawn, tmp_path, capsys):
+def test_agreement_by_hand(drawn, tmp_path, capsys, monkeypatch):
     """A mask equal to the hidden one, an empty one, and one that fills the box; and the table that is printed."""
     annotations = CocoBoxes(drawn / "annotations/instances_train2017.json", drawn / "train2017", masks=True)
     content = json.loads((drawn / "annotations/instances_train2017.json").read_text())
@@ -235,5 +257,14 @@ def test_agreement_by_hand(drawn, tmp_path, capsys):
     assert values["under 32 x 32 pixels"] == means(given & (area < 32 ** 2)) != means(given)
     assert values["32 x 32 to 96 x 96"] == means(given & (area >= 32 ** 2)) and values["larger"] == ["0", "-", "-"]
     assert lines[-1].endswith(f": {(masks[given].sum() + filled[1]) / n:.3f}")
+    common = np.bincount(annotations.labels).max()
+    monkeypatch.setattr("tools.label.MEASURED", common)
+    report_agreement(annotations, BoxMasks(rles, scores, [MODEL] * n))
+    shown = capsys.readouterr().out
+    for label, c in enumerate(annotations.classes):
+        of = given & (annotations.labels == label)
+        line = f"\n    {c['name']:32}{of.sum():8}{filled[of].mean():8.3f}{masks[of].mean():8.3f}\n"
+        assert (line in shown) == ((annotations.labels == label).sum() == common)
+    monkeypatch.setattr("tools.label.MEASURED", n + 1)
     report_agreement(annotations, BoxMasks([None] * n, np.zeros(n), [None] * n))
     assert capsys.readouterr().out.count("       -       -\n") == 6

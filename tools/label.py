@@ -2,7 +2,7 @@
 
     assigned_masks   the model's detections go to the boxes by Alg. 1, as in the paper: tools/selftraining.py
     model_masks      every box gets the mask that its mask heads draw, fitted to it, and then its colours (refine.py)
-    colour_masks     the same without a model, from an ellipse in the box
+    ColorMasks       the same without a model, from an ellipse in the box
 
 `agreement` compares masks with those of the file, for measuring only.
 """
@@ -28,6 +28,7 @@ from refine import FIT_STEPS, color_masks, ellipse, fitted_masks, pixel_masks, r
 from teacher import match
 
 ASSIGNED, MODEL, COLOURS = "assigned", "model", "colours"
+MEASURED = 20  # boxes of a class whose masks are measured apart, at least
 
 
 class BoxMasks(NamedTuple):
@@ -118,7 +119,7 @@ def fill_in(labels: BoxMasks, annotations: CocoBoxes, i: int, of_image: BoxMasks
     labels.rles[k], labels.scores[k], labels.sources[k] = of_image
 
 
-class ColourMasks(Dataset):
+class ColorMasks(Dataset):
     """Item i is the masks of the boxes of image i without a model, or what went wrong with the image."""
 
     def __init__(self, annotations: CocoBoxes, colors: float):
@@ -144,8 +145,8 @@ class ColourMasks(Dataset):
 def label_without_model(annotations: CocoBoxes, colors: float = 1.0, workers: int = 2) -> BoxMasks:
     """Masks from boxes and colours alone, in the order of annotations.boxes, as in label_dataset."""
     labels = no_masks(annotations)
-    loader = DataLoader(ColourMasks(annotations, colors), batch_size=None, num_workers=workers,
-                        collate_fn=ColourMasks.collate)
+    loader = DataLoader(ColorMasks(annotations, colors), batch_size=None, num_workers=workers,
+                        collate_fn=ColorMasks.collate)
     for i, item in enumerate(tqdm(loader, desc="label", unit="image", disable=None)):
         if isinstance(item, str):
             warn(f"{item}; it is left out")
@@ -207,7 +208,7 @@ def agreement(annotations: CocoBoxes, rles: list[dict | None]) -> tuple[np.ndarr
 
 
 def report_agreement(annotations: CocoBoxes, labels: BoxMasks) -> None:
-    """Print the quality of the masks by size (COCO's ranges of area), score and class (of 20 boxes or more)."""
+    """Print the quality of the masks by size (COCO's ranges of area), score and class (of MEASURED boxes or more)."""
     masks, filled = agreement(annotations, labels.rles)
     given = np.array([rle is not None for rle in labels.rles], bool)
     best_first = np.flatnonzero(given)[np.argsort(-labels.scores[given], kind="stable")]
@@ -219,7 +220,7 @@ def report_agreement(annotations: CocoBoxes, labels: BoxMasks) -> None:
     rows += [("    the quarter of the best scores", np.isin(np.arange(len(masks)), best_first[:quarter])),
              ("    the quarter of the worst scores", np.isin(np.arange(len(masks)), best_first[-quarter:]))]
     rows += [(f"    {c['name']}", given & (annotations.labels == label)) for label, c in enumerate(annotations.classes)
-             if (annotations.labels == label).sum() >= 20]
+             if (annotations.labels == label).sum() >= MEASURED]
     print(f"mean IoU with the masks that the file has\n{'':36}{'number':>8}{'filled':>8}{'mask':>8}")
     for text, of in rows:
         cells = [f"{values[of].mean():8.3f}" if of.any() else f"{'-':>8}" for values in (filled, masks)]

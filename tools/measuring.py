@@ -228,7 +228,7 @@ def measure_labels(folder: Path, network: CondInst, size: tuple[int, int], round
         figures["seconds"] |= {f"{count} boxes, {name} a network": seconds[name] for name in works}
         for name in works:
             figures.setdefault(f"milliseconds a box, {name} a network", {})[str(count)] = 1000 * seconds[name] / count
-    figures["peak MiB"] = {name: tensor_peak(work, device) for name, work in works.items()}
+    figures[f"peak MiB for {count} boxes"] = {name: tensor_peak(work, device) for name, work in works.items()}
     return figures
 
 
