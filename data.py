@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from formats.coco import CocoBoxes, DataError, UndecodableImage
 from formats.files import warn
-from formats.pictures import load_image
+from formats.pictures import read_image
 
 STRIDE = 32            # batches are padded to a multiple of this, the stride of the backbone's last stage, in pixels
 COMPILED_STRIDE = 128  # and to this with train.py --compile: fewer sizes, all divisible by the pyramid's strides
@@ -282,7 +282,7 @@ class TrainBatches(torch.utils.data.Dataset):
         for i in range(image, image + min(len(self.annotations), 100)):
             i %= len(self.annotations)
             try:
-                return load_image(self.annotations.path(i), self.annotations.size(i)), i, skipped
+                return read_image(self.annotations, i), i, skipped
             except UndecodableImage as error:
                 skipped.append(str(error))
         raise DataError(f"{len(skipped)} images in a row cannot be decoded, the first: {skipped[0]}")
@@ -326,7 +326,7 @@ class TestImages(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> Sample:
         original = self.annotations.size(i)
         size = resized_size(*original, self.min_size, self.max_size)
-        image = load_image(self.annotations.path(i), original)
+        image = read_image(self.annotations, i)
         boxes, labels = self.annotations.image_boxes(i)
         return Sample(view(image, size, flip=False), None, image if self.whole else None,
                       view_masks(self.annotations, i, size, flip=False), view_boxes(boxes, original, size, flip=False),

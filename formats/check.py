@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from formats.coco import (FORMS, KEYS, NAMES, DataError, category_problems, clipped, content_problems, datasets,
-                          image_problems, line_about, load_json, small_problems, sorted_classes)
-from formats.pictures import as_stated, folder_of_images, undecodable_limit, usual_folders
+from formats.coco import (FORMS, KEYS, NAMES, DataError, UndecodableImage, category_problems, clipped,
+                          content_problems, datasets, image_problems, line_about, load_json, small_problems,
+                          sorted_classes)
+from formats.pictures import folder_of_images, is_turned, read_header, remarks, undecodable_limit, usual_folders
 
 FEW = 10         # boxes; a class with fewer is a finding
 OUTSIDE = 0.1    # pixels that a box may reach out of its image, as rounded coordinates do
@@ -100,20 +100,20 @@ def image_findings(path: str, images: list[dict], image_dir: str | None, evaluat
         return [f"error: {path}: its first image {images[0]['file_name']!r} is in none of {tried}: "
                 "name its folder with --images"]
     findings = errors(image_problems(path, images, image_dir))
-    sound_images, unreadable, wrong_size = 0, [], {}
+    sound_images, unreadable, wrong_size, headers = 0, [], {}, {}
     for i, row in enumerate(tqdm(images, "reading headers", unit="image", disable=None)):
         file = os.path.join(image_dir, row["file_name"])
-        try:
-            with Image.open(file) as image:
-                width, height = image.size
-                as_stated(image, file, (row["height"], row["width"]))
-            sound_images += 1
-        except (FileNotFoundError, NotADirectoryError):
+        if not os.path.exists(file):
             continue                                        # image_problems has listed it
-        except DataError:
-            wrong_size[i] = f"{row['file_name']!r} is {width} x {height}, not {row['width']} x {row['height']} pixels"
-        except Exception:                                   # Pillow: OSError, SyntaxError, ValueError, ...
+        try:
+            headers[row["file_name"]] = header = read_header(file)
+            is_turned(header, file, (row["height"], row["width"]))
+            sound_images += 1
+        except UndecodableImage:
             unreadable.append(i)
+        except DataError:
+            height, width = header.size
+            wrong_size[i] = f"{row['file_name']!r} is {width} x {height}, not {row['width']} x {row['height']} pixels"
     if wrong_size:
         why = f"have another size than it states, the first: {next(iter(wrong_size.values()))}"
         findings += errors(line_about(path, "images", images, list(wrong_size), why))
@@ -123,6 +123,7 @@ def image_findings(path: str, images: list[dict], image_dir: str | None, evaluat
         why = f"cannot be decoded ({effect}), the first: {images[unreadable[0]]['file_name']!r}"
         findings += [f"{'error' if too_many or evaluated else 'warning'}: {text}"
                      for text in line_about(path, "images", images, unreadable, why)]
+    findings += [f"warning: {path}: {line}" for line in remarks(headers)]
     copies = repeated([row["file_name"] for row in images])
     if copies:
         why = f"have the file of an earlier one, the first: {images[copies[0]]['file_name']!r}"

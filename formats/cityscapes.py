@@ -44,7 +44,7 @@ def read_split(root: Path, split: str) -> dict:
     images, annotations = [], []
     for name in tqdm(paired_names(root, split), f"reading {split}", unit="image", disable=None):
         image = root / "leftImg8bit" / split / (name + IMAGE)
-        height, width = read_header(image)[0]
+        height, width = read_header(image).size
         images.append({"id": len(images) + 1, "file_name": name + IMAGE, "width": width, "height": height})
         for annotation in annotate(read_map(root / "gtFine" / split / (name + INSTANCE_MAP), image, (height, width))):
             annotations.append({"id": len(annotations) + 1, "image_id": len(images), **annotation})

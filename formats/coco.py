@@ -47,6 +47,12 @@ def advice(path: str) -> str:
     return GET_DATA if str(path).startswith("datasets" + os.sep) else CONVERT
 
 
+# How images are read: --exif, for those whose size does not tell whether their boxes are those of the upright image or
+# of the pixels as stored; --max-pixels, a limit against files made to fill the memory (Pillow's own).
+UPRIGHT, STORED = "upright", "stored"
+MAX_PIXELS = 178_956_970
+
+
 class DataError(UserError):
     """A mistake in the data, as one line for the user."""
 
@@ -211,6 +217,12 @@ def image_problems(path: str, images: list[dict], image_dir: str) -> Iterator[st
                f"the first: {name!r} ({ids}){hint}")
 
 
+def stated_exif(content: dict) -> str:
+    """UPRIGHT, or STORED if a COCO file says in its info that its boxes are those of the stored pixels."""
+    info = content.get("info")
+    return STORED if isinstance(info, dict) and info.get("exif") == STORED else UPRIGHT
+
+
 def category_problems(path: str, classes: list[dict], val_path: str, val_classes: list[dict]) -> Iterator[str]:
     """Whether the files to train and to evaluate on differ in their `classes` (see CocoBoxes)."""
     if classes != val_classes:
@@ -291,16 +303,19 @@ class CocoBoxes:
     boxes offsets[i] to offsets[i+1]; rows (m,): the index of a box in the file's list of annotations.
 
     Leaves out crowds and, with a warning, boxes under 1 pixel. With `masks`, `mask` and `rle` give the mask of a box.
+    exif, UPRIGHT or STORED (None: as the file states in its info, else UPRIGHT), and max_pixels are for pictures.py.
     Raises DataError.
 
     Flat arrays: touching a Python object changes its reference count, which copies its memory page into every worker.
     """
 
     @no_garbage_collection()
-    def __init__(self, json_path: str, image_dir: str, masks: bool = False):
-        self.json_path, self.image_dir = str(json_path), str(image_dir)
+    def __init__(self, json_path: str, image_dir: str, masks: bool = False, exif: str | None = None,
+                 max_pixels: int = MAX_PIXELS):
+        self.json_path, self.image_dir, self.max_pixels = str(json_path), str(image_dir), max_pixels
         content = read_coco(self.json_path)
         images, annotations = content["images"], content["annotations"]
+        self.exif = exif or stated_exif(content)
         raise_first(image_problems(self.json_path, images, self.image_dir))
         self.classes = sorted_classes(content["categories"])
         self.image_ids = np.array([row["id"] for row in images], np.int64)

@@ -103,14 +103,14 @@ def voc_box(element: ElementTree.Element) -> dict:
 def voc_size(tree: ElementTree.Element, path: Path, image: Path) -> tuple[int, int]:
     """(height, width) that the XML states; if it states none, or zeros, that of the image. Raises DataError."""
     if not all((tree.findtext(f"size/{side}") or "").strip() for side in ("height", "width")):
-        return read_header(image)[0]
+        return read_header(image).upright
     try:
         height, width = (number_of(tree, f"size/{side}") for side in ("height", "width"))
     except ValueError as error:
         raise DataError(f"{path}: {error}") from None
     if type(height) is not int or type(width) is not int:
         raise DataError(f"{path}: its size, {width} x {height}, is not in whole pixels")
-    return (height, width) if min(height, width) > 0 else read_header(image)[0]
+    return (height, width) if min(height, width) > 0 else read_header(image).upright
 
 
 def number_of(element: ElementTree.Element, tag: str) -> int | float:

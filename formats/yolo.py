@@ -13,13 +13,9 @@ from formats.coco import DataError, first_five, is_name
 from formats.files import optional, warn
 from formats.folders import (Labelled, as_number, check_folders, check_root, checked_splits, read_all, read_text,
                              write_splits)
-from formats.pictures import TRANSPOSED, files_in, images_in, read_header
+from formats.pictures import files_in, images_in, read_header
 
 FOLDERS = {"train": ("train", "train2017"), "val": ("val", "valid", "val2017")}      # of a split
-
-# EXIF orientations (1: upright) in which the file stores an upright image mirrored, after the exchange of rows and
-# columns of those in TRANSPOSED.
-MIRRORED_X, MIRRORED_Y = (2, 3, 7, 8), (3, 4, 6, 7)
 
 
 def write_yolo(root: str) -> None:
@@ -74,17 +70,13 @@ def check_labels(root: Path, folders: list[Path], images: list[str]) -> None:
 
 def read_txt(root: Path, image: str, names: dict[int, str] | None) -> Labelled:
     """An image and its label file; without one it has no boxes. Raises DataError."""
-    (height, width), orientation = read_header(root / image)
-    # Labels refer to the upright image. If its sides are exchanged in the file, stating the upright size makes
-    # pictures.as_stated turn it. Otherwise it is used as the file stores it, so the boxes are turned instead.
-    if orientation in TRANSPOSED and height != width:
-        height, width, orientation = width, height, 1
+    height, width = read_header(root / image).upright
     path, boxes = label_file(root, image), []
     for number, line in enumerate(read_text(path).split("\n") if path.exists() else [], 1):
         fields = line.split()
         try:
             if fields:
-                x0, y0, x1, y1 = turned_back(yolo_box(fields), orientation)
+                x0, y0, x1, y1 = yolo_box(fields)
                 bbox = [x0 * width, y0 * height, (x1 - x0) * width, (y1 - y0) * height]
                 boxes.append({"class": yolo_class(fields[0], names), "bbox": [round(value, 3) for value in bbox]})
         except ValueError as error:
@@ -123,18 +115,6 @@ def yolo_box(fields: list[str]) -> tuple[float, float, float, float]:
     if width < 0 or height < 0:
         raise ValueError("the width or height is negative")
     return x - width / 2, y - height / 2, x + width / 2, y + height / 2
-
-
-def turned_back(box: tuple[float, float, float, float], orientation: int) -> tuple[float, float, float, float]:
-    """x0, y0, x1, y1 as fractions of the upright image -> of the image as the file stores it."""
-    x0, y0, x1, y1 = box
-    if orientation in TRANSPOSED:
-        x0, y0, x1, y1 = y0, x0, y1, x1
-    if orientation in MIRRORED_X:
-        x0, x1 = 1 - x1, 1 - x0
-    if orientation in MIRRORED_Y:
-        y0, y1 = 1 - y1, 1 - y0
-    return x0, y0, x1, y1
 
 
 def class_names(root: Path) -> dict[int, str] | None:

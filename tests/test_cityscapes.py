@@ -199,7 +199,7 @@ def test_unreadable_and_wrong_images_are_named(city):
     refused(city, str(instances), "34000")
     instances.write_bytes(whole)
     image.write_bytes(b"")
-    refused(city, str(image), "cannot be read")
+    refused(city, str(image), "cannot be decoded")
 
 
 def test_a_folder_that_cannot_be_written(city):

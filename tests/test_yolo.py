@@ -8,8 +8,8 @@ from PIL import Image, ImageOps
 
 from formats.coco import CocoBoxes, DataError, datasets
 from formats.commands import main
-from formats.pictures import check_sizes, load_image
-from formats.yolo import turned_back, write_yolo
+from formats.pictures import check_sizes, read_image
+from formats.yolo import write_yolo
 from label_folders import boxes, put, put_image, read, refused
 
 
@@ -132,7 +132,7 @@ def test_yolo_unreadable_files(yolo):
     refused(write_yolo, yolo, "a.txt is not UTF-8")
     put(yolo / "labels" / "train" / "a.txt", "")
     put(yolo / "images" / "val" / "b.png", b"no image")
-    refused(write_yolo, yolo, "1 of 3 images", "b.png cannot be read")
+    refused(write_yolo, yolo, "1 of 3 images", "b.png cannot be decoded")
 
 
 def test_yolo_two_images_of_one_label_file(yolo):
@@ -165,20 +165,13 @@ def test_yolo_images_turned_by_exif(tmp_path):
     annotations = CocoBoxes(*datasets(str(tmp_path))[0])
     check_sizes(annotations)
     for i in range(16):
-        image = np.asarray(load_image(annotations.path(i), annotations.size(i)))
+        image = np.asarray(read_image(annotations, i))
         (x0, y0, x1, y1), = annotations.image_boxes(i)[0].round().astype(int).tolist()
         inside = np.zeros(image.shape[:2], bool)
         inside[y0:y1, x0:x1] = True
         assert ((image > 128).all(2) == inside).all(), annotations.path(i)
     stated = {row["file_name"]: (row["width"], row["height"]) for row in read(tmp_path)["images"]}
     assert stated["images/40-6.png"] == (40, 24)
-
-
-def test_turned_back_twice_is_as_before():
-    box = 0.125, 0.25, 0.5, 0.875
-    for orientation in (1, 2, 3, 4, 5, 7):                                       # these are their own inverse
-        assert turned_back(turned_back(box, orientation), orientation) == box
-    assert turned_back(turned_back(box, 6), 8) == box
 
 
 # ---------------------------------------------------------------------------------------- names of classes

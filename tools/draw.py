@@ -22,7 +22,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from data import pixels, view
 from formats.coco import CocoBoxes
 from formats.files import replacing
-from formats.pictures import load_image
+from formats.pictures import read_image
 from model import Instances, confident
 
 COLOURS = [(230, 60, 60), (60, 150, 240), (70, 190, 80), (250, 170, 30), (170, 90, 220), (40, 200, 200),
@@ -187,7 +187,7 @@ def sheet_rows(annotations: CocoBoxes, truth: COCO, results: list[list[dict]], c
                                    torch.tensor([label[r["category_id"]] for r in of_image], dtype=torch.int64),
                                    [r["segmentation"] for r in of_image], (height, width)))
         labels = torch.tensor([label[a["category_id"]] for a in objects], dtype=torch.int64)
-        image = pixels(load_image(annotations.path(i), (height, width)))
+        image = pixels(read_image(annotations, i))
         rows.append(SheetRow(image, corners(objects), labels, found, masks, notes[i] if notes else ()))
     return rows
 

@@ -21,7 +21,7 @@ from assign import SCORE_THRESHOLD
 from data import Batch, TestImages, pixels, readable_batches
 from formats.coco import CocoBoxes, UndecodableImage
 from formats.files import optional, warn
-from formats.pictures import load_image
+from formats.pictures import read_image
 from masks import cells, paste_masks
 from model import CondInst, Predictions, detect, mask_logits
 from refine import FIT_STEPS, color_masks, ellipse, fitted_masks, pixel_masks, rounded
@@ -131,7 +131,7 @@ class ColorMasks(Dataset):
     def __getitem__(self, i: int) -> BoxMasks | str:
         size, boxes = self.annotations.size(i), torch.from_numpy(self.annotations.image_boxes(i)[0])
         try:
-            picture = pixels(load_image(self.annotations.path(i), size))
+            picture = pixels(read_image(self.annotations, i))
         except UndecodableImage as error:
             return str(error)
         return at_pixels(picture, boxes, ellipse().expand(len(boxes), -1, -1), self.colors, size, COLOURS)

@@ -17,7 +17,7 @@ from torchvision.utils import draw_bounding_boxes
 
 from formats.coco import CocoBoxes, UndecodableImage
 from formats.files import replacing
-from formats.pictures import load_image
+from formats.pictures import read_image
 from tools.draw import fill_mask, outline_mask
 from tools.label import COLOURS, BoxMasks
 
@@ -109,7 +109,7 @@ def cut_outs(annotations: CocoBoxes, labels: BoxMasks, boxes: list[int], image_o
         by_image.setdefault(image_of[k], []).append(k)
     for i, of_image in by_image.items():
         try:
-            image = load_image(annotations.path(i), annotations.size(i))
+            image = read_image(annotations, i)
         except UndecodableImage:
             continue
         for k in of_image:
