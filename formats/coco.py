@@ -32,8 +32,8 @@ COCO_CLASSES = [{"id": number, "name": name} for number, name in zip(COCO_IDS, C
 # Where the images of a split are. Another data set that --data finds by its name in datasets/ is one line here ...
 NAMES = {"coco": "{split}2017", "cityscapes": "leftImg8bit/{split}", "food": "{split}2017", "shapes": "{split}2017"}
 # ... and another layout of folders, told by the first of these that exists, is one here; "" is the folder itself.
-LAYOUTS = {"leftImg8bit": "leftImg8bit/{split}", "train2017": "{split}2017", "JPEGImages": "", "images": "",
-           "train/images": ""}
+LAYOUTS = {"leftImg8bit": "leftImg8bit/{split}", "train2017": "{split}2017", "images": ""}
+MADE_BY = "boxes converted by: python data.py "    # such a file begins with it, so `is_ours` reads no more than that
 
 CONVERT = ("labels in the layout of Pascal VOC or YOLO become COCO files by: python data.py voc DIR, "
            "python data.py yolo DIR")
@@ -73,10 +73,22 @@ def datasets(data: str, train_json=None, train_images=None, val_json=None, val_i
 
 
 def image_folder(data: str, root: str, split: str) -> str:
-    """The folder that the file names of a split are relative to."""
+    """The folder that the file names of a split are relative to: the folder itself if a conversion wrote the file."""
+    if data not in NAMES and is_ours(os.path.join(root, "annotations", f"instances_{split}2017.json")):
+        return root
     layouts = (layout for folder, layout in LAYOUTS.items() if os.path.isdir(os.path.join(root, folder)))
     layout = NAMES[data] if data in NAMES else next(layouts, "{split}2017")
     return os.path.join(root, layout.format(split=split)) if layout else root
+
+
+def is_ours(path: str | os.PathLike) -> bool:
+    """Whether `data.py voc` or `yolo` wrote this annotation file."""
+    start = json.dumps({"info": {"description": MADE_BY}}).rstrip('"}')
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read(len(start)) == start
+    except (OSError, ValueError):
+        return False
 
 
 def first_five(names: list[str]) -> str:

@@ -3,6 +3,7 @@ import argparse
 import sys
 
 from formats.check import check
+from formats.coco import STORED, UPRIGHT
 from formats.cityscapes import write_cityscapes
 from formats.files import CommandLine, one_line_errors
 from formats.shapes import write_shapes
@@ -21,11 +22,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     shapes.add_argument("--size", type=int, default=128, metavar="S", help="side of an image, pixels")
     shapes.add_argument("--seed", type=int, default=0, metavar="S", help="seed: each draws a different set")
     for command, layout in (("cityscapes", "Cityscapes: leftImg8bit, gtFine"),
-                            ("voc", "a folder in Pascal VOC's layout: Annotations, JPEGImages, ImageSets"),
-                            ("yolo", "a folder in YOLO's layout: images, labels, classes.txt or data.yaml (needs "
-                                     "PyYAML)")):
-        convert = commands.add_parser(command, help=f"write COCO annotation files for {layout}")
+                            ("voc", "a folder of Pascal VOC's XML files and their images"),
+                            ("yolo", "a folder of YOLO's label files and their images (data.yaml needs PyYAML)")):
+        convert = commands.add_parser(command, help=f"write COCO annotation files for {layout}",
+                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         convert.add_argument("root", metavar="DIR", help="the folder; the files are written to DIR/annotations")
+        if command != "cityscapes":
+            convert.add_argument("--skip", action="store_true", help="leave out images that cannot be converted, "
+                                 "instead of refusing")
+            convert.add_argument("--exif", choices=(UPRIGHT, STORED), default=UPRIGHT, help="where the size does not "
+                                 "tell: boxes are those of the upright image, or of the pixels as stored")
+        if command == "voc":
+            convert.add_argument("--pixels-from", type=int, choices=(0, 1), help="what edges of boxes count from: 1, "
+                                 "pixels, as VOC does; 0, the lines between them, as labelImg and CVAT do; None: read "
+                                 "off the files")
     check = commands.add_parser("check", help="list what is wrong with a data set; exit status 1 if training would "
                                 "fail")
     check.add_argument("paths", nargs="+", metavar="DIR_OR_JSON", help="a data set as --data of train.py takes it, or "
@@ -42,8 +52,8 @@ def main(argv: list[str] | None = None) -> None:
         elif options.command == "cityscapes":
             write_cityscapes(options.root)
         elif options.command == "voc":
-            write_voc(options.root)
+            write_voc(options.root, options.pixels_from, options.exif, options.skip)
         elif options.command == "yolo":
-            write_yolo(options.root)
+            write_yolo(options.root, options.exif, options.skip)
         elif check(options.paths, options.images):
             sys.exit(1)

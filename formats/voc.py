@@ -1,94 +1,168 @@
-"""Pascal VOC's layout to COCO annotation files.
+"""Pascal VOC's XML files to COCO annotation files.
 
-    python data.py voc DIR     # Annotations/*.xml, JPEGImages/; optional: ImageSets/Main/train.txt and val.txt
+    python data.py voc DIR     # any folder with XML files in it, and images beside them or anywhere below
     python train.py --data DIR
 
-Boxes are xywh in pixels, sizes (height, width).
+An XML file belongs to the image of its own stem, the nearest one by its folders; without one, to that which <filename>
+names. ImageSets/Main/train.txt and val.txt, or folders named after the parts, divide the data set. Boxes are xywh in
+pixels, sizes (height, width).
 """
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 from xml.etree import ElementTree
 
-from formats.coco import DataError, first_five
-from formats.files import warn
-from formats.folders import (Labelled, as_number, check_folders, check_root, checked_splits, read_all, read_text,
-                             write_splits)
-from formats.pictures import images_in, read_header
+from formats.coco import MAX_PIXELS, UPRIGHT, DataError
+from formats.files import counted
+from formats.folders import (PARTS, Faults, Labelled, Report, Tails, as_number, checked_splits, folder_of, header_in,
+                             images_among, inventory, listed, names_in, parts_by_folder, stem_of, write_splits)
+from formats.pictures import left_out, remarks
 
 
-def write_voc(root: str) -> None:
+class File(NamedTuple):
+    """What an XML file says, before it is known what its edges count from."""
+    filename: str
+    size: tuple[int, int] | None      # (height, width); None if it states none, or zeros
+    database: str                     # of its <source>, "" without one
+    boxes: list[dict]                 # "class", "edges": xmin ymin xmax ymax, "rotated", and VOC's flags
+
+
+def write_voc(root: str, pixels_from: int | None = None, exif: str = UPRIGHT, skip: bool = False,
+              max_pixels: int = MAX_PIXELS) -> None:
     """Write the annotation files of a folder. Category ids count from 1 in the order of the names.
 
-    Raises DataError."""
-    root = Path(root)
-    check_folders(root, "Annotations", "JPEGImages")
-    check_root(root)
-    stems = sorted(path.stem for path in (root / "Annotations").glob("*.xml") if not path.name.startswith("."))
-    splits = checked_splits(root, voc_splits(root, stems), stems)
-    images = {}
-    for image in images_in(root, root / "JPEGImages"):
-        images.setdefault(Path(image).stem, []).append(image)
-    labelled = read_all(root, splits, lambda stem: read_xml(root, stem, images))
-    stem_of = {}
-    for stem, image in labelled.items():
-        other = stem_of.setdefault(image.file_name, stem)
-        if other != stem:
-            raise DataError(f"{root / 'Annotations'}: {other}.xml and {stem}.xml both describe {image.file_name}")
-    unlabelled = [name for stem in sorted({*images} - {*stems}) for name in images[stem] if name not in stem_of]
-    if unlabelled:
-        warn(f"{root}: {len(unlabelled)} images have no XML and are left out "
-             f"({first_five(list(map(repr, unlabelled)))})")
-    names = sorted({box["class"] for image in labelled.values() for box in image.boxes})
-    write_splits(root, "voc", {split: [labelled[stem] for stem in part] for split, part in splits.items()},
-                 {name: {"id": number, "name": name} for number, name in enumerate(names, 1)})
+    pixels_from: what edges count from (see `xywh`); None: read off the folder. exif: see pictures.is_turned. skip:
+    leave out what cannot be converted, instead of refusing. Raises DataError."""
+    root, headers = Path(root), {}
+    report, names = Report(root, skip), names_in(root)
+    stems = [name for name in names if name.lower().endswith(".xml")]
+    images = [name for name in images_among(names) if not in_masks(name)]
+    if not stems:
+        raise DataError(f"{root}: no XML files; found: {inventory(names)}")
+    files = report.read_all(stems, lambda name: read_xml(root, name))
+    image_of = images_of(files, images, report)
+    splits, lists = voc_splits(root, names, {name: (*folder_of(name), *folder_of(image_of.get(name, "")))
+                                             for name in stems})
+    splits = checked_splits(splits, stems, report)
+    count_from = edges_from(root, {name: files[name] for name in image_of}, pixels_from)
+
+    def labelled(name: str) -> Labelled:
+        file, image = files[name], image_of[name]
+        headers[image] = header = header_in(root, image)
+        if file.size is not None and file.size not in (header.size, header.upright):
+            raise Faults(("XML files that state another size than their image's", "{}: {} x {}, not {} x {}".format(
+                name, *file.size[::-1], *header.size[::-1])))
+        return Labelled(image, file.size or (header.upright if exif == UPRIGHT else header.size),
+                        [xywh(box, count_from[name]) for box in file.boxes])
+
+    found = report.read_all([name for part in splits.values() for name in part if name in image_of], labelled)
+    report.refuse()
+    splits = {split: [found[name] for name in part if name in found] for split, part in splits.items()}
+    boxes = [(name, box) for name in found for box in files[name].boxes]
+    report.say("box", "with a rotation, which is ignored", (name for name, box in boxes if box["rotated"]))
+    report.say("box", "marked difficult, learnt like the others", (name for name, box in boxes if box.get("difficult")))
+    report.said += remarks(headers, exif, max_pixels)
+    report.say("image", "without XML, left out", sorted({*images} - {*image_of.values()} if not report.bad else ()))
+    report.say("mask", "not read", filter(in_masks, names))
+    report.said += left_out([name for name in names if name not in {*stems, *images, *lists} and not in_masks(name)])
+    classes = sorted({box["class"] for image in found.values() for box in image.boxes})
+    write_splits("voc", splits, {name: {"id": number, "name": name} for number, name in enumerate(classes, 1)}, exif,
+                 report)
 
 
-def voc_splits(root: Path, stems: list[str]) -> dict[str, list[str]]:
-    """The stems that ImageSets/Main lists for each split. Raises DataError if a line names no XML file."""
-    lists = {split: root / "ImageSets" / "Main" / f"{split}.txt" for split in ("train", "val")}
-    splits, known = {}, set(stems)
-    for split, path in lists.items():
-        if path.exists():
-            lines = [line.strip() for line in read_text(path).split("\n")]
-            unknown = [number for number, line in enumerate(lines, 1) if line and line not in known]
-            if unknown:
-                raise DataError(f"{path}: {len(unknown)} lines name no XML of {root / 'Annotations'}, the first: "
-                                f"line {unknown[0]}, {lines[unknown[0] - 1]!r:.80}")
-            splits[split] = list(dict.fromkeys(line for line in lines if line))
-    return splits or {"train": stems}
+def in_masks(name: str) -> bool:
+    return bool({*folder_of(name)} & {"SegmentationClass", "SegmentationObject"})
 
 
-def read_xml(root: Path, stem: str, images: dict[str, list[str]]) -> Labelled:
-    """Annotations/STEM.xml. `images`: paths within root by stem. Raises DataError.
+# ----------------------------------------------------------------------------------------------- the images
 
-    The image is the one that <filename> names, in whatever folder, else the one with the XML's own stem."""
-    path = root / "Annotations" / f"{stem}.xml"
+def images_of(files: dict[str, File], images: list[str], report: Report) -> dict[str, str]:
+    """The image of each XML file. Faults are XML files without an image, with several, or with that of another XML."""
+    by_name, by_stem, other, owner = {}, {}, [], {}
+    for image in images:
+        by_name.setdefault(PurePosixPath(image).name, []).append(image)
+        by_stem.setdefault(stem_of(image), []).append(image)
+
+    def image_of(name: str) -> str:
+        filename, stem = files[name].filename, stem_of(name)
+        own = by_stem.get(stem) or by_name.get(stem, [])            # some write photo.jpg.xml
+        named = by_name.get(filename) or by_stem.get(stem_of(filename), [])
+        found = nearest(name, own or named)
+        found = [image for image in found if PurePosixPath(image).name == filename] or found
+        if not found:
+            raise Faults(("XML files without an image of their stem or <filename>", f"{name} ({filename!r:.80})"))
+        if len(found) > 1:
+            raise Faults(("XML files with several images", f"{name}: {' and '.join(map(repr, found[:3]))}"))
+        if owner.setdefault(found[0], name) != name:
+            raise Faults(("XML files with the image of another one", f"{owner[found[0]]} and {name}: {found[0]}"))
+        if own and named and found[0] not in named:
+            other.append(f"{name}: {filename}")
+        return found[0]
+
+    found = report.read_all(files, image_of)
+    report.say("XML file", "whose <filename> names another image that exists: that of their own stem was taken", other)
+    return found
+
+
+def nearest(name: str, images: list[str]) -> list[str]:
+    """Those of the images whose folders agree best with the folders of an XML file, from both ends."""
+    def agreement(image: str) -> tuple[bool, int]:
+        a, b = folder_of(name), folder_of(image)
+        alike = [x == y for x, y in zip(a, b)], [x == y for x, y in zip(a[::-1], b[::-1])]
+        return a == b, sum(next((i for i, same in enumerate(side) if not same), len(side)) for side in alike)
+    best = max(map(agreement, images), default=None)
+    return [image for image in images if agreement(image) == best]
+
+
+def voc_splits(root: Path, names: list[str], folders: dict[str, tuple[str, ...]]) -> tuple[dict, list[str]]:
+    """The XML files of each split and the lists that say so: those in ImageSets/Main or in DIR; without any list the
+    folders of XML files and images decide. Raises DataError if a line names no XML file."""
+    lists = [name for name in names if name.endswith(".txt") and folder_of(name)[-2:] in ((), ("ImageSets", "Main"))]
+    tails, splits, used = Tails(folders), {}, []
+    for split in ("train", "val"):
+        of_split = [name for name in lists if stem_of(name).lower() in PARTS[split]]
+        of_split = of_split or [name for name in lists if (split, stem_of(name)) == ("train", "trainval")]
+        for name in of_split:
+            splits.setdefault(split, []).extend(listed(root, name, tails))
+        used += of_split
+    return splits or parts_by_folder(folders), used
+
+
+# ------------------------------------------------------------------------------------------------ XML files
+
+def read_xml(root: Path, name: str) -> File:
+    """Raises Faults."""
     try:
-        tree = ElementTree.parse(path).getroot()
+        tree = ElementTree.parse(root / name).getroot()
     except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:
-        raise DataError(f"{path} is not XML: {error}") from None
+        raise Faults(("files that are not XML", f"{name}: {error}")) from None
     if tree.tag != "annotation":
-        raise DataError(f"{path} is not Pascal VOC's: its root is <{tree.tag!r:.40}>, not <annotation>")
-    name = re.split(r"[/\\]", (tree.findtext("filename") or "").strip())[-1]
-    found = [image for image in images.get(Path(name).stem, []) if Path(image).name == name] or images.get(stem, [])
-    if len(found) != 1:
-        raise DataError(f"{path}: its image is missing: {root / 'JPEGImages'} has no {name!r:.80} and "
-                        f"{len(found) or 'no'} images {stem!r} of any suffix")
-    boxes = []
+        raise Faults(("XML files that are not Pascal VOC's", f"{name}: its root is <{tree.tag!r:.40}>, not "
+                      "<annotation>"))
+    boxes, faults = [], []
     for number, element in enumerate(tree.findall("object"), 1):
         try:
             boxes.append(voc_box(element))
         except ValueError as error:
-            raise DataError(f"{path}: object {number} {error}") from None
-    return Labelled(found[0], voc_size(tree, path, root / found[0]), boxes)
+            faults.append(("wrong objects", f"{name}: object {number} {error}"))
+    try:
+        size = voc_size(tree)
+    except ValueError as error:
+        faults.append(("wrong sizes", f"{name}: {error}"))
+    if faults:
+        raise Faults(*faults)
+    return File(re.split(r"[/\\]", (tree.findtext("filename") or "").strip())[-1], size,
+                (tree.findtext("source/database") or "").strip(), boxes)
 
 
 def voc_box(element: ElementTree.Element) -> dict:
-    """A box of Labelled from an <object>. VOC counts pixels from 1, xmax being the last inside. Raises ValueError."""
+    """A box of File from an <object>. Raises ValueError."""
     name = (element.findtext("name") or "").strip()
     if not name:
         raise ValueError("has no name")
-    x0, y0, x1, y1 = (number_of(element, f"bndbox/{edge}") for edge in ("xmin", "ymin", "xmax", "ymax"))
+    if element.find("bndbox") is None and element.find("robndbox") is not None:
+        raise ValueError("is a rotated box (robndbox); convert it to a bndbox")
+    x0, y0, x1, y1 = edges = [number_of(element, f"bndbox/{edge}") for edge in ("xmin", "ymin", "xmax", "ymax")]
     if x1 < x0 or y1 < y0:
         raise ValueError("has a box whose xmax is below xmin, or ymax below ymin")
     flags = {flag: number_of(element, flag) for flag in ("difficult", "truncated")
@@ -96,21 +170,24 @@ def voc_box(element: ElementTree.Element) -> dict:
     for flag, value in flags.items():
         if type(value) is not int:
             raise ValueError(f"has the {flag} {value}, which is not an integer")
-    bbox = [round(value, 3) for value in (x0 - 1, y0 - 1, x1 - x0 + 1, y1 - y0 + 1)]
-    return {"class": name, "bbox": bbox, **flags}
+    return {"class": name, "edges": edges, "rotated": is_rotated(element), **flags}
 
 
-def voc_size(tree: ElementTree.Element, path: Path, image: Path) -> tuple[int, int]:
-    """(height, width) that the XML states; if it states none, or zeros, that of the image. Raises DataError."""
+def is_rotated(element: ElementTree.Element) -> bool:
+    """Whether CVAT's attribute says that the box is turned."""
+    values = [attribute.findtext("value") or "0" for attribute in element.iter("attribute")
+              if attribute.findtext("name") == "rotation"]
+    return any(not re.fullmatch(r"\s*0*\.?0*\s*", value) for value in values)
+
+
+def voc_size(tree: ElementTree.Element) -> tuple[int, int] | None:
+    """(height, width) that the XML states; None if it states none, or zeros. Raises ValueError."""
     if not all((tree.findtext(f"size/{side}") or "").strip() for side in ("height", "width")):
-        return read_header(image).upright
-    try:
-        height, width = (number_of(tree, f"size/{side}") for side in ("height", "width"))
-    except ValueError as error:
-        raise DataError(f"{path}: {error}") from None
+        return None
+    height, width = (number_of(tree, f"size/{side}") for side in ("height", "width"))
     if type(height) is not int or type(width) is not int:
-        raise DataError(f"{path}: its size, {width} x {height}, is not in whole pixels")
-    return (height, width) if min(height, width) > 0 else read_header(image).upright
+        raise ValueError(f"its size, {width} x {height}, is not in whole pixels")
+    return (height, width) if min(height, width) > 0 else None
 
 
 def number_of(element: ElementTree.Element, tag: str) -> int | float:
@@ -122,3 +199,39 @@ def number_of(element: ElementTree.Element, tag: str) -> int | float:
         return as_number(text)
     except ValueError:
         raise ValueError(f"has the {tag} {text!r:.40}, which is not a number") from None
+
+
+# --------------------------------------------------------------------------- what the edges of boxes count from
+
+def xywh(box: dict, count_from: int) -> dict:
+    """A box of Labelled from one of File. From 1, as VOC does: pixels are counted, xmax is the last inside. From 0, as
+    labelImg and CVAT do: the lines between pixels are counted, xmax is the edge behind the last."""
+    x0, y0, x1, y1 = box["edges"]
+    bbox = [x0 - count_from, y0 - count_from, x1 - x0 + count_from, y1 - y0 + count_from]
+    return {"class": box["class"], "bbox": [round(value, 3) for value in bbox],
+            **{key: value for key, value in box.items() if key in ("difficult", "truncated")}}
+
+
+def edges_from(root: Path, files: dict[str, File], given: int | None) -> dict[str, int]:
+    """What the edges of each XML file count from, and one line that says so.
+
+    Files of one <source> are alike. VOC's own never have a 0, so one of it betrays edges; a source other than VOC is a
+    tool, which writes edges; a file that names no source is taken for VOC's unless a 0 or a fraction betrays it."""
+    sources = {}
+    for name, file in files.items():
+        sources.setdefault("VOC" if "voc" in file.database.lower() else file.database, []).append(name)
+    found, reasons = {}, []
+    for source, names in sources.items():
+        edges = [edge for name in names for box in files[name].boxes for edge in box["edges"]]
+        zero = any(edge <= 0 for edge in edges)
+        fraction = any(type(edge) is float for edge in edges)
+        tool = source not in ("VOC", "")
+        why = (f"source {source!r}" if tool else "there is a 0" if zero else "there is a fraction" if fraction
+               else "Pascal VOC's" if source else "nothing tells otherwise")
+        start = int(not (zero or tool or fraction and not source)) if given is None else given
+        found |= dict.fromkeys(names, start)
+        reasons.append(f"from {start} in {counted(len(names), 'file')} ({'as given' if given is not None else why})")
+    other = "0 is for labelImg's and CVAT's, 1 for VOC's"
+    print(f"{root}: edges of boxes count {', '.join(reasons)}" + ("" if given is not None else
+          f"; --pixels-from decides otherwise: {other}"))
+    return found

@@ -54,7 +54,7 @@ def test_crowd_and_degenerate_boxes_are_left_out_with_one_warning(tmp_path, caps
 def test_no_python_object_is_kept_for_an_image_or_a_box(tmp_path):
     coco = CocoBoxes(*write_set(tmp_path, sizes=[(20, 30)] * 40), masks=False)
     for name, value in vars(coco).items():
-        assert isinstance(value, (np.ndarray, str, type(None))) or name == "classes", name
+        assert isinstance(value, (np.ndarray, str, int, type(None))) or name == "classes", name
         assert not isinstance(value, np.ndarray) or value.dtype != object, name
     assert len(coco.classes) == 3
 

@@ -11,7 +11,7 @@ from formats.coco import DataError, datasets
 from formats.commands import main
 from formats.voc import write_voc
 from formats.yolo import write_yolo
-from label_folders import boxes, put, read, refused, xml_object, xml
+from label_folders import boxes, put, put_image, read, refused, xml_object, xml
 
 
 def test_training_takes_the_folder(voc, yolo, capsys):
@@ -51,11 +51,13 @@ def test_only_a_users_folder_trains_without_evaluation(voc, tmp_path, monkeypatc
 
 
 def test_image_folders(voc, yolo):
-    """DIR itself, for both splits, unless COCO's folder exists."""
-    for root, folder in ((voc, "JPEGImages"), (yolo, "images")):
-        assert [images for _, images in datasets(str(root))] == [str(root)] * 2
+    """DIR itself for a file that a conversion wrote, whatever the folders are called."""
+    for root, write in ((voc, write_voc), (yolo, write_yolo)):
         os.mkdir(root / "train2017")
-        assert [images for _, images in datasets(str(root))] == [str(root / "train2017"), str(root / "val2017")]
+        assert datasets(str(root))[0][1] == str(root / "train2017")
+        write(str(root))
+        assert datasets(str(root))[0][1] == str(root)
+    assert datasets(str(yolo))[1][1] == str(yolo)
 
 
 def test_an_earlier_conversion_is_replaced_and_its_val_file_does_not_stay(voc, capsys):
@@ -80,22 +82,16 @@ def test_annotation_files_of_another_origin_stay(yolo, split, content):
     refused(write_yolo, yolo, f"instances_{split}2017.json", "move it away")
 
 
-def test_folders_in_the_way(voc, yolo):
-    """They would make train.py look for the images there."""
-    for root, write in ((voc, write_voc), (yolo, write_yolo)):
-        for folder in ("train2017", "leftImg8bit"):
-            (root / folder).mkdir()
-            refused(write, root, str(root / folder), "in the way")
-            (root / folder).rmdir()
-
-
-def test_missing_and_empty_folders(tmp_path):
-    for write, folders in ((write_voc, ("Annotations", "JPEGImages")), (write_yolo, ("images", "labels"))):
+def test_what_was_found_where_nothing_is_understood(tmp_path):
+    for write, wanted in ((write_voc, "no XML files"), (write_yolo, "no label file (.txt) belongs to an image")):
+        refused(write, tmp_path / "none", f"folder {tmp_path / 'none'} is missing")
         root = tmp_path / write.__name__
-        for folder in folders:
-            refused(write, root, str(root / folder), "missing", *folders)
-            (root / folder).mkdir(parents=True)
-        refused(write, root, str(root), "no images to train on")
+        root.mkdir()
+        refused(write, root, wanted, "found: nothing")
+        for name in "ab":
+            put_image(root / "pictures" / f"{name}.jpg")
+        put(root / "far" / "away" / "labels.json", "{}")
+        refused(write, root, wanted, "found: 2 .jpg in pictures, 1 .json in far/away")
 
 
 def test_without_any_box_nothing_is_written(voc, yolo):

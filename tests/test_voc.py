@@ -2,6 +2,7 @@
 import os
 
 import pytest
+from PIL import Image
 
 from formats.coco import CocoBoxes, DataError, datasets
 from formats.commands import main
@@ -13,19 +14,22 @@ def test_voc_by_hand(voc, capsys):
     """Pixels count from 1, and the last is inside: 3..12 are the ten pixels from 2 on."""
     dog = xml_object("dog", (1, 1, 30, 20), "<difficult>1</difficult><truncated>0</truncated><pose>Left</pose>")
     more = "<part><name>head</name><bndbox><xmin>9</xmin></bndbox></part><polygon><x1>3</x1></polygon>"
-    content = xml(dog, xml_object("aeroplane", ("8.5", " 7 ", "8.5", "7.25"), more), filename="a.jpg")
+    content = xml(dog, xml_object("aeroplane", ("8", " 7 ", "8", "9"), more), filename="a.jpg")
     put(voc / "Annotations" / "a.xml", content)
     main(["voc", str(voc)])
     captured = capsys.readouterr()
-    assert captured.out == f"{voc}/annotations/instances_train2017.json: 3 images, 3 boxes, 3 classes\n"
-    assert captured.err == ""
+    assert captured.out == (
+        f"{voc}: edges of boxes count from 1 in 3 files (nothing tells otherwise); --pixels-from decides otherwise: "
+        f"0 is for labelImg's and CVAT's, 1 for VOC's\n"
+        f"{voc}/annotations/instances_train2017.json: 3 images, 3 boxes, 3 classes\n")
+    assert captured.err == f"warning: {voc}: 1 box marked difficult, learnt like the others ('Annotations/a.xml')\n"
     assert [(row["id"], row["name"]) for row in read(voc)["categories"]] == [(1, "aeroplane"), (2, "bus"), (3, "dog")]
     assert read(voc)["images"] == [{"id": i, "file_name": f"JPEGImages/{name}.jpg", "width": 30, "height": 20}
                                    for i, name in enumerate("abc", 1)]
     assert read(voc)["annotations"] == [
         {"id": 1, "image_id": 1, "category_id": 3, "area": 600, "iscrowd": 0, "bbox": [0, 0, 30, 20], "difficult": 1,
          "truncated": 0},
-        {"id": 2, "image_id": 1, "category_id": 1, "area": 1.25, "iscrowd": 0, "bbox": [7.5, 6, 1, 1.25]},
+        {"id": 2, "image_id": 1, "category_id": 1, "area": 3, "iscrowd": 0, "bbox": [7, 6, 1, 3]},
         {"id": 3, "image_id": 3, "category_id": 2, "area": 50, "iscrowd": 0, "bbox": [2, 4, 10, 5]}]
     assert [path.name for path in (voc / "annotations").iterdir()] == ["instances_train2017.json"]
 
@@ -39,16 +43,16 @@ def test_voc_splits(voc, capsys):
     assert boxes(voc, "val") == [("JPEGImages/a.jpg", "car", [2, 4, 10, 5])]
     assert read(voc)["categories"] == read(voc, "val")["categories"]
     captured = capsys.readouterr()
-    assert "1 of 3 images are in neither train nor val and are left out ('b')" in captured.err
+    assert "1 image in neither train nor val, left out; " in captured.err and "('Annotations/b.xml')" in captured.err
     assert captured.err.count("\n") == 1
-    assert "instances_val2017.json: 1 images, 1 boxes, 2 classes\n" in captured.out
+    assert "instances_val2017.json: 1 image, 1 box, 2 classes\n" in captured.out
     put(voc / "ImageSets" / "Main" / "val.txt", "a\nb\nc")
     write_voc(str(voc))
-    assert "1 of 3 images are both in train and in val ('c')" in capsys.readouterr().err
+    assert "1 image both in train and in val ('Annotations/c.xml')" in capsys.readouterr().err
 
 
 def test_voc_images_of_any_name(voc, capsys):
-    """The image is named by <filename>, without its folder, or else by the XML; no other folder is searched."""
+    """The image has the stem of the XML, or else the name in <filename>, without its folder."""
     for name, filename, image in (("1", "C:\\photos\\Ärger 1.PNG", "Ärger 1.PNG"), ("2", "x/../../2.bmp", "2.bmp"),
                                     ("3", "2007_000003", "3.webp"), ("4", "../../secret.jpg", "4.gif")):
         put(voc / "Annotations" / f"{name}.xml", xml(filename=filename))
@@ -60,26 +64,91 @@ def test_voc_images_of_any_name(voc, capsys):
     write_voc(str(voc))
     names = [row["file_name"].removeprefix("JPEGImages/") for row in read(voc)["images"]]
     assert names == ["Ärger 1.PNG", "2.bmp", "3.webp", "4.gif", "a.jpg", "b.jpg", "c.jpg"]
-    assert "1 images have no XML and are left out ('JPEGImages/lonely.jpg')" in capsys.readouterr().err
+    assert "1 image without XML, left out ('JPEGImages/lonely.jpg')" in (said := capsys.readouterr().err)
+    assert "('JPEGImages/a.txt')" in said and said.count("\n") == 2
     assert len(CocoBoxes(*datasets(str(voc))[0])) == 7
 
 
-@pytest.mark.parametrize("size, expected", [((300, 200), (300, 200)), ((0, 0), (30, 20)), (("", ""), (30, 20)),
-                                            (None, (30, 20)), ((300, 0), (30, 20)), (("300.0", "200"), (300, 200))])
+@pytest.mark.parametrize("size, expected", [((30, 20), (30, 20)), ((0, 0), (30, 20)), (("", ""), (30, 20)),
+                                            (None, (30, 20)), ((300, 0), (30, 20)), (("30.0", "20"), (30, 20))])
 def test_voc_size_of_the_xml_or_the_header(voc, size, expected):
     put(voc / "Annotations" / "a.xml", xml(xml_object(), filename="a.jpg", size=size))
     write_voc(str(voc))
     assert (read(voc)["images"][0]["width"], read(voc)["images"][0]["height"]) == expected
+    put(voc / "Annotations" / "a.xml", xml(xml_object(), filename="a.jpg", size=(300, 200)))
+    refused(write_voc, voc, "another size", "Annotations/a.xml: 300 x 200, not 30 x 20")
+
+
+@pytest.mark.parametrize("source, box, given, expected", [
+    ("The VOC2007 Database", (1, 2, 10, 12), None, [0, 1, 10, 11]),            # pixels, the last inside
+    ("The VOC2007 Database", (1.5, 2, 10, 12), None, [0.5, 1, 9.5, 11]),       # VOC2011 has some of half a pixel
+    ("The VOC2007 Database", (0, 2, 10, 12), None, [0, 2, 10, 10]),            # VOC has no pixel 0
+    ("Unknown", (1, 2, 10, 12), None, [1, 2, 9, 10]),                          # labelImg, CVAT
+    (None, (1, 2, 10, 12), None, [0, 1, 10, 11]),
+    (None, (1.5, 2, 10, 12), None, [1.5, 2, 8.5, 10]), (None, (1, 0, 10, 12), None, [1, 0, 9, 12]),
+    ("Unknown", (1, 2, 10, 12), 1, [0, 1, 10, 11]), (None, (1, 2, 10, 12), 0, [1, 2, 9, 10]),
+])
+def test_what_edges_count_from(voc, source, box, given, expected, capsys):
+    """Decided for all files of a source; c has the one box that tells."""
+    for stem, edges in (("a", (3, 4, 12, 14)), ("c", box)):
+        content = xml(xml_object(box=edges), filename=f"{stem}.jpg")
+        if source:
+            content = content.replace("<size>", f"<source><database>{source}</database></source><size>")
+        put(voc / "Annotations" / f"{stem}.xml", content)
+    os.remove(voc / "Annotations" / "b.xml")
+    write_voc(str(voc), pixels_from=given)
+    start = box[0] - expected[0]
+    assert boxes(voc) == [("JPEGImages/a.jpg", "car", [3 - start, 4 - start, 9 + start, 10 + start]),
+                          ("JPEGImages/c.jpg", "car", expected)]
+    assert f"count from {start:g} in 2 files" in capsys.readouterr().out
+
+
+def test_files_of_two_sources_count_each_their_own_way(voc, capsys):
+    for stem, source in (("a", "The VOC2012 Database"), ("c", "Unknown")):
+        put(voc / "Annotations" / f"{stem}.xml", xml(xml_object(box=(3, 4, 12, 14)), filename=f"{stem}.jpg").replace(
+            "<size>", f"<source><database>{source}</database></source><size>"))
+    write_voc(str(voc))
+    assert [row[2] for row in boxes(voc)] == [[2, 3, 10, 11], [3, 4, 9, 10]]
+    assert "from 1 in 1 file (Pascal VOC's)" in capsys.readouterr().out
+
+
+def test_rotations_are_said_to_be_ignored(voc, capsys):
+    def turned(angle):
+        return xml_object(more="<attributes><attribute><name>rotation</name>"
+                               f"<value>{angle}</value></attribute></attributes>")
+    put(voc / "Annotations" / "a.xml", xml(turned("30.5"), turned("0.0"), turned(0), filename="a.jpg"))
+    write_voc(str(voc))
+    assert "1 box with a rotation, which is ignored ('Annotations/a.xml')" in capsys.readouterr().err
+    box = "<object><name>car</name><robndbox><cx>9</cx><cy>9</cy><w>4</w><h>3</h><angle>1</angle></robndbox></object>"
+    put(voc / "Annotations" / "a.xml", xml(box, filename="a.jpg"))
+    refused(write_voc, voc, "Annotations/a.xml: object 1 is a rotated box (robndbox)")
+
+
+def test_voc_images_turned_by_exif(voc, capsys):
+    """The stated size tells which of the two an annotation is of; for the same size --exif does, and it is written."""
+    for stem, (height, width), orientation in (("a", (20, 30), 3), ("b", (20, 20), 6), ("c", (30, 20), 8)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        put_image(voc / "JPEGImages" / f"{stem}.jpg", height, width, exif=exif)
+        size = (20, 20) if stem == "b" else (30, 20)
+        put(voc / "Annotations" / f"{stem}.xml", xml(xml_object(), filename=f"{stem}.jpg", size=size))
+    write_voc(str(voc))
+    said = capsys.readouterr().err
+    assert "2 of 3 images are turned or mirrored by EXIF" in said and "'JPEGImages/a.jpg', 'JPEGImages/b.jpg'" in said
+    assert CocoBoxes(*datasets(str(voc))[0]).exif == "upright"
+    write_voc(str(voc), exif="stored")
+    assert CocoBoxes(*datasets(str(voc))[0]).exif == "stored"
+    assert [row["width"] for row in read(voc)["images"]] == [30, 20, 30]
 
 
 @pytest.mark.parametrize("content, part", [
-    ("", "is not XML"), (b"\xff\xd8", "is not XML"), ("<annotation><object>", "is not XML"),
+    ("", "not XML"), (b"\xff\xd8", "not XML"), ("<annotation><object>", "not XML"),
     ("<kml/>", "not <annotation>"),
-    ("<?xml version='1.0' encoding='none'?><annotation/>", "is not XML"),
+    ("<?xml version='1.0' encoding='none'?><annotation/>", "not XML"),
     ("<!DOCTYPE x [<!ENTITY a 'aaaaaaaaaa'>" + "".join(
         f"<!ENTITY {b} '{f'&{a};' * 10}'>" for a, b in zip("abcdefghi", "bcdefghij")) + "]>"
-     "<annotation><filename>&j;</filename></annotation>", "is not XML"),
-    ("<!DOCTYPE x [<!ENTITY a SYSTEM 'file:///etc/passwd'>]><annotation>&a;</annotation>", "is not XML"),
+     "<annotation><filename>&j;</filename></annotation>", "not XML"),
+    ("<!DOCTYPE x [<!ENTITY a SYSTEM 'file:///etc/passwd'>]><annotation>&a;</annotation>", "not XML"),
     (xml(xml_object("")), "object 1 has no name"),
     (xml(xml_object(), "<object><name>car</name></object>"), "object 2 has no bndbox/xmin"),
     (xml(xml_object(box=(1, 2, 3))), "no bndbox/ymax"),
@@ -91,30 +160,54 @@ def test_voc_size_of_the_xml_or_the_header(voc, size, expected):
     (xml(size=("x", 20)), "size/width 'x'"), (xml(size=(30.5, 20)), "30.5"), (xml(size=("9" * 5000, 20)), "'9999"),
 ])
 def test_voc_wrong_annotations(voc, content, part):
-    """The message has the count and the first one, and stays short."""
+    """The message has the count and the first five, and stays short."""
     write_voc(str(voc))
     put(voc / "Annotations" / "b.xml", content)
     put(voc / "Annotations" / "c.xml", content)
-    refused(write_voc, voc, "2 of 3", str(voc / "Annotations" / "b.xml"), part)
+    refused(write_voc, voc, "2 images cannot", "(2): Annotations/b.xml: ", "Annotations/c.xml: ", part)
     with pytest.raises(DataError) as error:
         write_voc(str(voc))
-    assert len(str(error.value)) < 600
+    assert len(str(error.value)) < 700
 
 
 def test_voc_missing_and_ambiguous_images(voc):
     os.rename(voc / "JPEGImages" / "c.jpg", voc / "JPEGImages" / "d.jpg")
-    refused(write_voc, voc, "1 of 3", "c.xml", "'c.jpg'", "missing")
+    refused(write_voc, voc, "1 image cannot", "without an image", "c.xml ('c.jpg')")
+    write_voc(str(voc), skip=True)
+    assert [row["file_name"] for row in read(voc)["images"]] == ["JPEGImages/a.jpg", "JPEGImages/b.jpg"]
     put(voc / "Annotations" / "c.xml", xml(filename="a.jpg"))
-    refused(write_voc, voc, "a.xml and c.xml both describe JPEGImages/a.jpg")
+    refused(write_voc, voc, "Annotations/a.xml and Annotations/c.xml: JPEGImages/a.jpg")
     for suffix in ("png", "bmp"):
         put_image(voc / "JPEGImages" / f"c.{suffix}")
     put(voc / "Annotations" / "c.xml", xml(filename="none"))
-    refused(write_voc, voc, "c.xml", "2 images 'c'")
+    refused(write_voc, voc, "several images", "c.xml: 'JPEGImages/c.bmp' and 'JPEGImages/c.png'")
+    put(voc / "Annotations" / "c.xml", xml(filename="c.png"))
+    write_voc(str(voc))
+    assert read(voc)["images"][2]["file_name"] == "JPEGImages/c.png"
+
+
+def test_voc_all_faults_at_once(voc, capsys):
+    """Of every kind, whatever it hides behind; --skip leaves these out and says so."""
+    for stem in "defghij":
+        put_image(voc / "JPEGImages" / f"{stem}.jpg")
+    for stem, content in (("d", xml()), ("e", "<kml/>"), ("f", xml(xml_object(""), xml_object(box=(5, 2, 4, 4)))),
+                          ("g", xml(size=(31, 20))), ("h", xml()), ("i", xml()), ("j", xml())):
+        put(voc / "Annotations" / f"{stem}.xml", content)
+    os.remove(voc / "JPEGImages" / "d.jpg")
+    put(voc / "JPEGImages" / "h.jpg", b"no image")
+    for split, lines in (("train", "a\nb\nc\nd\ne\nf\ng\nh\ni"), ("val", "j")):
+        put(voc / "ImageSets" / "Main" / f"{split}.txt", lines)
+    refused(write_voc, voc, "5 images cannot", "d.xml ('')", "e.xml: its root", "f.xml: object 1 has no name",
+            "f.xml: object 2 has a box whose", "g.xml: 31 x 20, not 30 x 20", "JPEGImages/h.jpg cannot be decoded")
+    capsys.readouterr()
+    write_voc(str(voc), skip=True)
+    assert [row["file_name"][11] for row in read(voc)["images"]] == [*"abci"]
+    assert "5 images cannot be converted, left out: " in capsys.readouterr().err
 
 
 def test_voc_lists_that_name_no_xml(voc):
-    put(voc / "ImageSets" / "Main" / "train.txt", "a\n\n../b\nc 1\n")
-    refused(write_voc, voc, "train.txt", "2 lines", "line 3, '../b'")
+    put(voc / "ImageSets" / "Main" / "train.txt", "a\n\n../b\nc 1\nx\n")
+    refused(write_voc, voc, "train.txt: ", "name no file", "(2): line 4, 'c 1', line 5, 'x'")
     put(voc / "ImageSets" / "Main" / "train.txt", "\n")
     refused(write_voc, voc, "no images to train on")
     os.rename(voc / "ImageSets" / "Main" / "train.txt", voc / "ImageSets" / "Main" / "val.txt")

@@ -19,8 +19,9 @@ def test_yolo_by_hand(yolo, capsys):
     main(["yolo", str(yolo)])
     captured = capsys.readouterr()
     assert captured.out == (f"{yolo}/annotations/instances_train2017.json: 2 images, 3 boxes, 2 classes\n"
-                            f"{yolo}/annotations/instances_val2017.json: 1 images, 0 boxes, 2 classes\n")
-    assert captured.err == ""
+                            f"{yolo}/annotations/instances_val2017.json: 1 image, 0 boxes, 2 classes\n")
+    assert captured.err == (
+        f"warning: {yolo}: 1 image without a label file, so without objects ('images/val/b.png')\n")
     assert read(yolo)["categories"] == [{"id": 0, "name": "car"}, {"id": 1, "name": "bus"}]
     assert read(yolo)["categories"] == read(yolo, "val")["categories"]
     assert read(yolo)["images"] == [{"id": i, "file_name": f"images/train/{name}.png", "width": 30, "height": 20}
@@ -54,13 +55,15 @@ def test_yolo_folders_of_the_splits(yolo, train_folder, val_folder, capsys):
                 (yolo / kind / old).rename(yolo / kind / new)
     put_image(yolo / "images" / "test" / "t.png")
     put(yolo / "labels" / "test" / "t.txt", "rubbish")
-    put(yolo / "labels" / "train" / "alone.txt", "0 0.5 0.5 1 1")
+    put_image(yolo / "images" / "dev" / "d.png")
+    put(yolo / "labels" / train_folder / "alone.txt", "0 0.5 0.5 1 1")
     write_yolo(str(yolo))
     assert [row[0] for row in boxes(yolo)] == [f"images/{train_folder}/{name}.png" for name in "ac"]
     assert [row["file_name"] for row in read(yolo, "val")["images"]] == [f"images/{val_folder}/b.png"]
     error = capsys.readouterr().err
-    assert "1 of 4 images are in neither train nor val and are left out ('images/test/t.png')" in error
-    assert f"1 label files have no image and are left out ({yolo / 'labels' / 'train' / 'alone.txt'})" in error
+    assert "2 images in neither train nor val, left out; folders that are understood: train: train," in error
+    assert "('images/dev/d.png', 'images/test/t.png')" in error
+    assert f"1 text file without an image, left out ('labels/{train_folder}/alone.txt')" in error
 
 
 def test_yolo_splits_with_images_and_labels_inside(yolo, capsys):
@@ -81,20 +84,18 @@ def test_yolo_splits_with_images_and_labels_inside(yolo, capsys):
     assert [row[:2] for row in boxes(yolo)] == [("train/images/a.png", "bus"), ("train/images/c.png", "car")]
     assert [row["file_name"] for row in read(yolo, "val")["images"]] == ["valid/images/b.png"]
     error = capsys.readouterr().err
-    assert "1 of 4 images are in neither train nor val and are left out ('test/images/t.png')" in error
+    assert "1 image in neither train nor val, left out; " in error and "('test/images/t.png')" in error
     assert "alone.txt" in error
     train_files, val_files = datasets(str(yolo))
     assert len(CocoBoxes(*train_files)) == 2 and len(CocoBoxes(*val_files)) == 1
-    (yolo / "valid" / "labels").rmdir()
-    refused(write_yolo, yolo, f"{yolo / 'valid' / 'labels'} is missing")
 
 
 def test_yolo_val_without_train_and_val_without_images(yolo, capsys):
     os.remove(yolo / "images" / "val" / "b.png")
     write_yolo(str(yolo))
-    assert "no images to evaluate on" in capsys.readouterr().err
     assert not (yolo / "annotations" / "instances_val2017.json").exists()
-    (yolo / "images" / "train").rename(yolo / "images" / "valid")
+    for kind in ("images", "labels"):
+        (yolo / kind / "train").rename(yolo / kind / "valid")
     refused(write_yolo, yolo, "no images to train on")
 
 
@@ -106,22 +107,25 @@ def test_yolo_a_linked_folder_of_images(yolo, tmp_path):
 
 
 @pytest.mark.parametrize("line, part", [
-    ("0 0.5 0.5 0.1", "4 numbers"), ("0", "1 numbers"), ("0 0.1 0.1 0.2 0.2 0.3 0.9 0.4", "8 numbers"),
-    ("0 0.5 0.5 0.1 0.1 0.87", "confidence"), ("2 0.5 0.5 0.1 0.1", "class 2 is not among the 2 that have a name"),
-    ("-1 0.5 0.5 0.1 0.1", "'-1' is not a whole number"), ("0.0 0.5 0.5 0.1 0.1", "'0.0'"),
+    ("0 0.5 0.5 0.1", "4 numbers"), ("0", "'0'"), ("0 0.1 0.1 0.2 0.2 0.3 0.9 0.4", "8 numbers"),
+    ("0 0.5 0.5 0.1 0.1 0.87", "confidence"),
+    ("2 0.5 0.5 0.1 0.1", "not among the 2 that have a name (1): labels/train/a.txt, line 3: 2"),
+    ("-1 0.5 0.5 0.1 0.1", "not a whole number (1): labels/train/a.txt, line 3: '-1'"),
+    ("0.0 0.5 0.5 0.1 0.1", "'0.0'"),
     ("car 0.5 0.5 0.1 0.1", "'car'"),
     ("1" * 5000 + " 0.5 0.5 0.1 0.1", "'1111"), ("² 0.5 0.5 0.1 0.1", "'²'"),
-    ("0 0.5 0,5 0.1 0.1", "'0,5' is not a number"), ("0 nan 0.5 0.1 0.1", "'nan' is not a number"),
+    ("0 0.5 0,5 0.1 0.1", "'0,5'"), ("0 nan 0.5 0.1 0.1", "not numbers (1): labels/train/a.txt, line 3: 'nan'"),
     ("0 0.5 inf 0.1 0.1", "'inf'"),
-    ("0 15 10 6 8", "'15' is not a fraction"), ("0 0.5 0.5 -0.2 0.1", "'-0.2'"), ("0 0.5 0.5 -0.005 0.1", "negative"),
+    ("0 15 10 6 8", "no fraction (0 to 1) of the image's width or height (1): labels/train/a.txt, line 3: '15'"),
+    ("0 0.5 0.5 -0.2 0.1", "'-0.2'"), ("0 0.5 0.5 -0.005 0.1", "negative"),
     ("0 0.1 0.1 0.2 1.2 0.3 0.9", "'1.2'"), ("0\x1b[2J 0.5 0.5 0.1 0.1", r"'0\x1b[2J'"),
 ])
 def test_yolo_wrong_labels(yolo, line, part):
     write_yolo(str(yolo))
     put(yolo / "labels" / "train" / "a.txt", f"1 0.5 0.5 0.2 0.4\n\n{line}\n")
-    refused(write_yolo, yolo, "1 of 3 images", str(yolo / "labels" / "train" / "a.txt") + ", line 3: ", part)
+    refused(write_yolo, yolo, "1 image cannot", "labels/train/a.txt, line 3: ", part)
     put(yolo / "labels" / "train" / "c.txt", line)
-    refused(write_yolo, yolo, "2 of 3 images", "a.txt, line 3")
+    refused(write_yolo, yolo, "2 images cannot", "a.txt, line 3", "c.txt, line 1")
     with pytest.raises(DataError) as error:
         write_yolo(str(yolo))
     assert len(str(error.value)) < 500 and "\x1b" not in str(error.value)
@@ -132,12 +136,128 @@ def test_yolo_unreadable_files(yolo):
     refused(write_yolo, yolo, "a.txt is not UTF-8")
     put(yolo / "labels" / "train" / "a.txt", "")
     put(yolo / "images" / "val" / "b.png", b"no image")
-    refused(write_yolo, yolo, "1 of 3 images", "b.png cannot be decoded")
+    refused(write_yolo, yolo, "1 image cannot", "b.png cannot be decoded")
 
 
-def test_yolo_two_images_of_one_label_file(yolo):
-    put_image(yolo / "images" / "train" / "a.jpg")
-    refused(write_yolo, yolo, "'images/train/a.jpg'", "'images/train/a.png'", "share")
+def test_yolo_two_images_of_one_label_file(yolo, capsys):
+    """All such pairs are named; --skip converts the others."""
+    for name in "ac":
+        put_image(yolo / "images" / "train" / f"{name}.jpg")
+    put_image(yolo / "images" / "train" / "d.jpg")
+    put(yolo / "labels" / "train" / "d.txt", "0 0.5 0.5 1 1\n")
+    refused(write_yolo, yolo, "share a label file (2): 'images/train/a.jpg' and 'images/train/a.png', "
+            "'images/train/c.jpg' and 'images/train/c.png'", "4 images cannot")
+    write_yolo(str(yolo), skip=True)
+    assert [row["file_name"] for row in read(yolo)["images"]] == ["images/train/d.jpg"]
+    assert "4 images cannot be converted, left out: images that share" in capsys.readouterr().err
+
+
+def test_yolo_all_faults_at_once(yolo, capsys):
+    """The first five of each kind with file and line; --skip leaves these images out."""
+    wrong = ["0 1.5 0.5 0.2 0.2", "0.0 0.5 0.5 0.2 0.2\n0 2 0.5 0.1 0.1", b"\xff", "9 0.5 0.5 0.2 0.2"]
+    for i in range(8):
+        put_image(yolo / "images" / "train" / f"w{i}.png")
+        put(yolo / "labels" / "train" / f"w{i}.txt", wrong[i] if i < 4 else wrong[0])
+    put(yolo / "images" / "train" / "c.png", b"no image")
+    refused(write_yolo, yolo, "9 images cannot", "height (6): labels/train/w0.txt, line 1: '1.5', labels/train/w1.txt, "
+            "line 2: '2', labels/train/w4", ", ...; ", "number (1): labels/train/w1.txt, line 1: '0.0'",
+            "w2.txt is not UTF-8", "(1): labels/train/w3.txt, line 1: 9", "images/train/c.png cannot be decoded")
+    write_yolo(str(yolo), skip=True)
+    assert [row["file_name"] for row in read(yolo)["images"]] == ["images/train/a.png"]
+
+
+def test_yolo_images_without_labels_and_with_empty_ones_are_told_apart(yolo, capsys):
+    for name in "de":
+        put_image(yolo / "images" / "train" / f"{name}.png")
+    put(yolo / "labels" / "train" / "d.txt", "\n")
+    put(yolo / "labels" / "train" / "c.txt", "0 0.5 0.5 0 0.2\n0 0.5 0.5 1 1")
+    write_yolo(str(yolo))
+    said = capsys.readouterr().err
+    assert "2 images without a label file, so without objects ('images/train/e.png', 'images/val/b.png')" in said
+    assert "1 image with an empty label file, so without objects ('images/train/d.png')" in said
+    assert "1 box without area, which training drops ('images/train/c.png')" in said
+
+
+def test_yolo_what_is_not_used_is_said(yolo, capsys):
+    """Hidden files and thumbnails are left out in silence."""
+    for name in (".ipynb_checkpoints/a-checkpoint.png", "@eaDir/a.png", "__MACOSX/a.png", ".thumb/a.png"):
+        put_image(yolo / "images" / "train" / name)
+    put(yolo / "images" / "train" / "phone.HEIC", b"")
+    put(yolo / "weights.pt", b"")
+    put_image(yolo / "runs" / "detect" / "a_drawn.png")
+    put(yolo / "old" / "labels" / "train" / "a.txt", "9 9 9 9 9")
+    put(yolo / "labels" / "train2" / "a.txt", "9 9 9 9 9")
+    write_yolo(str(yolo))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(boxes(yolo)) == 2 and len(lines) == 5
+    for part in ("'images/train/phone.HEIC'", "'weights.pt'", "left out; folders", "without a label file"):
+        assert sum(part in line for line in lines) == 1
+    assert any("2 text files without an image, left out ('labels/train2/a.txt', 'old/labels/train/a.txt')" in line
+               for line in lines)
+
+
+def test_yolo_an_image_with_two_label_files(yolo, capsys):
+    """labels/ comes before a file beside the image, and both before other folders."""
+    put(yolo / "images" / "train" / "a.txt", "0 0.5 0.5 1 1\n")
+    put(yolo / "backup" / "train" / "c.txt", "1 0.5 0.5 0.2 0.4\n")
+    write_yolo(str(yolo))
+    assert [row[1:] for row in boxes(yolo)] == [("bus", [12, 6, 6, 8]), ("car", [0, 0, 30, 20])]
+    said = capsys.readouterr().err
+    assert "2 images with several label files, of which one was taken ('labels/train/a.txt, not images/train/a" in said
+
+
+def test_yolo_labels_of_another_part_are_not_taken(yolo):
+    """images/train/a and images/val/a are two images; a label of one is never that of the other."""
+    put_image(yolo / "images" / "val" / "a.png")
+    put_image(yolo / "train" / "x.png")
+    put(yolo / "val" / "x.txt", "0 0.5 0.5 1 1")
+    put_image(yolo / "val" / "y.png")
+    write_yolo(str(yolo))
+    assert [row[0] for row in boxes(yolo)] == ["images/train/a.png", "images/train/c.png"] and not boxes(yolo, "val")
+
+
+@pytest.mark.parametrize("text, part", [
+    ("train: images/nowhere\nval: images/val", "data.yaml: train: 'images/nowhere' is not in"),
+    ("train: list.txt\nval: images/val", "list.txt: lines that name no file"),
+])
+def test_yaml_that_names_nothing_to_train_on(yolo, text, part):
+    pytest.importorskip("yaml")
+    put(yolo / "data.yaml", f"names: [car, bus]\n{text}")
+    put(yolo / "list.txt", "images/train/a.png\nimages/train/z.png\n")
+    refused(write_yolo, yolo, part)
+
+
+def test_yaml_whose_validation_is_missing(yolo, capsys):
+    """As Roboflow writes it for a set that has none."""
+    pytest.importorskip("yaml")
+    put(yolo / "data.yaml", "names: [car, bus]\ntrain: ../images/train\nval: ../valid/images")
+    write_yolo(str(yolo))
+    said = capsys.readouterr().err
+    assert "no images to evaluate on" in said and "1 image in neither train nor val, left out" in said
+
+
+POINTS = "0.6 0.5 0.7 0.45 0.65 0.6"                                       # three points in the box 0.7 0.55 0.3 0.4
+SEEN = "0.6 0.5 2 0.7 0.45 1 0 0 0"                                        # with visibilities; the last is not labelled
+
+
+@pytest.mark.parametrize("yaml, lines, bbox", [
+    ("kpt_shape: [3, 2]", [f"0 0.7 0.55 0.3 0.4 {POINTS}"], [16.5, 7, 9, 8]),
+    ("kpt_shape: [3, 3]", [f"0 0.7 0.55 0.3 0.4 {SEEN}"], [16.5, 7, 9, 8]),
+    ("", [f"0 0.7 0.55 0.3 0.4 {SEEN}"], [16.5, 7, 9, 8]),                 # an even count, visibilities
+    ("", [f"0 0.7 0.55 0.3 0.4 {SEEN} 0.7 0.6 2"], [16.5, 7, 9, 8]),
+    ("", [f"0 0.7 0.55 0.1 0.1 {POINTS}"], [3, 2, 18, 10]),                # points outside of the box: a polygon
+    ("", ["0 0.5 0.5 0.52 0.5 0.52 0.55 0.5 0.55"], [15, 10, 0.6, 1]),     # a small square in the middle
+    ("", ["0 0.5 0.5 0.6 0.5 0.55 0.6"], [15, 10, 3, 2]),                  # a triangle
+    ("", ["0 0.5 0.5 0.1 0.1 " + "0.5 0.5 " * 2, "0 0.1 0.1 0.2 0.1 0.2 0.2 0.1 0.2 0.1 0.1"], [3, 2, 12, 8]),
+    ("", ["0 0.7 0.55 0.1 0.2 0.68 0.5 0.72 0.6"], [19.5, 9, 3, 4]),       # 0.1, 0.2 would be a corner far away
+])
+def test_key_points(yolo, yaml, lines, bbox):
+    """A box and key points, or a polygon."""
+    pytest.importorskip("yaml")
+    put(yolo / "data.yaml", f"names: [car, bus]\n{yaml}")
+    put(yolo / "labels" / "train" / "a.txt", "\n".join(lines))
+    write_yolo(str(yolo))
+    assert boxes(yolo)[0][2] == pytest.approx(bbox, abs=0.01)
 
 
 def test_yolo_images_turned_by_exif(tmp_path):
@@ -183,9 +303,9 @@ def names_of(root) -> list[tuple[int, str]]:
 
 @pytest.mark.parametrize("text, names", [
     ("names: [car, bus]", ["car", "bus"]),
-    ("nc: 2\nnames: ['car, red', \"b\\u00fcs\" , it's]  # three\ntrain: x", ["car, red", "büs", "it's"]),
+    ("nc: 2\nnames: ['car, red', \"b\\u00fcs\" , it's]  # three\ntrain: images/train", ["car, red", "büs", "it's"]),
     ("names:   # all\n- car\n- C#\nnc: 2\n", ["car", "C#"]),
-    ("train: a\nnames:\n  0: car\n  1: \"bus # 2\"  # no\n\nroboflow:\n  names: x", ["car", "bus # 2"]),
+    ("train: images/train\nnames:\n  0: car\n  1: \"bus # 2\"  # no\n\nroboflow:\n  names: x", ["car", "bus # 2"]),
     ("names:\n  1: bus\n  0: car\n", ["car", "bus"]),
     ("names: {0: car, 7: 'b}us', 1: x}", {0: "car", 1: "x", 7: "b}us"}),
     ("names: [0, null, no, 1.5]", ["0", "null", "no", "1.5"]),                   # text, whatever type YAML gives it
@@ -210,9 +330,9 @@ def test_names_that_are_not_understood(yolo, text):
 
 
 def test_yaml_without_its_package_is_one_line(yolo, capsys, monkeypatch):
-    """PyYAML is not needed if no YAML file lists names."""
+    """PyYAML is not needed if no YAML file says what is read."""
     monkeypatch.setitem(sys.modules, "yaml", None)
-    put(yolo / "data.yaml", "train: images/train")
+    put(yolo / "data.yaml", "path: images/train")
     main(["yolo", str(yolo)])
     capsys.readouterr()
     put(yolo / "data.yaml", "names: [car, bus]")
@@ -229,7 +349,9 @@ def test_order_of_the_files_with_names(yolo, capsys):
     put(yolo / "data.yaml", "names: [car, bus]")
     put(yolo / "other.yaml", "names: [x, y]")
     put(yolo / "classes.txt", "eins\nzwei\ndrei\n")
+    capsys.readouterr()
     assert names_of(yolo) == [(0, "car"), (1, "bus")]
+    assert "1 list of other classes than data.yaml, which was followed ('classes.txt')" in capsys.readouterr().err
     os.remove(yolo / "data.yaml")
     put(yolo / "hyper.yaml", "lr: 0.1")
     assert names_of(yolo) == [(0, "x"), (1, "y")]
@@ -237,6 +359,9 @@ def test_order_of_the_files_with_names(yolo, capsys):
     refused(write_yolo, yolo, "more.yml, other.yaml", "data.yaml")
     put(yolo / "data.yaml", "train: images/train")
     assert names_of(yolo) == [(0, "eins"), (1, "zwei"), (2, "drei")]
+    put(yolo / "labels" / "classes.txt", "eins\nzwo\n")
+    refused(write_yolo, yolo, f"{yolo / 'classes.txt'} and {yolo / 'labels' / 'classes.txt'} list different classes")
+    os.remove(yolo / "labels" / "classes.txt")
     put(yolo / "classes.txt", "eins\n\ndrei")
     refused(write_yolo, yolo, "classes.txt", "entry 1: ")
     os.remove(yolo / "classes.txt")
