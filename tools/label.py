@@ -187,8 +187,9 @@ def polygons(rle: dict) -> list[list[float]]:
     of a pixel inside its edge, near enough for pycocotools to draw the same pixels.
     """
     cv2 = optional("cv2", "--polygons")
-    mask = coco_mask.decode(rle).repeat(4, 0).repeat(4, 1)
-    contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    x, y, w, h = coco_mask.toBbox(rle).astype(int).tolist()
+    mask = coco_mask.decode(rle)[y:y + h, x:x + w].repeat(4, 0).repeat(4, 1)
+    contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE, offset=(4 * x, 4 * y))
     return [((contour.reshape(-1) + 0.5) / 4).tolist() for contour in contours]
 
 
