@@ -6,7 +6,8 @@
 
 The first writes `predictions.json` (COCO results, each with its `file_name`) and a drawing of each image. The second
 writes `masks.json`, the annotation file with masks, their scores and their source (tools/label.py), a drawing of each
-image in `pictures/`, and `review.html`, the least certain masks first (tools/review.py).
+image in `pictures/`, and `review.html`, the least certain masks first (tools/review.py); with `--yolo` and `--voc`
+also the files of these formats (tools/export.py).
 """
 import argparse
 import os
@@ -29,6 +30,7 @@ from refine import FIT_STEPS
 from tools.command_line import (AMP, RESCORE, go_together, input_size, model_options, not_negative, output_file,
                                 pick_amp, positive, positive_float, probability, rescored, write_json)
 from tools.draw import draw_objects
+from tools.export import VOC, YOLO, voc_files, write_voc_objects, write_yolo_labels, yolo_files
 from tools.label import (BoxMasks, label_dataset, label_without_model, model_classes, model_masks, polygons,
                          report_agreement, with_masks)
 from tools.review import write_review
@@ -165,6 +167,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "review page; None: keep all")
     add("--polygons", action="store_true", help="write polygons instead of run lengths (holes are filled); needs "
         "OpenCV: pip install opencv-python-headless")
+    add("--yolo", action="store_true", help=f"also write {YOLO}/, a label file of polygons for each image, to train a "
+        "YOLO segmenter; needs OpenCV, too")
+    add("--voc", action="store_true", help=f"also write {VOC}/, Pascal VOC's PNG of each image: object k has the value "
+        "k")
     add("--measure", action="store_true", help="if the boxes have masks already, print how well the new ones agree "
         "with them")
     add("--review-count", type=positive, help="masks on the review page, the least certain; None: 200")
@@ -180,7 +186,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"argument --{name.replace('_', '-')}: only with --ckpt")
     others = ["score_threshold", "rescore"] if args.boxes else ["fit_steps", "colors", "color_strength", "min_score",
-                                                                "polygons", "measure", "review_count"]
+                                                                "polygons", "yolo", "voc", "measure", "review_count"]
     for name in others:
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"argument --{name.replace('_', '-')}: only with {'images' if args.boxes else '--boxes'}")
@@ -241,8 +247,10 @@ def label_boxes(args: argparse.Namespace, *model) -> None:
     paths = [annotations.path(i) for i in range(len(annotations))]
     names = [os.path.relpath(path, args.images) for path in paths]
     drawings = [os.path.join("pictures", name) for name in drawing_names(names)]
-    check_outputs([out / name for name in ("masks.json", *drawings)], [args.boxes, *paths])
-    output_file(str(out / "masks.json"))
+    texts, pngs = yolo_files(names) if args.yolo else [], voc_files(names) if args.voc else []
+    check_outputs([out / name for name in ("masks.json", *drawings, *texts, *pngs)], [args.boxes, *paths])
+    for name in ("masks.json", *texts[:1], *pngs[:1]):
+        output_file(str(out / name))
     if model:
         labels = masks_of_model(args, annotations, *model)
     else:
@@ -252,6 +260,7 @@ def label_boxes(args: argparse.Namespace, *model) -> None:
               + shlex.join(["python", "train.py", "--train-json", args.boxes, "--train-images", args.images]))
     content, rows = with_masks(annotations, labels, min_score), annotations.rows.tolist()
     labelled = [content["annotations"][row] for row in rows]
+    kept = [annotation["segmentation"] for annotation in labelled]
     if args.polygons:
         for annotation in labelled:
             annotation["segmentation"] = annotation["segmentation"] and polygons(annotation["segmentation"])
@@ -263,6 +272,10 @@ def label_boxes(args: argparse.Namespace, *model) -> None:
     if min_score:
         low = (labels.scores < min_score).sum()
         print(f"{low} of them score below {min_score:g}" + ": their segmentation stays empty" * bool(low))
+    if args.yolo:
+        write_yolo_labels(annotations, content, kept, out, names)
+    if args.voc:
+        write_voc_objects(annotations, content, kept, out, names)
     write_review(annotations, labels, [annotation["id"] for annotation in labelled], list(zip(names, drawings)),
                  str(out / "review.html"), args.review_count or 200, min_score)
     print(f"{out / 'review.html'}: the least certain masks first")
@@ -277,8 +290,9 @@ def label_boxes(args: argparse.Namespace, *model) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     with one_line_errors():
-        if args.polygons:
-            optional("cv2", "--polygons")  # raises before the work, not after it
+        for option in ("polygons", "yolo"):
+            if getattr(args, option):
+                optional("cv2", f"--{option}")  # raises before the work, not after it
         if not args.ckpt:
             return label_boxes(args)
         model, info = load_model(args.ckpt, args.weights)
