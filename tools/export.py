@@ -13,10 +13,9 @@ from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from formats.coco import CocoBoxes, DataError, first_five
+from formats.coco import MADE_BY, CocoBoxes, DataError, first_five
 from formats.files import replacing, warn
-from formats.folders import MADE_BY
-from formats.pictures import ORIENTATION, read_header
+from formats.pictures import ORIENTATION, is_turned, read_header
 from tools.label import polygons
 
 YOLO, VOC = "labels-segment", "SegmentationObject"  # folders
@@ -105,12 +104,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def orientation(annotations: CocoBoxes, i: int) -> int:
-    """The EXIF orientation in which image i must be turned to be upright, as YOLO's labels have it; 1: not at all.
+    """The EXIF orientation in which the masks of image i must be turned to be upright; 1: not at all.
 
-    Masks lie on the image of the size that its annotation states (pictures.as_stated): if the file has that size, it
-    has not been turned."""
-    size, stored = read_header(Path(annotations.path(i)))
-    return stored if size == annotations.size(i) else 1
+    YOLO reads upright images. Masks lie on the image of the size that its annotation states; where the size does not
+    tell, they stay as the boxes are (--exif)."""
+    header, path = read_header(annotations.path(i)), annotations.path(i)
+    upright = header.ambiguous or is_turned(header, path, annotations.size(i))
+    return 1 if upright else header.orientation
 
 
 def turned(rle: dict, turn: int) -> dict:
@@ -137,34 +137,10 @@ def one_polygon(parts: list[list[float]]) -> np.ndarray:
 
 
 def bridged(one: np.ndarray, two: np.ndarray) -> np.ndarray:
-    """Two polygons as one, which goes from one to the other between their nearest points, around it and back."""
-    (to_one, j, edge_one, place_one), (to_two, i, edge_two, place_two) = nearest(two, one), nearest(one, two)
-    if to_one < to_two:
-        i, one = edge_one + 1, np.insert(one, edge_one + 1, place_one, 0)
-    else:
-        j, two = edge_two + 1, np.insert(two, edge_two + 1, place_two, 0)
+    """Two polygons as one, which goes from a near point of one to the nearest of the other, around it and back."""
+    i = ((one - two.mean(0)) ** 2).sum(1).argmin()
+    j = ((two - one[i]) ** 2).sum(1).argmin()
     return np.concatenate([one[:i + 1], two[j:], two[:j + 1], one[i:]])
-
-
-def nearest(points: np.ndarray, polygon: np.ndarray) -> tuple[float, int, int, np.ndarray]:
-    """The one of the points (n, 2) that is nearest to a polygon's edges: its squared distance, its index, that of the
-    edge, which begins at the polygon's point of that index, and the nearest place (2,) on the edge.
-
-    On an edge that is neither level nor upright, such as a bridge, only the ends count: a place between them, rounded,
-    would bend the way there and not the way back."""
-    ends, best = np.roll(polygon, -1, 0), (np.inf, None, None, None)
-    low, high, edges = np.minimum(polygon, ends), np.maximum(polygon, ends), ends - polygon
-    for start in range(0, len(points), 64):
-        chunk, reach = points[start:start + 64], best[0] ** 0.5
-        near = np.flatnonzero(((low <= chunk.max(0) + reach) & (high >= chunk.min(0) - reach)).all(1))
-        if len(near):  # without this choice two outlines of 7,000 points took 7 seconds
-            along = ((chunk[:, None] - polygon[near]) * edges[near]).sum(2) / (edges[near] ** 2).sum(1).clip(1e-12)
-            along = np.where(edges[near].all(1), along.round(), along).clip(0, 1)          # (chunk, near)
-            places = polygon[near] + along[:, :, None] * edges[near]                       # (chunk, near, 2)
-            distances = ((chunk[:, None] - places) ** 2).sum(2)
-            i, edge = np.unravel_index(distances.argmin(), distances.shape)
-            best = min(best, (distances[i, edge], start + i, near[edge], places[i, edge]), key=lambda one: one[0])
-    return best
 
 
 # ------------------------------------------------------------------------------------------------------ VOC
