@@ -137,9 +137,11 @@ def one_polygon(parts: list[list[float]]) -> np.ndarray:
 
 
 def bridged(one: np.ndarray, two: np.ndarray) -> np.ndarray:
-    """Two polygons as one, which goes from a near point of one to the nearest of the other, around it and back."""
-    i = ((one - two.mean(0)) ** 2).sum(1).argmin()
-    j = ((two - one[i]) ** 2).sum(1).argmin()
+    """Two polygons as one, which goes from a near corner of one to the nearest of the other, around it and back."""
+    def nearest(corners, place):
+        return ((corners - place) ** 2).sum(1).argmin()
+    j = nearest(two, one[nearest(one, two.mean(0))])
+    i = nearest(one, two[j])
     return np.concatenate([one[:i + 1], two[j:], two[:j + 1], one[i:]])
 
 
