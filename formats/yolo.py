@@ -8,6 +8,7 @@ and labels/a/, photos/ and photos/labels/, train/ and labels/train/. data.yaml o
 train and to evaluate on; without them lists (train.txt, val.txt) or folders of these names do. Names of classes are in
 data.yaml, classes.txt or Darknet's .names. Boxes are xywh in pixels, sizes (height, width).
 """
+import os
 import re
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from formats.folders import (PARTS, Faults, Labelled, Report, Tails, as_number, 
 from formats.pictures import left_out, remarks
 
 OUTSIDE = 0.01      # rounded fractions may be slightly below 0 or above 1
+SAME = 2            # of nearness
 INSIDE = 0.02       # key points may be this far out of their box, in parts of the image's side
 
 
@@ -93,23 +95,17 @@ def label_files(images: list[str], texts: list[str], report: Report) -> dict[str
     return found
 
 
-SAME = 2
-
-
-def nearness(a: tuple[str, ...], b: tuple[str, ...]) -> int:
-    """How well the folder b of a label file suits the folder a of an image: 1, images/ became labels/; SAME; 3 and 4,
-    one name was replaced, put in or left out, by `labels` or another; 0, it does not."""
-    start = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-    if a == b:
+def nearness(image: tuple[str, ...], label: tuple[str, ...]) -> int:
+    """How well the folder of a label file suits that of an image: 1, images/ became labels/; SAME; 3 or 4, one name was
+    replaced, put in or left out, by `labels` or another; 0, it does not."""
+    if image == label:
         return SAME
-    old, new = a[start:], b[start:]
-    end = next((i for i, (x, y) in enumerate(zip(old[::-1], new[::-1])) if x != y), min(len(old), len(new)))
-    old, new = old[:len(old) - end], new[:len(new) - end]
+    start = len(os.path.commonprefix([image, label]))
+    end = len(os.path.commonprefix([image[start:][::-1], label[start:][::-1]]))
+    old, new = image[start:len(image) - end], label[start:len(label) - end]
     if max(len(old), len(new)) > 1:
         return 0
-    if (old, new) == (("images",), ("labels",)):
-        return 1
-    return 3 if new == ("labels",) else 4
+    return 1 if (old, new) == (("images",), ("labels",)) else 3 if new == ("labels",) else 4
 
 
 def labelled_folders(images: list[str], labels: dict[str, str]) -> list[str]:
