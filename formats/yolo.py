@@ -58,6 +58,8 @@ def write_yolo(root: str, exif: str = UPRIGHT, skip: bool = False, max_pixels: i
     report.say("image", "without a label file, so without objects", without)
     report.say("image", "with an empty label file, so without objects",
                [image for image in found if not found[image].boxes and image not in without])
+    report.say("polygon", "of which the box was taken", [image for image in found for _, fields in lines[image]
+                                                         if len(fields) > 6 and len(fields) not in counts])
     # no size is stated here, so it never tells which image a label is drawn on
     report.say("image", f"turned or mirrored by EXIF, whose labels were taken for those of the {exif} image; --exif "
                "decides otherwise", [image for image in headers if headers[image].orientation != 1])

@@ -21,7 +21,8 @@ def test_yolo_by_hand(yolo, capsys):
     assert captured.out == (f"{yolo}/annotations/instances_train2017.json: 2 images, 3 boxes, 2 classes\n"
                             f"{yolo}/annotations/instances_val2017.json: 1 image, 0 boxes, 2 classes\n")
     assert captured.err == (
-        f"warning: {yolo}: 1 image without a label file, so without objects ('images/val/b.png')\n")
+        f"warning: {yolo}: 1 image without a label file, so without objects ('images/val/b.png')\n"
+        f"warning: {yolo}: 1 polygon of which the box was taken ('images/train/a.png')\n")
     assert read(yolo)["categories"] == [{"id": 0, "name": "car"}, {"id": 1, "name": "bus"}]
     assert read(yolo)["categories"] == read(yolo, "val")["categories"]
     assert read(yolo)["images"] == [{"id": i, "file_name": f"images/train/{name}.png", "width": 30, "height": 20}
