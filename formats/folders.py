@@ -49,7 +49,8 @@ class Report:
     """Collects what a conversion meets: faults, which refuse it, and what was seen and is not used."""
 
     def __init__(self, root: Path, skip: bool):
-        self.root, self.skip, self.bad, self.faults, self.said = root, skip, set(), [], []
+        self.root, self.skip, self.bad, self.faults = root, skip, set(), []
+        self.said, self.facts = [], []               # warnings, and what else is good to know
 
     def say(self, noun: str, what: str, names: Iterable[str]) -> None:
         """One line about files, or whatever the noun is; none if there are no names."""
@@ -101,9 +102,13 @@ def images_among(names: list[str]) -> list[str]:
 
 
 def inventory(names: list[str]) -> str:
-    """What a folder contains, for an error: the kinds of file of its folders, the most frequent first."""
+    """The end of an error: what a folder contains, the most frequent kinds of file first, and what may suit them."""
     kinds = Counter((Path(name).suffix.lower() or "other", str(PurePosixPath(name).parent)) for name in names)
-    return ", ".join(f"{count} {suffix} in {folder}" for (suffix, folder), count in kinds.most_common(8)) or "nothing"
+    found = ", ".join(f"{count} {suffix} in {folder}" for (suffix, folder), count in kinds.most_common(8)) or "nothing"
+    suffixes = {suffix for suffix, _ in kinds}
+    hints = {".xml": "python data.py voc DIR", ".txt": "python data.py yolo DIR",
+             ".json": "python train.py --train-json FILE --train-images DIR for a COCO file"}
+    return f"; found: {found}" + "".join(f"; {suffix}: {hint}" for suffix, hint in hints.items() if suffix in suffixes)
 
 
 def stem_of(name: str) -> str:
@@ -266,6 +271,8 @@ def write_splits(layout: str, splits: dict[str, list[Labelled]], classes: dict[s
         except OSError as error:
             raise DataError(f"cannot remove {stale} of an earlier conversion: {error.strerror}") from None
         print(f"{stale}: removed, an earlier conversion wrote it")
+    for line in report.facts:
+        print(f"{root}: {line}")
     for line in report.said:
         warn(f"{root}: {line}")
 

@@ -38,13 +38,13 @@ def write_voc(root: str, pixels_from: int | None = None, exif: str = UPRIGHT, sk
     stems = [name for name in names if name.lower().endswith(".xml")]
     images = [name for name in images_among(names) if not in_masks(name)]
     if not stems:
-        raise DataError(f"{root}: no XML files; found: {inventory(names)}")
+        raise DataError(f"{root}: no XML files{inventory(names)}")
     files = report.read_all(stems, lambda name: read_xml(root, name))
     image_of = images_of(files, images, report)
     splits, lists = voc_splits(root, names, {name: (*folder_of(name), *folder_of(image_of.get(name, "")))
                                              for name in stems})
     splits = checked_splits(splits, stems, report)
-    count_from = edges_from(root, {name: files[name] for name in image_of}, pixels_from)
+    count_from = edges_from({name: files[name] for name in image_of}, pixels_from, report)
 
     def labelled(name: str) -> Labelled:
         file, image = files[name], image_of[name]
@@ -212,8 +212,8 @@ def xywh(box: dict, count_from: int) -> dict:
             **{key: value for key, value in box.items() if key in ("difficult", "truncated")}}
 
 
-def edges_from(root: Path, files: dict[str, File], given: int | None) -> dict[str, int]:
-    """What the edges of each XML file count from, and one line that says so.
+def edges_from(files: dict[str, File], given: int | None, report: Report) -> dict[str, int]:
+    """What the edges of each XML file count from.
 
     Files of one <source> are alike. VOC's own never have a 0, so one of it betrays edges; a source other than VOC is a
     tool, which writes edges; a file that names no source is taken for VOC's unless a 0 or a fraction betrays it."""
@@ -231,7 +231,6 @@ def edges_from(root: Path, files: dict[str, File], given: int | None) -> dict[st
         start = int(not (zero or tool or fraction and not source)) if given is None else given
         found |= dict.fromkeys(names, start)
         reasons.append(f"from {start} in {counted(len(names), 'file')} ({'as given' if given is not None else why})")
-    other = "0 is for labelImg's and CVAT's, 1 for VOC's"
-    print(f"{root}: edges of boxes count {', '.join(reasons)}" + ("" if given is not None else
-          f"; --pixels-from decides otherwise: {other}"))
+    report.facts.append(f"edges of boxes count {', '.join(reasons)}; --pixels-from decides otherwise: 1 counts pixels, "
+                        "as VOC does, 0 the lines between them, as labelImg and CVAT do")
     return found

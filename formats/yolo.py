@@ -36,8 +36,8 @@ def write_yolo(root: str, exif: str = UPRIGHT, skip: bool = False, max_pixels: i
     images, texts = images_among(names), [name for name in names if name.endswith(".txt") and name not in lists]
     labels = label_files(images, texts, report)
     if not labels:
-        raise DataError(f"{root}: no label file (.txt) belongs to an image; found: {inventory(names)}")
-    splits, parts_from = yolo_splits(root, names, images, labels, config_name, config)
+        raise DataError(f"{root}: no label file (.txt) belongs to an image{inventory(names)}")
+    splits, parts_from = yolo_splits(root, names, images, labels, config_name, config, report)
     splits = checked_splits(splits, images, report)
     lines = report.read_all(sum(splits.values(), []), lambda image: read_lines(root, labels.get(image)))
     counts = key_points(config, [fields for of_image in lines.values() for _, fields in of_image], report)
@@ -83,16 +83,16 @@ def label_files(images: list[str], texts: list[str], report: Report) -> dict[str
     by_stem, with_images = {}, {folder_of(image) for image in images}
     for text in texts:
         by_stem.setdefault(stem_of(text), []).append(text)
-    found, several = {}, []
-    for image in images:
-        near = {}
-        for text in by_stem.get(stem_of(image), []) + by_stem.get(Path(image).name, []):
-            rank = nearness(folder_of(image), folder_of(text))
-            if rank == SAME or rank and folder_of(text) not in with_images:
-                near.setdefault(rank, []).append(text)
-        if near:
-            found[image], *others = [text for rank in sorted(near) for text in near[rank]]
-            several += [f"{found[image]}, not {other}" for other in others]
+    pairs = ((nearness(folder_of(image), folder_of(text)), image, text) for image in images
+             for text in by_stem.get(stem_of(image), []) + by_stem.get(Path(image).name, []))
+    found, best, several = {}, {}, []
+    for rank, image, text in sorted(pairs):
+        if not rank or rank != SAME and folder_of(text) in with_images or best.setdefault(text, rank) < rank:
+            continue                                             # it is that of a nearer image
+        if image in found:
+            several.append(f"{found[image]}, not {text}")
+        else:
+            found[image] = text
     report.say("image", "with several label files, of which one was taken", several)
     return found
 
@@ -128,7 +128,7 @@ def sharing(images: list[str], labels: dict[str, str]) -> dict[str, list[str]]:
 
 
 def yolo_splits(root: Path, names: list[str], images: list[str], labels: dict[str, str], config_name: str,
-                config: dict) -> tuple[dict[str, list[str]], list[str]]:
+                config: dict, report: Report) -> tuple[dict[str, list[str]], list[str]]:
     """The images of each split, as the config, lists in DIR or else folders say; the lists that were followed.
 
     Raises DataError if an entry or a line names nothing in DIR."""
@@ -136,16 +136,16 @@ def yolo_splits(root: Path, names: list[str], images: list[str], labels: dict[st
     if not any(entries.values()):
         lists = {stem_of(name).lower(): name for name in names if not folder_of(name) and name.endswith(".txt")}
         entries = {split: [lists[known] for known in PARTS[split] if known in lists] for split in entries}
-        config_name = "lists of images"
+        config_name = "a list"
     if not any(entries.values()):
         return parts_by_folder({image: folder_of(image) for image in labelled_folders(images, labels)}), []
     tails, splits, used = Tails(images), {}, []
     for split, entry in entries.items():
         for text in [entry] if isinstance(entry, str) else entry or []:
-            path = within(root, str(text))
+            path = within((root / config_name).parent, str(text)) or within(root, str(text))
             if path is None and split == "train":
                 raise DataError(f"{root / config_name}: {split}: {str(text)!r:.80} is not in {root}; mend the line, or "
-                                f"remove it and name folders train and val; found: {inventory(names)}")
+                                f"remove it and name folders train and val{inventory(names)}")
             splits.setdefault(split, [])
             if path is None:
                 continue
@@ -155,7 +155,7 @@ def yolo_splits(root: Path, names: list[str], images: list[str], labels: dict[st
                 used.append(name)
             else:
                 splits[split] += [image for image in images if path == root or image.startswith(name + "/")]
-    print(f"{root}: parts as {config_name} says")
+    report.facts.append(f"parts as {config_name} says")
     return splits, used
 
 
@@ -275,18 +275,18 @@ def are_key_points(lines: list[list[str]], dims: int) -> bool:
 def read_config(root: Path, names: list[str]) -> tuple[str, dict]:
     """The name and content of data.yaml, of the only other YAML file with names, or of Darknet's .data file; else ("",
     {}). Every scalar stays text: a class may be called 7, no or null. Raises DataError; UserError without PyYAML."""
-    top = [name for name in names if not folder_of(name)]
-    files = ["data.yaml"] if "data.yaml" in top else [name for name in top if name.endswith((".yaml", ".yml"))]
-    texts = {name: read_text(root / name) for name in files}
-    texts = {name: text for name, text in texts.items()
+    yamls = {name: read_text(root / name) for name in names if name.endswith((".yaml", ".yml"))}
+    yamls = {name: text for name, text in yamls.items()
              if re.search(r"^(names|kpt_shape|train|val)\s*:", text, re.MULTILINE)}
-    if len(texts) > 1:
-        raise DataError(f"{root}: several files have names of classes ({first_five(list(texts))}): "
-                        "rename the right one to data.yaml")
-    for name, text in texts.items():
+    top = [name for name in yamls if not folder_of(name)]
+    files = ["data.yaml"] if "data.yaml" in yamls else top or list(yamls)
+    if len(files) > 1:
+        raise DataError(f"{root}: several files have names of classes ({first_five(files)}): rename the right one to "
+                        "data.yaml, or name its folder")
+    for name in files:
         yaml = optional("yaml", f"{root / name}, which lists the classes,")
         try:
-            content = yaml.load(text, yaml.BaseLoader)
+            content = yaml.load(yamls[name], yaml.BaseLoader)
         except (yaml.YAMLError, RecursionError) as error:
             raise DataError(f"{root / name}: no names of classes: not YAML: {' '.join(str(error).split())}") from None
         return name, content if isinstance(content, dict) else {"names": content}

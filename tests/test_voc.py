@@ -19,9 +19,9 @@ def test_voc_by_hand(voc, capsys):
     main(["voc", str(voc)])
     captured = capsys.readouterr()
     assert captured.out == (
-        f"{voc}: edges of boxes count from 1 in 3 files (nothing tells otherwise); --pixels-from decides otherwise: "
-        f"0 is for labelImg's and CVAT's, 1 for VOC's\n"
-        f"{voc}/annotations/instances_train2017.json: 3 images, 3 boxes, 3 classes\n")
+        f"{voc}/annotations/instances_train2017.json: 3 images, 3 boxes, 3 classes\n"
+        f"{voc}: edges of boxes count from 1 in 3 files (nothing tells otherwise); --pixels-from decides otherwise: 1 "
+        "counts pixels, as VOC does, 0 the lines between them, as labelImg and CVAT do\n")
     assert captured.err == f"warning: {voc}: 1 box marked difficult, learnt like the others ('Annotations/a.xml')\n"
     assert [(row["id"], row["name"]) for row in read(voc)["categories"]] == [(1, "aeroplane"), (2, "bus"), (3, "dog")]
     assert read(voc)["images"] == [{"id": i, "file_name": f"JPEGImages/{name}.jpg", "width": 30, "height": 20}

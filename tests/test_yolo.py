@@ -370,3 +370,19 @@ def test_order_of_the_files_with_names(yolo, capsys):
     put(yolo / "labels" / "train" / "a.txt", "70 0.5 0.5 1 1\n")
     assert names_of(yolo) == [(0, "0"), (70, "70")]
     assert capsys.readouterr().err.count("named after their numbers") == 1
+
+
+def test_yolo_a_label_is_that_of_the_nearest_image(yolo, capsys):
+    """Drawings of a program are not the images, though labels/ would do for them, too."""
+    put_image(yolo / "runs" / "train" / "a.png")
+    write_yolo(str(yolo))
+    assert [row[0] for row in boxes(yolo)] == ["images/train/a.png", "images/train/c.png"]
+
+
+def test_yolo_data_yaml_of_a_folder_below(yolo, tmp_path):
+    pytest.importorskip("yaml")
+    os.remove(yolo / "classes.txt")
+    put(yolo / "data.yaml", "names: [car, bus]\ntrain: images/train\nval: [images/val, images/train]")
+    write_yolo(str(tmp_path))
+    assert boxes(tmp_path) == boxes(tmp_path, "val") == [("yolo/images/train/a.png", "bus", [12, 6, 6, 8]),
+                                                         ("yolo/images/train/c.png", "car", [0, 0, 30, 20])]
