@@ -5,6 +5,7 @@ import sys
 from formats.check import check
 from formats.cityscapes import write_cityscapes
 from formats.files import CommandLine, one_line_errors
+from formats.pictures import image_options
 from formats.shapes import write_shapes
 from formats.voc import write_voc
 from formats.yolo import write_yolo
@@ -31,6 +32,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     check.add_argument("paths", nargs="+", metavar="DIR_OR_JSON", help="a data set as --data of train.py takes it, or "
                        "a COCO annotation file")
     check.add_argument("--images", metavar="DIR", help="image folder of an annotation file, if it is not beside it")
+    image_options(check.add_argument)
     return parser.parse_args(argv)
 
 
@@ -45,5 +47,5 @@ def main(argv: list[str] | None = None) -> None:
             write_voc(options.root)
         elif options.command == "yolo":
             write_yolo(options.root)
-        elif check(options.paths, options.images):
+        elif check(options.paths, options.images, options.exif, options.max_pixels):
             sys.exit(1)

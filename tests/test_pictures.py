@@ -51,9 +51,9 @@ def test_images_are_found_once_and_results_are_not_input(tmp_path):
     for name in ("one/a.png", "two/a.png", "two/out/old.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name)
-    found = find_images([str(tmp_path / "one"), str(tmp_path / "two"), str(tmp_path / "one/../one/a.png")],
-                        tmp_path / "two/out")
-    assert found == [(str(tmp_path / "one/a.png"), "a.png"), (str(tmp_path / "two/a.png"), "a.png")]
-    assert len(find_images([str(tmp_path / "one")], tmp_path)) == 1  # the results are outside the folder
+    found, others = find_images([str(tmp_path / "one"), str(tmp_path / "two"), str(tmp_path / "one/../one/a.png")],
+                                tmp_path / "two/out")
+    assert not others and found == [(str(tmp_path / "one/a.png"), "a.png"), (str(tmp_path / "two/a.png"), "a.png")]
+    assert len(find_images([str(tmp_path / "one")], tmp_path)[0]) == 1  # the results are outside the folder
     with pytest.raises(DataError, match="name another folder with --out"):
         find_images([str(tmp_path / "one")], tmp_path / "one")
