@@ -40,9 +40,9 @@ WANTED = ("a path, a Pillow image, or an array or tensor (height, width), (heigh
 
 def image_options(add: Callable) -> None:
     """The options of the programs that read images: `exif` and `max_pixels`, as CocoBoxes takes them."""
-    add("--exif", choices=[UPRIGHT, STORED], help="for images that EXIF mirrors, turns by 180 degrees, or turns though "
-        "they are square: whether boxes are those of the upright image, as viewers show it, or of the stored pixels; for "
-        "others their size tells. None: as the annotation file says in its info, else upright")
+    add("--exif", choices=[UPRIGHT, STORED], help="whether boxes are those of the upright image, as viewers show it, "
+        "or of the stored pixels, where the size does not tell: EXIF mirrors the image, or turns it by 180 degrees, or "
+        "it is square. None: as the annotation file says in its info, else upright")
     add("--max-pixels", type=positive, default=MAX_PIXELS, metavar="N", help="images of more pixels are not read: a "
         "limit against files made to fill the memory")
 
@@ -106,16 +106,20 @@ def orientation_of(image: Image.Image) -> int:
     with contextlib.suppress(Exception):         # Pillow: SyntaxError, struct.error, ...
         # the base class's method: that of a PNG decodes the image to find what stands behind its pixels
         exif = Image.Image.getexif(image)
-        if image.format == "PNG" and ORIENTATION not in exif and image.fp:
-            exif = last_exif(image.fp)
+        if image.format == "PNG" and ORIENTATION not in exif:
+            exif = last_exif(image)
         if exif.get(ORIENTATION) in TURNS:
             return exif[ORIENTATION]
     return 1
 
 
-def last_exif(file) -> Image.Exif:
-    """The EXIF at the end of a PNG, behind its pixels; empty if there is none. Leaves the file's position."""
-    position, exif = file.tell(), Image.Exif()
+def last_exif(image: Image.Image) -> Image.Exif:
+    """The EXIF at the end of a PNG, behind its pixels; empty if there is none."""
+    file, exif = image.fp, Image.Exif()
+    if file is None:                             # decoded by now
+        exif.load(image.info.get("exif", b""))
+        return exif
+    position = file.tell()
     file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16))
     tail = file.read()
     file.seek(position)
@@ -260,7 +264,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
         grey = 255 - grey if tags.get(PHOTOMETRIC) == 0 else grey
         image = Image.fromarray(np.where(values == image.info.get("transparency"), np.uint8(255), grey))
     elif image.mode in ALPHA or "transparency" in image.info:
-        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")       # Pillow lacks the direct way
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")    # Pillow lacks La to RGBA
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
