@@ -204,8 +204,8 @@ def check_sizes(annotations: CocoBoxes, at_most: int = 2000, say: Callable[[str]
     wrong, headers = [], {}
     for path, size in ((annotations.path(i), annotations.size(i)) for i in checked):
         try:
-            headers[path] = read_header(path)
-            is_turned(headers[path], path, size)
+            header = headers[os.path.relpath(path, annotations.image_dir)] = read_header(path)
+            is_turned(header, path, size)
         except UndecodableImage as error:
             warn(str(error))
         except DataError as error:

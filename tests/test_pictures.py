@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from formats.coco import STORED, UPRIGHT, CocoBoxes, DataError, UndecodableImage, datasets
 from formats.commands import main
@@ -202,6 +202,18 @@ def test_every_program_turns_an_image_the_same_way(tmp_path, kind, height, width
     for i, orientation in enumerate(order):
         ambiguous = read_header(annotations.path(i)).ambiguous
         assert np.array_equal(read_image(annotations, i), stored[orientation - 1] if ambiguous else upright)
+
+
+@pytest.mark.parametrize("kind", ["png", "late.png", "jpg", "webp", "tif", "lzw.tif", "gif"])
+def test_headers_are_read_without_decoding(tmp_path, monkeypatch, kind):
+    path, turned = tmp_path / f"x.{kind}", 1 if kind == "gif" else 3
+    save_turned(noise_image(0, 20, 30), turned, path)
+
+    def load(image):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    assert read_header(path) == ((20, 30), turned, False, False, False)
 
 
 def test_damaged_exif_is_no_exif(tmp_path):
