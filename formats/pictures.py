@@ -275,19 +275,19 @@ def eight_bits(values: np.ndarray, largest: float | None = None, no_data: str | 
 
     NaN and the value `no_data`, which some files have outside of their image, are black. Raises ValueError for
     negative and infinite values, whose range is not known."""
-    whole, values = values.dtype.kind in "iu", values.astype(np.float32)
-    blank = np.isnan(values)
-    if no_data is not None:
-        blank |= np.isclose(values, float(no_data), rtol=1e-6, atol=0)
+    fractions = values.dtype.kind == "f"
+    with np.errstate(over="ignore"):             # what float32 cannot hold becomes infinite
+        values = values.astype(np.float32)
+        blank = np.isnan(values) if no_data is None else np.isnan(values) | (values == np.float32(no_data))
     values[blank] = 0
     low, high = float(values.min()), float(values.max())
     if low < 0 or not math.isfinite(high):
         raise ValueError(f"its values from {low:g} to {high:g} have no range that is known; convert it to 8 bits")
     stated = 0 if largest is None else float(np.max(largest))
     if stated >= high > 0:
-        white = stated + whole
+        white = stated
     else:
-        white = 1 if high < 2 and not whole else 2 ** max(8, math.frexp(high)[1])
+        white = 1 if fractions and high < 2 else 2 ** max(8, math.frexp(high)[1])
     return np.clip(values * (256 / white), 0, 255).astype(np.uint8)
 
 

@@ -12,8 +12,8 @@ from PIL import Image, ImageFile
 
 from formats.coco import STORED, UPRIGHT, CocoBoxes, DataError, UndecodableImage, datasets
 from formats.commands import main
-from formats.pictures import (as_image, check_sizes, files_in, find_images, left_out, load_image, read_header,
-                              read_image, remarks)
+from formats.pictures import (as_image, check_sizes, files_in, find_images, header_of, left_out, load_image,
+                              read_header, read_image, remarks)
 from helpers import noise_image, write_set
 from predict import Images
 
@@ -36,7 +36,7 @@ NAN = float("nan")
     (np.uint16, [0, 256, 32768, 65535], {}, [0, 1, 128, 255]),
     (np.uint16, [0, 16, 2048, 4095], {}, [0, 1, 128, 255]),                      # 12 bits of a camera
     (np.uint16, [0, 1, 128, 255], {}, [0, 1, 128, 255]),
-    (np.uint16, [0, 1, 2, 3], {}, [0, 1, 2, 3]),
+    (np.uint16, [0, 1, 0, 1], {}, [0, 1, 0, 1]),
     (np.uint16, [0, 0, 0, 0], {}, [0, 0, 0, 0]),
     (np.uint16, [0, 16, 512, 1024], {281: 4095}, [0, 1, 32, 64]),                # the file states the largest value
     (np.uint16, [0, 256, 32768, 65535], {281: 4095}, [0, 1, 128, 255]),          # and is wrong
@@ -51,6 +51,7 @@ NAN = float("nan")
     (np.float32, [0, 2, 5000, 10000], {}, [0, 0, 78, 156]),
     (np.float32, [NAN, 0.25, 0.5, 1], {42113: "nan"}, [0, 64, 128, 255]),
     (np.float32, [-3.4028235e38, 64, 128, 255], {42113: "-3.40282346638529e+38"}, [0, 64, 128, 255]),
+    (np.float32, [-np.inf, 64, 128, 255], {42113: "-1.7976931348623157e+308"}, [0, 64, 128, 255]),
     (np.float32, [NAN, NAN, NAN, NAN], {}, [0, 0, 0, 0])])
 def test_more_than_eight_bits_are_scaled_not_clipped(tmp_path, kind, values, tags, expected):
     for suffix in ("tif", "png") if kind is np.uint16 and not tags else ("tif",):
@@ -214,6 +215,10 @@ def test_headers_are_read_without_decoding(tmp_path, monkeypatch, kind):
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", load)
     assert read_header(path) == ((20, 30), turned, False, False, False)
+    if path.suffix == ".png":
+        with Image.open(path) as image:
+            position = image.fp.tell()
+            assert header_of(image).orientation == 3 and image.fp.tell() == position
 
 
 def test_damaged_exif_is_no_exif(tmp_path):
@@ -299,7 +304,8 @@ def test_arrays_and_tensors_of_every_usual_form():
     for one in (grey, grey[..., None], grey[None], grey.astype(np.uint16) * 257, grey / 255, torch.from_numpy(grey)):
         assert np.array_equal(as_image(one), np.repeat(grey[..., None], 3, 2))
     mask = grey > 128
-    assert np.array_equal(as_image(mask), np.repeat(mask[..., None] * np.uint8(255), 3, 2))
+    for one in (mask, np.stack([mask] * 3), torch.from_numpy(mask)):
+        assert np.array_equal(as_image(one), np.repeat(mask[..., None] * np.uint8(255), 3, 2))
     clear = np.concatenate([rgb, np.zeros((20, 30, 1), np.uint8)], 2)
     for one in (clear, np.moveaxis(clear, 2, 0), clear / 255):
         assert np.array_equal(as_image(one), np.full_like(rgb, 255))
@@ -355,7 +361,7 @@ def test_hidden_folders_and_links(tmp_path):
     """Links to folders are followed once, the folder itself first; not to those above, and not in circles."""
     root, outside = tmp_path / "root", tmp_path / "outside"
     for name in ("root/b/one.png", "root/.hidden/x.png", "root/b/@eaDir/x.png", "root/__MACOSX/x.png", "root/.x.png",
-                 "root/b/.ipynb_checkpoints/x.png", "outside/deep/two.png", "root/top.png"):
+                 "root/b/.ipynb_checkpoints/x.png", "outside/deep/two.png", "root/top.png", "above.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     for link, target in (("a", root / "b"), ("c", outside), ("d", outside), ("b/up", root), ("b/further", tmp_path),
