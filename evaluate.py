@@ -194,7 +194,8 @@ def run(args: argparse.Namespace) -> None:
             output_file(path)
     _, (json_path, image_dir) = datasets(args.data, val_json=args.val_json, val_images=args.val_images)
     model, info = load_model(args.ckpt, args.weights)
-    annotations = CocoBoxes(json_path, image_dir, masks=args.score_quality is not None)
+    annotations = CocoBoxes(json_path, image_dir, masks=args.score_quality is not None, exif=args.exif,
+                            max_pixels=args.max_pixels)
     check_classes(args.ckpt, info, json_path, annotations.classes)
     rescore = rescored(args.rescore, info["method"])
     min_size, max_size = input_size(args, info)

@@ -461,7 +461,9 @@ class Predictor:
         else 0.3).
 
         image: a file's path, a Pillow image (both turned as their EXIF orientation requires), or an array or tensor
-        (height, width, 3), uint8 RGB.
+        (height, width), (height, width, 1, 3 or 4) or (1, 3 or 4, height, width): grey, RGB, or RGB and alpha, composed
+        on white; bool, integers from 0, or floats from 0 to 1 or to 255. Raises ValueError for others, and
+        UndecodableImage for a file.
         """
         image = as_image(image)
         if score_threshold is None:

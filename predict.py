@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 from data import Sample, readable_batches, resized_size, view
 from evaluate import coco_results
-from formats.coco import CocoBoxes, DataError, UndecodableImage, first_five
+from formats.coco import UPRIGHT, CocoBoxes, DataError, UndecodableImage, first_five
 from formats.files import CommandLine, one_line_errors, optional, replacing, warn
-from formats.pictures import check_sizes, find_images, load_image
+from formats.pictures import check_sizes, find_images, left_out, load_image, readable_headers, remarks
 from model import CondInst, default_threshold, load_model, predict_confident
 from refine import FIT_STEPS
-from tools.command_line import (AMP, RESCORE, go_together, input_size, model_options, not_negative, output_file,
-                                pick_amp, positive, positive_float, probability, rescored, write_json)
+from tools.command_line import (AMP, RESCORE, go_together, image_words, input_size, model_options, not_negative,
+                                output_file, pick_amp, positive, positive_float, probability, rescored, write_json)
 from tools.draw import draw_objects
 from tools.export import VOC, YOLO, voc_files, write_voc_objects, write_yolo_labels, yolo_files
 from tools.label import (BoxMasks, label_dataset, label_without_model, model_classes, model_masks, polygons,
@@ -40,16 +40,16 @@ from tools.review import write_review
 
 
 class Images(Dataset):
-    """Item i is image i at the test size, without boxes; its image_id is i + 1."""
+    """Item i is image i at the test size, without boxes; its image_id is i + 1. reading: `exif` and `max_pixels`."""
 
-    def __init__(self, paths: list[str], min_size: int, max_size: int):
-        self.paths, self.min_size, self.max_size = paths, min_size, max_size
+    def __init__(self, paths: list[str], min_size: int, max_size: int, reading: dict):
+        self.paths, self.min_size, self.max_size, self.reading = paths, min_size, max_size, reading
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, i: int) -> Sample:
-        image = load_image(self.paths[i])
+        image = load_image(self.paths[i], **self.reading)
         size = resized_size(image.height, image.width, self.min_size, self.max_size)
         return Sample(view(image, size, flip=False), None, None, None, torch.zeros(0, 4),
                       torch.zeros(0, dtype=torch.int64), (image.height, image.width), i + 1, [])
@@ -82,8 +82,8 @@ class Drawing(NamedTuple):
 class Drawings(Dataset):
     """Item i writes drawing i and is what went wrong, or "". As a data set its work is shared by loading processes."""
 
-    def __init__(self, drawings: list[Drawing], classes: list[dict]):
-        self.drawings, self.classes = drawings, classes
+    def __init__(self, drawings: list[Drawing], classes: list[dict], reading: dict):
+        self.drawings, self.classes, self.reading = drawings, classes, reading
 
     def __len__(self) -> int:
         return len(self.drawings)
@@ -91,7 +91,7 @@ class Drawings(Dataset):
     def __getitem__(self, i: int) -> str:
         path, size, objects, out = self.drawings[i]
         try:
-            image = load_image(path, size)
+            image = load_image(path, size, **self.reading)
         except UndecodableImage:
             return ""  # the user has been warned already
         try:
@@ -103,9 +103,9 @@ class Drawings(Dataset):
         return ""
 
 
-def draw_all(drawings: list[Drawing], classes: list[dict], workers: int) -> None:
-    """Write all drawings that can be written. Raises DataError if some cannot."""
-    loader = DataLoader(Drawings(drawings, classes), batch_size=None, num_workers=workers)
+def draw_all(drawings: list[Drawing], classes: list[dict], workers: int, reading: dict) -> None:
+    """Write all drawings that can be written. Raises DataError if some cannot. reading: options of load_image."""
+    loader = DataLoader(Drawings(drawings, classes, reading), batch_size=None, num_workers=workers)
     problems = [problem for problem in tqdm(loader, desc="draw", unit="image", disable=None) if problem]
     if problems:
         raise DataError(f"{len(problems)} of {len(drawings)} images were not drawn, the first: {problems[0]}")
@@ -195,9 +195,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def predict_images(args: argparse.Namespace, model: CondInst, info: dict, size: tuple[int, int],
                    options: dict) -> None:
-    """predict.py IMAGE_OR_FOLDER...: predictions.json first, then the drawings."""
-    out = Path(args.out)
-    paths, names = map(list, zip(*find_images(args.inputs, out)))
+    """predict.py IMAGE_OR_FOLDER...: predictions.json first, then the drawings, then what was left out."""
+    out, reading = Path(args.out), dict(exif=args.exif or UPRIGHT, max_pixels=args.max_pixels)
+    found, others = find_images(args.inputs, out)
+    paths, names = map(list, zip(*found))
     drawings = [out / name for name in drawing_names(names)]
     check_outputs(drawings, paths)
     output_file(str(out / "predictions.json"))
@@ -205,8 +206,8 @@ def predict_images(args: argparse.Namespace, model: CondInst, info: dict, size: 
     rescore, threshold = rescored(args.rescore, info["method"]), args.score_threshold
     if threshold is None:
         threshold = default_threshold(rescore)
-    results, seen = find_objects(model, Images(paths, *size), classes, score_threshold=threshold, rescore=rescore,
-                                 **options)
+    results, seen = find_objects(model, Images(paths, *size, reading), classes, score_threshold=threshold,
+                                 rescore=rescore, **options)
     if not seen:
         raise DataError(f"none of the {len(paths)} images can be decoded")
     objects = [[] for _ in paths]
@@ -216,8 +217,10 @@ def predict_images(args: argparse.Namespace, model: CondInst, info: dict, size: 
     write_json(str(out / "predictions.json"), results)
     print(f"{out / 'predictions.json'}: {len(results)} objects of score >= {threshold:g} in {seen} images")
     draw_all([Drawing(*one) for one in zip(paths, [None] * len(paths), objects, map(str, drawings))], classes,
-             args.workers)
+             args.workers, reading)
     print(f"{out}: drawings of {seen} images")
+    for line in [*remarks(readable_headers(paths), exif=None, max_pixels=args.max_pixels), *left_out(others)]:
+        warn(line)
 
 
 def color_strength(args: argparse.Namespace) -> float:
@@ -239,11 +242,11 @@ def masks_of_model(args: argparse.Namespace, annotations: CocoBoxes, model: Cond
 
 def label_boxes(args: argparse.Namespace, *model) -> None:
     """predict.py --boxes: masks.json first, then the review page and the drawings. model: what masks_of_model takes."""
-    out, min_score = Path(args.out), args.min_score or 0.0
-    annotations = CocoBoxes(args.boxes, args.images, masks=args.measure)
+    out, min_score, seen = Path(args.out), args.min_score or 0.0, []
+    annotations = CocoBoxes(args.boxes, args.images, masks=args.measure, exif=args.exif, max_pixels=args.max_pixels)
     if not len(annotations.boxes):
         warn(f"{args.boxes} has no usable box: there is nothing to give a mask")
-    check_sizes(annotations, len(annotations))  # all images: a wrong one must not end the work halfway
+    check_sizes(annotations, len(annotations), seen.append)  # all images: a wrong one must not end the work halfway
     paths = [annotations.path(i) for i in range(len(annotations))]
     names = [os.path.relpath(path, args.images) for path in paths]
     drawings = [os.path.join("pictures", name) for name in drawing_names(names)]
@@ -257,7 +260,8 @@ def label_boxes(args: argparse.Namespace, *model) -> None:
         labels = label_without_model(annotations, color_strength(args), args.workers)
         print("no --ckpt: masks from " + ("boxes and colours alone" if args.colors == "on" else "boxes alone")
               + "; a model may give better ones, trained by "
-              + shlex.join(["python", "train.py", "--train-json", args.boxes, "--train-images", args.images]))
+              + shlex.join(["python", "train.py", "--train-json", args.boxes, "--train-images", args.images,
+                            *image_words(args)]))
     content, rows = with_masks(annotations, labels, min_score), annotations.rows.tolist()
     labelled = [content["annotations"][row] for row in rows]
     kept = [annotation["segmentation"] for annotation in labelled]
@@ -283,8 +287,11 @@ def label_boxes(args: argparse.Namespace, *model) -> None:
     objects = [annotation | {"segmentation": rle} for annotation, rle in zip(labelled, labels.rles)]
     draw_all([Drawing(paths[i], annotations.size(i),
                       [one for one in objects[slice(*annotations.offsets[i:i + 2])] if one["segmentation"]],
-                      str(out / drawings[i])) for i in range(len(paths))], annotations.classes, args.workers)
+                      str(out / drawings[i])) for i in range(len(paths))], annotations.classes, args.workers,
+             dict(exif=annotations.exif, max_pixels=args.max_pixels))
     print(f"{out / 'pictures'}: drawings of the images with their masks")
+    for line in seen:
+        warn(line)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -20,6 +20,7 @@ from backbone import BACKBONES
 from data import AUGMENTATIONS
 from formats.coco import NAMES, CocoBoxes
 from formats.files import CommandLine
+from formats.pictures import image_options
 from formats.released import IMAGENET
 from losses import PIXEL_LOSSES
 from teacher import SCORES
@@ -242,6 +243,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="longest side, pixels; None: 1333, or, if chosen, 5/3 of the largest --min-size")
     add("--augment", choices=AUGMENTATIONS, default="none", help="colour augmentation of the student's view (Table 9)")
     add("--workers", type=not_negative, default=4, help="loading processes of each process")
+    image_options(add)
 
     add = parser.add_argument_group("model").add_argument
     add("--method", choices=["boxteacher", "boxinst", "condinst"], default="boxteacher",

@@ -43,7 +43,7 @@ from formats.pictures import check_sizes, undecodable_limit
 from formats.released import read_backbone, summary
 from model import PIXEL_STD, CondInst, build_model, rescores
 from recipe import RECIPES, choose, learning_rate, make_plan, parse_arguments, ramp_factor
-from tools.command_line import output_file, pick_amp
+from tools.command_line import image_words, output_file, pick_amp
 from tools.log import Log, draw_sheet, summary_writer
 from tools.processes import StopSignals, ending_loaders, ignore_signals, start_distributed
 from tools.quality import measure
@@ -371,13 +371,14 @@ def train(run: Run, batches: TrainBatches, validation: CocoBoxes | None, signals
 def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoBoxes, CocoBoxes | None]:
     """Both splits, checked. The second is None if the options, or the folder, have training files alone."""
     train_files, val_files = datasets(args.data, args.train_json, args.train_images, args.val_json, args.val_images)
-    annotations = CocoBoxes(*train_files, masks=args.method == "condinst" or args.measure_labels)
+    annotations = CocoBoxes(*train_files, masks=args.method == "condinst" or args.measure_labels, exif=args.exif,
+                            max_pixels=args.max_pixels)
     validate = bool(args.val_json or not args.train_json)
     if validate and not args.val_json and args.data not in NAMES and not os.path.exists(val_files[0]):
         validate = False
         if rank == 0:
             print(f"no evaluation: there is no {val_files[0]}")
-    validation = CocoBoxes(*val_files) if validate else None
+    validation = CocoBoxes(*val_files, exif=args.exif, max_pixels=args.max_pixels) if validate else None
     for split in (annotations, validation):
         if rank == 0 and split is not None:
             check_sizes(split)
@@ -428,7 +429,7 @@ def next_command(run: Run, annotations: CocoBoxes, validation: CocoBoxes | None)
                                         "--out", str(run.out / "masks")]
     elif run.args.val_json:
         files = ["--val-json", run.args.val_json, "--val-images", run.args.val_images]
-    return shlex.join(["python", program, "--ckpt", str(run.out / "final.pt"), *files])
+    return shlex.join(["python", program, "--ckpt", str(run.out / "final.pt"), *files, *image_words(run.args)])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,6 +6,7 @@ further: the headers of their images (nothing is decoded, so only training finds
 header), their boxes and their classes. Names from a file are printed as Python literals: they may contain control
 characters.
 """
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -13,26 +14,27 @@ from collections.abc import Iterator
 import numpy as np
 from tqdm import tqdm
 
-from formats.coco import (FORMS, KEYS, NAMES, DataError, UndecodableImage, category_problems, clipped,
+from formats.coco import (FORMS, KEYS, MAX_PIXELS, NAMES, DataError, UndecodableImage, category_problems, clipped,
                           content_problems, datasets, image_problems, line_about, load_json, small_problems,
-                          sorted_classes)
+                          sorted_classes, stated_exif)
 from formats.pictures import folder_of_images, is_turned, read_header, remarks, undecodable_limit, usual_folders
 
 FEW = 10         # boxes; a class with fewer is a finding
 OUTSIDE = 0.1    # pixels that a box may reach out of its image, as rounded coordinates do
 
 
-def check(paths: list[str], images: str | None = None) -> bool:
+def check(paths: list[str], images: str | None = None, exif: str | None = None, max_pixels: int = MAX_PIXELS) -> bool:
     """Print the findings of each path, then a summary of each file. Returns whether any finding is an error.
 
     A path is what --data of train.py takes, or an annotation file, whose images are in the folder `images` (None: in
-    a usual place). Raises DataError if `images` is given for a data set."""
+    a usual place). exif, max_pixels: see CocoBoxes. Raises DataError if `images` is given for a data set."""
     failed, summaries = False, []
     for path in paths:
         data_set = path in NAMES or os.path.isdir(path)
         if data_set and images:
             raise DataError(f"--images is for an annotation file; {path} is a data set with its own images")
-        findings, lines = check_data_set(path) if data_set else check_file(path, images)[:2]
+        reading = dict(exif=exif, max_pixels=max_pixels)
+        findings, lines = check_data_set(path, **reading) if data_set else check_file(path, images, **reading)[:2]
         for finding in findings:
             print(finding)
         failed |= any(finding.startswith("error: ") for finding in findings)
@@ -41,20 +43,21 @@ def check(paths: list[str], images: str | None = None) -> bool:
     return failed
 
 
-def check_data_set(data: str) -> tuple[list[str], list[str]]:
-    """Findings and summaries of the train and val files."""
+def check_data_set(data: str, **reading) -> tuple[list[str], list[str]]:
+    """Findings and summaries of the train and val files. reading: `exif` and `max_pixels`."""
     (path, images), (val_path, val_images) = datasets(data)
-    findings, summaries, classes = check_file(path, images)
+    findings, summaries, classes = check_file(path, images, **reading)
     if data not in NAMES and not os.path.exists(val_path):
         return [*findings, f"note: {val_path} is missing: training runs without evaluation"], summaries
-    val_findings, val_summaries, val_classes = check_file(val_path, val_images, evaluated=True)
+    val_findings, val_summaries, val_classes = check_file(val_path, val_images, evaluated=True, **reading)
     findings += val_findings
     if classes and val_classes:
         findings += errors(category_problems(path, classes, val_path, val_classes))
     return findings, summaries + val_summaries
 
 
-def check_file(path: str, image_dir: str | None, evaluated: bool = False) -> tuple[list[str], list[str], list[dict]]:
+def check_file(path: str, image_dir: str | None, evaluated: bool = False, exif: str | None = None,
+               max_pixels: int = MAX_PIXELS) -> tuple[list[str], list[str], list[dict]]:
     """Findings, summary and classes (see CocoBoxes) of a file to train on, or to evaluate on if `evaluated`."""
     try:
         content = load_json(path)
@@ -67,7 +70,7 @@ def check_file(path: str, image_dir: str | None, evaluated: bool = False) -> tup
     classes = sorted_classes(categories)
     if images:
         image_dir = image_dir or folder_of_images(path, images[0]["file_name"])
-        findings += image_findings(path, images, image_dir, evaluated)
+        findings += image_findings(path, images, image_dir, evaluated, exif or stated_exif(content), max_pixels)
     about_boxes, usable = box_findings(path, annotations, sizes)
     findings += about_boxes
     if usable:
@@ -93,14 +96,15 @@ def sound(content, kind: str) -> list[dict]:
 
 # ---------------------------------------------------------------------------------------------- images
 
-def image_findings(path: str, images: list[dict], image_dir: str | None, evaluated: bool) -> list[str]:
-    """Images that are missing, unreadable, of another size than stated, or listed twice."""
+def image_findings(path: str, images: list[dict], image_dir: str | None, evaluated: bool, exif: str,
+                   max_pixels: int) -> list[str]:
+    """Images that are missing, unreadable, too large, of another size than stated, or listed twice, and `remarks`."""
     if image_dir is None:
         tried = ", ".join(usual_folders(path))
         return [f"error: {path}: its first image {images[0]['file_name']!r} is in none of {tried}: "
                 "name its folder with --images"]
     findings = errors(image_problems(path, images, image_dir))
-    sound_images, unreadable, wrong_size, headers = 0, [], {}, {}
+    sound_images, unreadable, too_large, wrong_size, headers = 0, [], [], {}, {}
     for i, row in enumerate(tqdm(images, "reading headers", unit="image", disable=None)):
         file = os.path.join(image_dir, row["file_name"])
         if not os.path.exists(file):
@@ -108,7 +112,8 @@ def image_findings(path: str, images: list[dict], image_dir: str | None, evaluat
         try:
             headers[row["file_name"]] = header = read_header(file)
             is_turned(header, file, (row["height"], row["width"]))
-            sound_images += 1
+            sound_images += header.pixels <= max_pixels
+            too_large += [i] * (header.pixels > max_pixels)
         except UndecodableImage:
             unreadable.append(i)
         except DataError:
@@ -117,13 +122,17 @@ def image_findings(path: str, images: list[dict], image_dir: str | None, evaluat
     if wrong_size:
         why = f"have another size than it states, the first: {next(iter(wrong_size.values()))}"
         findings += errors(line_about(path, "images", images, list(wrong_size), why))
-    if unreadable:
-        too_many = not sound_images and not wrong_size or len(unreadable) > undecodable_limit(len(images))
-        effect = "evaluation would end" if evaluated else "too many to train" if too_many else "skipped in training"
-        why = f"cannot be decoded ({effect}), the first: {images[unreadable[0]]['file_name']!r}"
-        findings += [f"{'error' if too_many or evaluated else 'warning'}: {text}"
-                     for text in line_about(path, "images", images, unreadable, why)]
-    findings += [f"warning: {path}: {line}" for line in remarks(headers)]
+    undecodable = len(unreadable) + len(too_large)
+    too_many = not sound_images and not wrong_size or undecodable > undecodable_limit(len(images))
+    effect = "evaluation would end" if evaluated else "too many to train" if too_many else "skipped in training"
+    for indices, why in ((unreadable, "cannot be decoded"), (too_large, f"have more than {max_pixels} pixels, raise "
+                                                             "--max-pixels")):
+        if indices:
+            why = f"{why} ({effect}), the first: {images[indices[0]]['file_name']!r}"
+            findings += [f"{'error' if too_many or evaluated else 'warning'}: {text}"
+                         for text in line_about(path, "images", images, indices, why)]
+    findings += [f"{level}: {path}: {line}" for level in ("warning", "note")
+                 for line in remarks(headers, exif, math.inf, (level,))]
     copies = repeated([row["file_name"] for row in images])
     if copies:
         why = f"have the file of an earlier one, the first: {images[copies[0]]['file_name']!r}"

@@ -3,9 +3,10 @@ import argparse
 import sys
 
 from formats.check import check
-from formats.coco import STORED, UPRIGHT
 from formats.cityscapes import write_cityscapes
+from formats.coco import UPRIGHT
 from formats.files import CommandLine, one_line_errors
+from formats.pictures import image_options
 from formats.shapes import write_shapes
 from formats.voc import write_voc
 from formats.yolo import write_yolo
@@ -30,8 +31,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if command != "cityscapes":
             convert.add_argument("--skip", action="store_true", help="leave out images that cannot be converted, "
                                  "instead of refusing")
-            convert.add_argument("--exif", choices=(UPRIGHT, STORED), default=UPRIGHT, help="where the size does not "
-                                 "tell: boxes are those of the upright image, or of the pixels as stored")
+            image_options(convert.add_argument)
         if command == "voc":
             convert.add_argument("--pixels-from", type=int, choices=(0, 1), help="what edges of boxes count from: 1, "
                                  "pixels, as VOC does; 0, the lines between them, as labelImg and CVAT do; None: read "
@@ -41,6 +41,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     check.add_argument("paths", nargs="+", metavar="DIR_OR_JSON", help="a data set as --data of train.py takes it, or "
                        "a COCO annotation file")
     check.add_argument("--images", metavar="DIR", help="image folder of an annotation file, if it is not beside it")
+    image_options(check.add_argument)
     return parser.parse_args(argv)
 
 
@@ -52,8 +53,8 @@ def main(argv: list[str] | None = None) -> None:
         elif options.command == "cityscapes":
             write_cityscapes(options.root)
         elif options.command == "voc":
-            write_voc(options.root, options.pixels_from, options.exif, options.skip)
+            write_voc(options.root, options.pixels_from, options.exif or UPRIGHT, options.skip, options.max_pixels)
         elif options.command == "yolo":
-            write_yolo(options.root, options.exif, options.skip)
-        elif check(options.paths, options.images):
+            write_yolo(options.root, options.exif or UPRIGHT, options.skip, options.max_pixels)
+        elif check(options.paths, options.images, options.exif, options.max_pixels):
             sys.exit(1)

@@ -31,6 +31,13 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(1)
 
 
+def positive(text: str) -> int:
+    """An argument type: an integer of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return int(text)
+
+
 class CommandLine(argparse.ArgumentParser):
     """A parser whose errors are one line, too."""
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import train
@@ -12,10 +13,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from formats.coco import CocoBoxes, DataError, UndecodableImage, datasets
-from data import TestImages, TrainBatches
+from data import Readable, TestImages, TrainBatches
 from formats.commands import main
 from formats.pictures import check_sizes
-from helpers import annotation, write_set
+from helpers import annotation, noise_image, write_set
 
 HELP = "cocodataset.org", "python data.py shapes datasets/shapes"
 
@@ -222,6 +223,36 @@ def test_an_undecodable_image_is_skipped_in_training_and_stops_evaluation(tmp_pa
             loading(annotations, False, workers)
         is_one_line(error, path, "cannot be decoded")
         assert str(error.value).startswith(path)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_over_the_limit_is_skipped_in_training_and_stops_evaluation(tmp_path, capsys, workers):
+    json_path, images = write_set(tmp_path, sizes=[(10, 10), (10, 11), (10, 10)])
+    annotations = CocoBoxes(json_path, images, max_pixels=100)
+    check_sizes(annotations)
+    assert "warning: " in (text := capsys.readouterr().err) and text.count("\n") == 1
+    assert "1 of 3 images have more than 100 pixels and are not read: raise --max-pixels" in text
+    first, _ = loading(annotations, True, workers)
+    assert sorted(first.image_ids) == [10, 12, 12] and "raise --max-pixels" in first.skipped[0]
+    with pytest.raises(UndecodableImage) as error:
+        loading(annotations, False, workers)
+    is_one_line(error, "1.png cannot be decoded: its 11 x 10 pixels are more than 100; raise --max-pixels")
+    with pytest.raises(DataError) as error:
+        loading(CocoBoxes(json_path, images, max_pixels=99), True, workers)
+    is_one_line(error, "3 images in a row", "raise --max-pixels")
+
+
+def test_processes_that_are_started_anew_have_the_options_too(tmp_path):
+    """Nothing is global: with spawn a loading process imports everything again."""
+    json_path, images = write_set(tmp_path, sizes=[(10, 10), (10, 11)])
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    noise_image(0, 10, 10).save(os.path.join(images, "0.png"), exif=exif)
+    annotations = CocoBoxes(json_path, images, exif="stored", max_pixels=100)
+    (batch, _), (none, (broken,)) = DataLoader(Readable(TestImages(annotations, 10, 64, whole=True)), num_workers=1,
+                                               multiprocessing_context="spawn", collate_fn=Readable.collate)
+    assert none is None and "raise --max-pixels" in broken
+    assert np.array_equal(batch.teacher_images[0, :, :10, :10].permute(1, 2, 0), noise_image(0, 10, 10))
 
 
 def test_training_ends_when_no_image_can_be_decoded(tmp_path):

@@ -177,6 +177,60 @@ def test_too_many_unreadable_headers_to_train_are_an_error(tmp_path, check):
         train.check_skipped([Skipping], set(), 15)
 
 
+def rotated(path: str, orientation: int = 3) -> None:
+    """Let the file say that it is shown turned by 180 degrees, or another way."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    with Image.open(path) as image:
+        image.save(path, exif=exif)
+
+
+def test_images_whose_size_does_not_tell_whether_they_are_upright(tmp_path, check):
+    json_path, images = sound(tmp_path, sizes=[*SIZES, (20, 20)])
+    for name, orientation in (("1.png", 3), ("3.png", 2), ("4.png", 6)):
+        rotated(os.path.join(images, name), orientation)
+    start = f"warning: {json_path}: 3 of 5 images are turned or mirrored by EXIF"
+    for options, taken in (((), "upright"), (("--exif", "upright"), "upright"), (("--exif", "stored"), "stored")):
+        status, findings, _ = check(json_path, "--images", images, *options)
+        only(findings, start, f"taken {taken}; --exif", "('1.png', '3.png', '4.png')")
+        assert status == 0
+    change(json_path, lambda content: content.update(info={"exif": "stored"}))
+    only(check(json_path, "--images", images)[1], start, "taken stored; --exif upright")
+    only(check(json_path, "--images", images, "--exif", "upright")[1], start, "taken upright; --exif stored")
+
+
+def test_pages_alpha_and_depth(tmp_path, check):
+    json_path, images = sound(tmp_path)
+    image = noise_image(0, 20, 30)
+    image.save(os.path.join(images, "0.png"), save_all=True, append_images=[noise_image(1, 20, 30)])
+    image.convert("RGBA").save(os.path.join(images, "1.png"))
+    image.convert("I;16").save(os.path.join(images, "2.png"))
+    status, findings, _ = check(json_path, "--images", images)
+    starts = [f"{level}: {json_path}: 1 of 4 images have" for level in ("warning", "note", "note")]
+    assert [finding[:len(start)] for finding, start in zip(findings, starts, strict=True)] == starts and status == 0
+    for finding, what in zip(findings, ("only the first is read ('0.png')", "becomes white ('1.png')", "('2.png')")):
+        assert finding.endswith(what)
+
+
+def test_images_over_the_limit_count_as_undecodable(tmp_path, check):
+    json_path, images = sound(tmp_path, sizes=[(20, 30)] * 12 + [(20, 20)] * 3)
+    assert check(json_path, "--images", images, "--max-pixels", 600)[:2] == (0, [])
+    os.truncate(os.path.join(images, "14.png"), 20)
+    change(json_path, lambda content: content["images"].pop(0))
+    change(json_path, lambda content: content["images"].pop(0))
+    change(json_path, lambda content: content["images"].pop(0))
+    change(json_path, lambda content: content.update(annotations=content["annotations"][30:]))
+    status, (unreadable, too_large), _ = check(json_path, "--images", images, "--max-pixels", 599)
+    assert status == 0 and unreadable.startswith("warning: ") and "1 of 12 images cannot be decoded" in unreadable
+    assert too_large == (f"warning: {json_path}: 9 of 12 images have more than 599 pixels, raise --max-pixels (skipped "
+                         "in training), the first: '3.png' (id 13, id 14, id 15, id 16, id 17, ...)")
+    os.truncate(os.path.join(images, "13.png"), 20)                # 11 are too many
+    status, findings, _ = check(json_path, "--images", images, "--max-pixels", 599)
+    assert status == 1 and all(finding.startswith("error: ") and "too many to train" in finding for finding in findings)
+    status, findings, _ = check(json_path, "--images", images, "--max-pixels", 100)
+    assert status == 1 and "too many to train" in findings[1]
+
+
 def test_two_entries_of_one_file(tmp_path, check):
     json_path, images = sound(tmp_path)
     change(json_path, lambda content: content["images"][2].update(file_name="0.png"))

@@ -4,8 +4,14 @@ import argparse
 import pytest
 import torch
 
-from tools.command_line import (go_together, not_negative, not_negative_float, pick_amp, pick_device, positive,
-                                positive_float, print_table, probability, rescored)
+import evaluate
+import predict
+import train
+from formats.coco import DataError
+from helpers import one_line_error, only_training
+from tools import compare, selftraining
+from tools.command_line import (go_together, image_words, not_negative, not_negative_float, pick_amp, pick_device,
+                                positive, positive_float, print_table, probability, rescored)
 from tools.processes import start_distributed
 
 
@@ -51,6 +57,40 @@ def test_options_that_go_together(capsys):
     with pytest.raises(SystemExit) as end:
         go_together(parser, parser.parse_args(["--val-images", "b"]), "--val-json", "--val-images")
     assert end.value.code == 2 and "--val-json and --val-images go together" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program, files", [
+    (train, "--data {set} --out {out}"), (evaluate, "--ckpt {ckpt} --data {set} --device cpu"),
+    (predict, "--boxes {train} --images {set}/train2017 --out {out}"),
+    (selftraining, "--ckpt {ckpt} --data {set} --out {out}/labels.json --device cpu"),
+    (compare, "{train} --truth {train} --images {set}/train2017")])
+def test_every_program_reads_images_as_told(program, files, drawn, checkpoint, tmp_path, monkeypatch, capsys):
+    """The files to evaluate on, too."""
+    count, seen, read = 2 if program is train else 1, [], program.CocoBoxes
+
+    def spy(*paths, **options):
+        seen.append({name: options.get(name) for name in ("exif", "max_pixels")})
+        if len(seen) == count:
+            raise DataError("stop")
+        return read(*paths, **options)
+
+    monkeypatch.setattr(program, "CocoBoxes", spy)
+    words = files.format(set=drawn, out=tmp_path / "out", ckpt=checkpoint,
+                         train=drawn / "annotations/instances_train2017.json").split()
+    with pytest.raises(SystemExit):
+        program.main([*words, "--exif", "stored", "--max-pixels", "77"])
+    assert one_line_error(capsys) == "error: stop\n" and seen == [{"exif": "stored", "max_pixels": 77}] * count
+    for wrong in (["--exif", "turned"], ["--max-pixels", "0"]):
+        with pytest.raises(SystemExit) as end:
+            program.main([*words, *wrong])
+        assert end.value.code == 2
+    capsys.readouterr()
+
+
+def test_options_of_images_in_the_command_to_run_next(drawn):
+    given = ["--exif", "stored", "--max-pixels", "4096"]
+    for words in ([], given, given[:2], given[2:]):
+        assert image_words(train.parse_arguments([*map(str, only_training(drawn)), *words])) == words
 
 
 def test_rescoring_follows_the_method_unless_it_is_chosen():

@@ -76,6 +76,15 @@ def test_a_file_that_cannot_be_compared_is_named(change, message, drawn, runs, c
     assert end.value.code == 1 and str(runs[1]) in error and message in error
 
 
+def test_masks_of_stored_images_are_not_compared_with_upright_ones(drawn, runs, capsys):
+    content = json.loads(runs[1].read_text())
+    runs[1].write_text(json.dumps(content | {"info": {"exif": "stored"}}))
+    with pytest.raises(SystemExit):
+        compare.main(arguments(drawn, *runs))
+    assert f"{runs[1]} has masks of stored images" in (line := one_line_error(capsys)) and "add --exif stored" in line
+    compare.main(arguments(drawn, runs[1], "--exif", "stored"))
+
+
 def test_there_must_be_boxes(drawn, tmp_path, capsys):
     empty = tmp_path / "empty.json"
     empty.write_text(json.dumps(json.loads((drawn / "annotations/instances_train2017.json").read_text())

@@ -18,7 +18,7 @@ import evaluate
 import predict
 import train
 from formats.coco import CocoBoxes
-from helpers import SMALL, losses_of, one_line_error
+from helpers import SMALL, losses_of, noise_image, one_line_error
 from model import Instances, default_threshold, load
 from predict import drawing_names, free_name
 from tools.draw import COLOURS, colour_of, draw_objects, window
@@ -128,6 +128,78 @@ def test_an_image_is_turned_as_its_exif_states(sure, tmp_path):
     answers = [model.predict(image, 0.01) for image in (tmp_path / "turned.png", Image.open(tmp_path / "turned.png"))]
     assert len(answers[0].boxes) == len(one) and same_instances(*answers)
     assert one == two and one and one[0]["segmentation"]["size"] == [80, 40]
+
+
+def test_what_is_read_otherwise_or_left_out_is_said_at_the_end(drawn, sure, tmp_path, capsys):
+    folder, exif = tmp_path / "in", Image.Exif()
+    folder.mkdir()
+    exif[0x0112] = 3
+    photo = Image.open(sorted((drawn / "val2017").iterdir())[0]).convert("RGB")
+    photo.save(folder / "turned.png", exif=exif)
+    photo.convert("RGBA").save(folder / "clear.png")
+    photo.convert("L").convert("I").save(folder / "deep.tif")
+    photo.save(folder / "pages.gif", save_all=True, append_images=[photo.rotate(90)])
+    photo.resize((65, 64)).save(folder / "large.png")
+    (folder / "notes.txt").write_text("")
+    (folder / "phone.heic").write_text("")
+    predict.main(["--ckpt", str(sure), str(folder), "--out", str(tmp_path / "out"), "--workers", "0", "--max-pixels",
+                  "4096"])
+    large, *lines = capsys.readouterr().err.splitlines()
+    assert "large.png cannot be decoded" in large and "raise --max-pixels; left out" in large
+    assert not (tmp_path / "out/large.jpg").exists() and (tmp_path / "out/turned.jpg").exists()
+    for line, words in zip(lines, ("1 of 5 images have several pages", "1 of 5 images have more than 4096 pixels",
+                                   "1 of 5 images have an alpha", "1 of 5 images have more than 8 bits",
+                                   "1 file of a format that Pillow cannot read, left out: convert to JPEG or PNG",
+                                   "1 file left out: no images"), strict=True):
+        assert line.startswith(f"warning: {words}"), line
+
+
+def test_exif_stored_is_for_images_without_boxes_too(drawn, sure, tmp_path):
+    """Predictions and drawings are those of the pixels as they are stored."""
+    photo, exif = noise_image(0, 40, 64), Image.Exif()
+    exif[0x0112] = 3
+    photo.save(tmp_path / "turned.png", exif=exif)
+    photo.save(tmp_path / "plain.png")
+    found = {}
+    for name, options in (("turned", ["--exif", "stored"]), ("plain", [])):
+        predict.main(["--ckpt", str(sure), str(tmp_path / f"{name}.png"), "--out", str(tmp_path / name), "--workers",
+                      "0", "--score-threshold", "0.01", *options])
+        results = json.loads((tmp_path / name / "predictions.json").read_text())
+        found[name] = [{k: v for k, v in row.items() if k != "file_name"} for row in results]
+    assert found["turned"] == found["plain"] != []
+    drawings = [np.asarray(Image.open(tmp_path / name / f"{name}.jpg")) for name in found]
+    assert np.array_equal(*drawings)
+
+
+@pytest.mark.parametrize("with_model", [False, True])
+def test_masks_state_whether_they_are_of_stored_images(drawn, sure, boxes, tmp_path, capsys, with_model):
+    """So that a program that reads masks.json takes the same pixels."""
+    path, content = boxes
+    images, exif = tmp_path / "images", Image.Exif()
+    shutil.copytree(drawn / "train2017", images)
+    exif[0x0112] = 3
+    name = images / content["images"][3]["file_name"]
+    with Image.open(name) as image:
+        plain = image.convert("RGB")
+    out, masks, pictures = tmp_path / "m", {}, {}
+    for key, source, *options in (("plain", None), ("upright", path), ("stored", path, "--exif", "stored"),
+                                  ("again", out / "again.json"), ("back", out / "again.json", "--exif", "upright")):
+        plain.save(name, "PNG", **{"exif": exif} if source else {})
+        predict.main([*["--ckpt", str(sure)] * with_model, "--boxes", str(source or path), "--images", str(images),
+                      "--out", str(out), "--workers", "0", *options])
+        new = json.loads((out / "masks.json").read_text())
+        if key == "stored":
+            (out / "again.json").write_text(json.dumps(new))
+        masks[key] = [row["segmentation"] for row in new["annotations"]]
+        pictures[key] = (out / "pictures" / name.with_suffix(".jpg").name).read_bytes()
+        info = {"by": "me"} | {"stored": {"exif": "stored"}, "again": {"exif": "stored"},
+                               "back": {"exif": "upright"}}.get(key, {})
+        assert new["info"] == info and {k: v for k, v in new.items() if k not in ("annotations", "info")} == {
+            k: v for k, v in content.items() if k not in ("annotations", "info")}
+        last = capsys.readouterr().err.splitlines()
+        assert len(last) == bool(source) and all("1 of 12 images are turned or mirrored" in line for line in last)
+    assert masks["stored"] == masks["again"] == masks["plain"] != masks["upright"] == masks["back"]
+    assert pictures["stored"] == pictures["again"] == pictures["plain"] != pictures["upright"] == pictures["back"]
 
 
 # -------------------------------------------------------------------------------------------------- drawing

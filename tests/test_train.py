@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import train
 from formats.checkpoint import CheckpointError, load
@@ -369,6 +370,29 @@ def test_an_undecodable_image_is_named_and_skipped(drawn, tmp_path, capsys):
     assert len(warnings) == 1 and str(broken) in warnings[0]
     assert "another image takes its place" in warnings[0]
     assert len(losses_of(tmp_path / "out")) == 6
+
+
+def test_a_run_reads_images_as_its_options_say_and_goes_on_so(drawn, tmp_path, capsys):
+    """An image over the limit is skipped; the options are kept, shown when they change, and in the next command."""
+    data = copy_set(drawn, tmp_path / "set", lambda content: content["images"][4].update(width=65))
+    large, exif = data / "train2017/000000000005.jpg", Image.Exif()
+    exif[0x0112] = 3
+    Image.new("RGB", (65, 64)).save(large, exif=exif)
+    run = [*only_training(data), "--out", tmp_path / "out", *SMALL, "--method", "boxinst"]
+    options = ["--exif", "stored", "--max-pixels", 4096]
+    assert command(*run, *options, "--iters", 3) == 0
+    captured = capsys.readouterr()
+    turned, limit, skipped = captured.err.splitlines()
+    assert "1 of 12 images are turned or mirrored by EXIF" in turned and "taken stored" in turned
+    assert "1 of 12 images have more than 4096 pixels" in limit and "raise --max-pixels" in limit
+    assert str(large) in skipped and "another image takes its place" in skipped
+    assert captured.out.splitlines()[-1].endswith("--exif stored --max-pixels 4096")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["exif"], config["max_pixels"]) == ("stored", 4096)
+    assert command(*run, *options, "--iters", 4) == 0
+    assert "changed since: iters 3 -> 4\n" in capsys.readouterr().out
+    assert command(*run, "--max-pixels", 5000, "--iters", 5) == 0
+    assert "exif stored -> None, max_pixels 4096 -> 5000" in capsys.readouterr().out
 
 
 def test_too_many_undecodable_images_end_the_run(drawn, tmp_path, capsys):

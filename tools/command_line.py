@@ -7,17 +7,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from formats.files import UserError, replacing
+from formats.coco import MAX_PIXELS
+from formats.files import UserError, positive, replacing
+from formats.pictures import image_options
 from model import rescores, test_size
 
 # ------------------------------------------------------------------------------------------------ argument types
-
-
-def positive(text: str) -> int:
-    """An integer of at least 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return int(text)
 
 
 def not_negative(text: str) -> int:
@@ -69,7 +64,7 @@ RESCORE = dict(choices=["auto", "on", "off"], default="auto",
 
 
 def model_options(add: Callable) -> None:
-    """Options of the programs that run a checkpoint; see `input_size` for two of them."""
+    """Options of the programs that run a checkpoint on images; see `input_size` for two of them."""
     add("--weights", choices=["teacher", "student"], help="None: the teacher's if there are any")
     add("--min-size", type=positive, metavar="PIXELS",
         help="shorter side of the input; None: the checkpoint's test size, or 800")
@@ -77,6 +72,13 @@ def model_options(add: Callable) -> None:
         help="longest side of the input; None: the checkpoint's test size, or 1333")
     add("--device", **DEVICE)
     add("--workers", type=not_negative, default=2, help="loading processes of one process")
+    image_options(add)
+
+
+def image_words(args: argparse.Namespace) -> list[str]:
+    """The options of `image_options` that differ from their defaults, for a command to run next."""
+    words = ["--exif", args.exif] if args.exif else []
+    return words + (["--max-pixels", str(args.max_pixels)] if args.max_pixels != MAX_PIXELS else [])
 
 
 def input_size(args: argparse.Namespace, info: dict) -> tuple[int, int]:

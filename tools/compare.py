@@ -13,7 +13,7 @@ import numpy as np
 
 from formats.coco import CocoBoxes, DataError, compressed_rle, ground_truth, read_coco
 from formats.files import CommandLine, one_line_errors
-from formats.pictures import check_sizes
+from formats.pictures import check_sizes, image_options
 from tools.command_line import output_file, positive
 from tools.draw import sheet, sheet_rows
 from tools.label import agreement
@@ -25,6 +25,9 @@ def read_masks(path: str, truth: CocoBoxes) -> list[dict]:
     boxes, content = CocoBoxes(path, truth.image_dir), read_coco(path)
     same = all(np.array_equal(getattr(boxes, name), getattr(truth, name))
                for name in ("image_ids", "sizes", "offsets", "boxes", "labels", "classes"))
+    if boxes.exif != truth.exif:
+        raise DataError(f"{path} has masks of {boxes.exif} images, but {truth.json_path} is read with {truth.exif} "
+                        f"ones: add --exif {boxes.exif}")
     if not same:
         raise DataError(f"{path} has other boxes than {truth.json_path}: compare masks that were made for its boxes")
     annotations = [{"score": 1.0} | content["annotations"][row] for row in boxes.rows.tolist()]
@@ -42,6 +45,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--images", required=True, metavar="DIR", help="the images of all files")
     add("--out", metavar="FILE", help="draw boxes, the masks of each file and true masks there (PNG or JPEG)")
     add("--count", type=positive, default=4, help="images on the sheet, evenly spaced over the data set")
+    image_options(add)
     return parser.parse_args(argv)
 
 
@@ -51,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.out and os.path.realpath(args.out) in map(os.path.realpath, [*args.masks, args.truth]):
             raise DataError(f"{args.out} is an input and would be overwritten: name another file with --out")
         output_file(args.out)
-        truth = CocoBoxes(args.truth, args.images, masks=True)
+        truth = CocoBoxes(args.truth, args.images, masks=True, exif=args.exif, max_pixels=args.max_pixels)
         if not len(truth.boxes):
             raise DataError(f"{args.truth} has no boxes: nothing to compare with")
         check_sizes(truth, len(truth))

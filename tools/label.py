@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from assign import SCORE_THRESHOLD
 from data import Batch, TestImages, pixels, readable_batches
-from formats.coco import CocoBoxes, UndecodableImage
+from formats.coco import CocoBoxes, UndecodableImage, stated_exif
 from formats.files import optional, warn
 from formats.pictures import read_image
 from masks import cells, paste_masks
@@ -165,10 +165,14 @@ def with_masks(annotations: CocoBoxes, labels: BoxMasks, min_score: float = 0.0)
     """The annotation file with `segmentation`, `area`, `score` and `source` of the boxes replaced, the rest unchanged.
 
     A box without a mask, or whose mask scores below min_score, has the segmentation [] and its old area: training with
-    masks then learns its box alone. Crowds are left as they are.
+    masks then learns its box alone. Crowds are left as they are. If the images were read otherwise than the file states
+    (--exif), its info says so from now on.
     """
     with open(annotations.json_path, encoding="utf-8-sig") as file:
         content = json.load(file)
+    if annotations.exif != stated_exif(content):
+        info = content.get("info")
+        content["info"] = (info if isinstance(info, dict) else {}) | {"exif": annotations.exif}
     for annotation in content["annotations"]:
         if not annotation.get("iscrowd"):
             annotation |= {"segmentation": [], "score": 0.0, "source": None}
