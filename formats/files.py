@@ -43,6 +43,12 @@ def warn(message: str) -> None:
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, in the plural where it is one: 1 class, 2 classes, 0 boxes."""
+    ending = "" if number == 1 else "es" if noun.endswith(("s", "x")) else "s"
+    return f"{number} {noun}{ending}"
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[str]:
     """Yields a temporary path beside `path`, and renames it to `path` after the block, so that a file that exists is

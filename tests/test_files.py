@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from formats.files import UserError, one_line_errors, optional, replacing, warn
+from formats.files import UserError, counted, one_line_errors, optional, replacing, warn
 
 
 @pytest.mark.parametrize("error, line", [(UserError("a.json: no images"), "error: a.json: no images\n"),
@@ -66,3 +66,9 @@ def test_warnings_come_from_the_first_process_alone(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     warn("there")
     assert capsys.readouterr().err == "warning: here\n"
+
+
+def test_counted_nouns():
+    assert [counted(n, "class") for n in (0, 1, 2)] == ["0 classes", "1 class", "2 classes"]
+    assert [counted(1, "box"), counted(2, "box"), counted(1, "image"), counted(3, "image")] == [
+        "1 box", "2 boxes", "1 image", "3 images"]
