@@ -7,7 +7,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from formats.coco import CocoBoxes
-from helpers import one_line_error
+from helpers import copy_set, one_line_error
 from tools import compare
 from tools.draw import GAP, HEADER, PANEL
 
@@ -74,6 +74,18 @@ def test_a_file_that_cannot_be_compared_is_named(change, message, drawn, runs, c
         compare.main(arguments(drawn, *runs))
     error = one_line_error(capsys)
     assert end.value.code == 1 and str(runs[1]) in error and message in error
+
+
+def test_true_masks_that_are_drawn_are_checked(drawn, runs, tmp_path, capsys):
+    """A box of no area is not compared, but drawn."""
+    def flaw(content):
+        content["annotations"][0] |= {"bbox": [1, 1, 0, 0], "segmentation": [[1, 1, 5, 5]]}
+
+    data = copy_set(drawn, tmp_path / "set", flaw)
+    with pytest.raises(SystemExit):
+        compare.main(arguments(data, runs[0]))
+    warned, error = capsys.readouterr().err.splitlines()
+    assert "dropped" in warned and "no usable segmentation: no polygon" in error
 
 
 def test_there_must_be_boxes(drawn, tmp_path, capsys):
