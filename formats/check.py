@@ -18,6 +18,7 @@ from tqdm import tqdm
 from formats.coco import (FORMS, KEYS, NAMES, OPTIONAL, SHOWN, DataError, category_problems, clipped, content_problems,
                           datasets, first_five, image_problems, line_about, load_json, mask_flaws, mask_problems,
                           mask_warnings, no_usable_box, other_files, small_problems, sorted_classes)
+from formats.conventions import extent, other_convention
 from formats.files import counted
 from formats.folders import MADE_BY
 from formats.pictures import as_stated, folder_of_images, undecodable_limit, usual_folders
@@ -223,13 +224,23 @@ def class_findings(path: str, usable: list[dict], images: list[dict], classes: l
 
 
 def mask_findings(path: str, annotations: list[dict], sizes: dict[int, tuple[int, int]], evaluated: bool) -> list[str]:
-    """Masks that cannot be used."""
+    """Masks that cannot be used, and boxes that masks, areas and edges show to follow another convention."""
     of_rows = [sizes[row["image_id"]] for row in annotations]
     flaws = mask_flaws(annotations, of_rows, range(len(annotations)))
     level, effect = ("error", "") if evaluated else ("warning", "; training from boxes does not read it, evaluation and "
                                                                "--method condinst would refuse it")
     findings = [f"{level}: {problem}{effect}" for problem in mask_problems(path, annotations, flaws)]
     findings += [f"warning: {text}" for text in mask_warnings(path, annotations, flaws)]
+    flawed = {i for bad in flaws.values() for i in bad}
+    boxes = [i for i, row in enumerate(annotations) if not row.get("iscrowd") and i not in flawed]
+    rows = [annotations[i] for i in boxes]
+    guess = rows and other_convention(
+        np.array([row["bbox"] for row in rows], np.float64), np.array([of_rows[i] for i in boxes]),
+        np.array([row.get("area") for row in rows], np.float64),
+        np.array([extent(row.get("segmentation"), of_rows[i]) for i, row in zip(boxes, rows)]))
+    if guess:
+        findings += [f"warning: {text}" for text in line_about(
+            path, "boxes", rows, guess[1], f"look like {guess[0]}, not like COCO's xywh in pixels")]
     return findings
 
 

@@ -492,6 +492,23 @@ def test_crowds_alone(folder, check):
 
 # ------------------------------------------------------------------------------------- conventions, names, keys
 
+def test_boxes_of_another_convention(tmp_path, check):
+    json_path, images = sound(tmp_path)
+
+    def corners(content):
+        for row in content["annotations"]:
+            x, y, w, h = row["bbox"]
+            row.update(bbox=[x, y, x + w, y + h], segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]])
+
+    change(json_path, corners)
+    _, findings, _ = check(json_path, "--images", images)
+    guessed = [finding for finding in findings if "look like" in finding]
+    only(guessed, f"warning: {json_path}: ", "of 40 boxes look like xyxy (two corners) in pixels, not like COCO's xywh",
+         "(id 104, ")
+    change(json_path, lambda content: [row.update(iscrowd=1) for row in content["annotations"]])
+    assert not any("look like" in finding for finding in check(json_path, "--images", images)[1])
+
+
 @pytest.mark.parametrize("name", ["coco-mini", "food", "nuclei", "teacher"])
 def test_boxes_of_real_sets_are_not_suspected(name, check):
     status, findings, _ = check(real_images(name))
