@@ -133,7 +133,7 @@ def is_inside(name) -> bool:
 
 
 def is_flag(value) -> bool:
-    return value is None or type(value) in (bool, int, float) and value in (0, 1)
+    return value in (None, 0, 1)                                  # True == 1, 0.0 == 0
 
 
 def is_area(value) -> bool:

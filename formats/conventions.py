@@ -30,7 +30,7 @@ def other_convention(bbox: np.ndarray, sizes: np.ndarray, areas: np.ndarray,
     fractions, a share of them by the image's edges while all fit the other."""
     limits = sizes[:, ::-1].astype(float)
     stated = bbox[:, 2:].prod(1)
-    areas = np.where((areas > 0) & (np.abs(areas - stated) > 1e-3 * areas), areas, np.nan)  # others tell nothing
+    areas = np.where(np.abs(areas - stated) > 1e-3 * areas, areas, np.nan)     # others tell nothing
     ours = np.stack(READINGS["xywh"](*bbox.T), 1)
     with np.errstate(invalid="ignore"):
         off = differs(ours, extents, 0.25) | (areas > 1.2 * (bbox[:, 2:] + 2).prod(1))

@@ -534,7 +534,8 @@ def test_keys_that_are_not_followed(tmp_path, check):
     json_path, images = sound(tmp_path)
     values = [{"rotation": 0.0, "ignore": 0}, {"rotation": 12.5}, {"attributes": {"rotation": 300.0}}, {"ignore": 1},
               {"attributes": {"rotation": 0, "occluded": True}}, {"attributes": "rotation"}, {"rotation": None},
-              {"attributes": {"difficult": True}}, {"rotation": 5, "attributes": {"rotation": 5}}, {"angle": [1]}]
+              {"attributes": {"difficult": True}}, {"rotation": 5, "attributes": {"rotation": 5}}, {"angle": [1]},
+              {"attributes": {"ignore": "false", "difficult": "False"}}]
     change(json_path, lambda content: [row.update(more) for row, more in zip(content["annotations"], values)])
     status, findings, _ = check(json_path, "--images", images)
     assert status == 0 and [finding.split(": ", 2)[2] for finding in findings] == [
@@ -560,6 +561,9 @@ def test_other_annotation_files_are_named(folder, check, capsys):
     assert unused.startswith(f"note: 1 other JSON file not used ({other})") and "--val-json" in unused
     train.open_data(arguments, 0)
     assert f"; not used: {other} (--val-json, --val-images)\n" in capsys.readouterr().out
+    (folder.parent / "beside.json").write_text("{}")
+    hint = check(folder / "none.json")[1][0]
+    assert other in hint and "beside.json" not in hint
     (annotations / "instances_train2017.json").rename(folder / "all.json")
     (folder / "valid").mkdir()
     (folder / "valid/_annotations.coco.json").write_text("{}")
@@ -578,6 +582,7 @@ def test_images_that_no_file_lists(folder, check):
          f"({folder}/train2017/MORE.JPG, {folder}/train2017/more.png)")
     assert status == 0
     json_path = files(folder)[0]
+    change(json_path, lambda content: content["images"][1].update(file_name="./1.png"))
     only(check(json_path, "--images", f"{folder}/train2017/")[1], "note: 2 images")
 
 

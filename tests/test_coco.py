@@ -164,6 +164,8 @@ def test_evaluation_alone_needs_no_masks(tmp_path):
     assert CocoBoxes(*files, evaluated=True).rles is None
     with pytest.raises(DataError, match=r"it is missing, and masks are needed \(id 1, id 2\)"):
         CocoBoxes(*files, masks=True, evaluated=True)
+    rows = [annotation(1, 10, [1, 1, 8, 8], segmentation=[POLYGON]), annotation(2, 10, [1, 1, 8, 8], iscrowd=1)]
+    assert len(CocoBoxes(*write_set(tmp_path, annotations=rows), masks=True, evaluated=True).boxes) == 1
 
 
 def test_short_polygons_are_left_out_with_one_warning(tmp_path, capsys):

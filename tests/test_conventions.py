@@ -74,6 +74,7 @@ def test_sound_boxes_raise_no_suspicion(size, seed):
     boxes = xywh_boxes(12, size, seed)
     height, width = size
     for some in (boxes, boxes.round(), np.tile([0, 0, width, height], (12, 1)), boxes * (0, 0, 1, 1),
+                 np.tile([1, 1, width, height], (12, 1)),
                  np.concatenate([(boxes[:, :2] - 1), boxes[:, 2:] + 2], 1), boxes[:1], boxes[:0].reshape(0, 4)):
         for known in evidence(some.astype(float)).values():
             assert guess(some, **known, size=size) is None, known
@@ -86,6 +87,26 @@ def test_a_few_bad_boxes_among_sound_ones_are_none_of_its_business():
     assert guess(some, **evidence(boxes)["masks"]) is None
     boxes[:30, 2] += 160                                             # three quarters reach far out
     assert guess(boxes) is None
+
+
+def test_how_much_the_edges_must_show():
+    """Corners read as xywh: the first box stays in its image, the second does not."""
+    inside, out = [10, 10, 40, 40], [100, 50, 150, 110]
+    assert guess([inside] * 38 + [out] * 7) is None and guess([inside] * 28 + [out] * 7).startswith("xyxy")
+    assert guess([out] * 2) is None and guess([out] * 3).startswith("xyxy")
+    assert guess([inside] * 10 + [[40, 40, 10, 10]] + [out] * 10) is None            # which corners cannot be
+    assert guess([[30, 30, 60, 60]] * 12, size=(50, 50)) is None                       # might be percent, or nonsense
+
+
+def test_areas_against_edges_and_alone():
+    boxes = [[10, 10, 158, 118]] * 12
+    assert guess(boxes).startswith("xyxy")
+    assert guess(boxes, areas=[0.9 * 158 * 118] * 12) is None                          # too large for these corners
+    large = xywh_boxes(size=(480, 640))
+    assert guess(written(large, "xywh", "percent", (480, 640)), areas=0.7 * large[:, 2:].prod(1),
+                 size=(480, 640)).endswith("percent of the image")
+    assert guess([[10, 10, 40, 40]] * 12, areas=[900] * 12).startswith("xyxy")
+    assert guess([[80, 60, 20, 20]] * 12, areas=[404] * 12) is None                    # rounded: nothing but xywh
 
 
 def test_only_what_shows_it_is_named():
