@@ -220,7 +220,7 @@ class TrainBatches(torch.utils.data.Dataset):
         if augment not in AUGMENTATIONS:
             raise ValueError(f"augment is one of {', '.join(AUGMENTATIONS)}, not {augment!r}")
         if not len(annotations.boxes):
-            raise DataError(f"{annotations.json_path} has no usable box to train on")
+            raise DataError(annotations.no_box)
         self.annotations, self.batch_size, self.seed = annotations, batch_size, seed
         self.min_sizes, self.max_size, self.teacher_size = list(min_sizes), max_size, teacher_size
         self.augment, self.stride = AUGMENTATIONS[augment], stride

@@ -194,7 +194,7 @@ def run(args: argparse.Namespace) -> None:
             output_file(path)
     _, (json_path, image_dir) = datasets(args.data, val_json=args.val_json, val_images=args.val_images)
     model, info = load_model(args.ckpt, args.weights)
-    annotations = CocoBoxes(json_path, image_dir, masks=args.score_quality is not None, exif=args.exif,
+    annotations = CocoBoxes(json_path, image_dir, masks=args.score_quality is not None, evaluated=True, exif=args.exif,
                             max_pixels=args.max_pixels)
     check_classes(args.ckpt, info, json_path, annotations.classes)
     rescore = rescored(args.rescore, info["method"])
@@ -230,7 +230,7 @@ def write_outputs(args: argparse.Namespace, annotations: CocoBoxes, results: lis
     """
     write_json(args.results, results)
     if not len(annotations.boxes):
-        print(f"{annotations.json_path} has no objects to compare with: no AP")
+        print(f"{annotations.no_box}; no AP")
     metrics = coco_metrics(annotations.json_path, results)
     print_tables(metrics)
     if args.score_quality:

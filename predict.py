@@ -245,7 +245,7 @@ def label_boxes(args: argparse.Namespace, *model) -> None:
     out, min_score, seen = Path(args.out), args.min_score or 0.0, []
     annotations = CocoBoxes(args.boxes, args.images, masks=args.measure, exif=args.exif, max_pixels=args.max_pixels)
     if not len(annotations.boxes):
-        warn(f"{args.boxes} has no usable box: there is nothing to give a mask")
+        warn(f"{annotations.no_box}; there is nothing to give a mask")
     check_sizes(annotations, len(annotations), seen.append)  # all images: a wrong one must not end the work halfway
     paths = [annotations.path(i) for i in range(len(annotations))]
     names = [os.path.relpath(path, args.images) for path in paths]

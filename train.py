@@ -37,8 +37,8 @@ from data import COMPILED_STRIDE, STRIDE, Batch, TrainBatches
 from evaluate import coco_metrics, evaluate, print_tables
 from formats import checkpoint
 from formats.checkpoint import CheckpointError
-from formats.coco import NAMES, CocoBoxes, category_problems, datasets, raise_first
-from formats.files import UserError, one_line_errors, warn
+from formats.coco import NAMES, CocoBoxes, category_problems, datasets, first_five, other_files, raise_first
+from formats.files import UserError, counted, one_line_errors, warn
 from formats.pictures import check_sizes, undecodable_limit
 from formats.released import read_backbone, summary
 from model import PIXEL_STD, CondInst, build_model, rescores
@@ -377,8 +377,10 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoBoxes, CocoBoxes
     if validate and not args.val_json and args.data not in NAMES and not os.path.exists(val_files[0]):
         validate = False
         if rank == 0:
-            print(f"no evaluation: there is no {val_files[0]}")
-    validation = CocoBoxes(*val_files, exif=args.exif, max_pixels=args.max_pixels) if validate else None
+            others = other_files(train_files[0], val_files[0])
+            print(f"no evaluation: there is no {val_files[0]}" + (
+                f"; not used: {first_five(others)} (--val-json, --val-images)" if others else ""))
+    validation = CocoBoxes(*val_files, evaluated=True, exif=args.exif, max_pixels=args.max_pixels) if validate else None
     for split in (annotations, validation):
         if rank == 0 and split is not None:
             check_sizes(split)
@@ -412,8 +414,9 @@ def describe(run: Run, annotations: CocoBoxes) -> None:
     plan, gpu = run.plan, torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
     print(f"python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
           f"{run.world_size} x {gpu}, autocast {run.amp_dtype or 'off'}")
-    print(f"{run.args.method}, {run.args.backbone}: {len(annotations)} images, {len(annotations.boxes)} boxes, "
-          f"{len(run.classes)} classes -> {run.out}", *run.choices, sep="\n")
+    print(f"{run.args.method}, {run.args.backbone}: {counted(len(annotations), 'image')}, "
+          f"{counted(len(annotations.boxes), 'box')}, {counted(len(run.classes), 'class')} -> {run.out}", *run.choices,
+          sep="\n")
     print(f"{plan.iterations} iterations of {run.args.batch_size} images, learning rate {plan.lr:g} after "
           f"{plan.warmup} of warm-up, {'cosine' if plan.cosine else f'a tenth at {plan.drops}'}; "
           f"ramp of pairwise and pseudo-mask losses {plan.ramp}")

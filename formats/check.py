@@ -6,6 +6,7 @@ further: the headers of their images (nothing is decoded, so only training finds
 header), their boxes and their classes. Names from a file are printed as Python literals: they may contain control
 characters.
 """
+import contextlib
 import math
 import os
 from collections import Counter
@@ -14,13 +15,19 @@ from collections.abc import Iterator
 import numpy as np
 from tqdm import tqdm
 
-from formats.coco import (FORMS, KEYS, MAX_PIXELS, NAMES, DataError, UndecodableImage, category_problems, clipped,
-                          content_problems, datasets, image_problems, line_about, load_json, small_problems,
-                          sorted_classes, stated_exif)
-from formats.pictures import folder_of_images, is_turned, read_header, remarks, undecodable_limit, usual_folders
+from formats.coco import (FORMS, KEYS, MADE_BY, MAX_PIXELS, NAMES, OPTIONAL, SHOWN, DataError, UndecodableImage,
+                          category_problems, clipped, content_problems, datasets, first_five, image_problems,
+                          line_about, load_json, mask_flaws, mask_problems, mask_warnings, no_usable_box, other_files,
+                          small_problems, sorted_classes, stated_exif)
+from formats.conventions import extent, other_convention
+from formats.files import counted
+from formats.pictures import folder_of_images, is_image, is_turned, read_header, remarks, undecodable_limit, usual_folders
 
 FEW = 10         # boxes; a class with fewer is a finding
 OUTSIDE = 0.1    # pixels that a box may reach out of its image, as rounded coordinates do
+# keys with a meaning elsewhere, of annotations or of their "attributes", and what happens to these
+UNUSED = {"rotation": "the box stays upright", "angle": "the box stays upright",
+          "ignore": "the box counts as others do", "difficult": "the box counts as others do"}
 
 
 def check(paths: list[str], images: str | None = None, exif: str | None = None, max_pixels: int = MAX_PIXELS) -> bool:
@@ -34,7 +41,11 @@ def check(paths: list[str], images: str | None = None, exif: str | None = None, 
         if data_set and images:
             raise DataError(f"--images is for an annotation file; {path} is a data set with its own images")
         reading = dict(exif=exif, max_pixels=max_pixels)
-        findings, lines = check_data_set(path, **reading) if data_set else check_file(path, images, **reading)[:2]
+        if data_set:
+            findings, lines = check_data_set(path, **reading)
+        else:
+            findings, lines, _, listed = check_file(path, images, **reading)
+            findings += unlisted_images(listed)
         for finding in findings:
             print(finding)
         failed |= any(finding.startswith("error: ") for finding in findings)
@@ -46,40 +57,49 @@ def check(paths: list[str], images: str | None = None, exif: str | None = None, 
 def check_data_set(data: str, **reading) -> tuple[list[str], list[str]]:
     """Findings and summaries of the train and val files. reading: `exif` and `max_pixels`."""
     (path, images), (val_path, val_images) = datasets(data)
-    findings, summaries, classes = check_file(path, images, **reading)
+    findings, summaries, classes, listed = check_file(path, images, **reading)
     if data not in NAMES and not os.path.exists(val_path):
-        return [*findings, f"note: {val_path} is missing: training runs without evaluation"], summaries
-    val_findings, val_summaries, val_classes = check_file(val_path, val_images, evaluated=True, **reading)
-    findings += val_findings
-    if classes and val_classes:
-        findings += errors(category_problems(path, classes, val_path, val_classes))
-    return findings, summaries + val_summaries
+        findings.append(f"note: {val_path} is missing: training runs without evaluation")
+    else:
+        val_findings, val_summaries, val_classes, val_listed = check_file(val_path, val_images, True, **reading)
+        findings, summaries, listed = findings + val_findings, summaries + val_summaries, listed | val_listed
+        if classes and val_classes:
+            findings += errors(category_problems(path, classes, val_path, val_classes))
+    others = other_files(path, val_path)
+    if others:
+        findings.append(f"note: {counted(len(others), 'other JSON file')} not used ({first_five(others)}): train.py "
+                        "takes them with --train-json and --train-images, --val-json and --val-images")
+    return findings + unlisted_images(listed), summaries
 
 
 def check_file(path: str, image_dir: str | None, evaluated: bool = False, exif: str | None = None,
-               max_pixels: int = MAX_PIXELS) -> tuple[list[str], list[str], list[dict]]:
-    """Findings, summary and classes (see CocoBoxes) of a file to train on, or to evaluate on if `evaluated`."""
+               max_pixels: int = MAX_PIXELS) -> tuple[list[str], list[str], list[dict], set[str]]:
+    """Findings, summary, classes (see CocoBoxes) and paths of the images of a file to train on, or to evaluate on if
+    `evaluated`."""
     try:
         content = load_json(path)
     except DataError as error:
-        return [f"error: {error}"], [f"{path}: not readable"], []
+        return [f"error: {error}"], [f"{path}: not readable"], [], set()
     findings = errors(content_problems(path, content))
     images, categories, annotations = (sound(content, kind) for kind in ("images", "categories", "annotations"))
     sizes, labels = {row["id"]: (row["height"], row["width"]) for row in images}, {row["id"] for row in categories}
     annotations = [row for row in annotations if row["image_id"] in sizes and row["category_id"] in labels]
     classes = sorted_classes(categories)
+    if is_converted(content):
+        show_names(images, classes, annotations)
     if images:
         image_dir = image_dir or folder_of_images(path, images[0]["file_name"])
         findings += image_findings(path, images, image_dir, evaluated, exif or stated_exif(content), max_pixels)
     about_boxes, usable = box_findings(path, annotations, sizes)
-    findings += about_boxes
+    findings += about_boxes + mask_findings(path, annotations, sizes, evaluated)
+    findings += unused_keys(path, annotations) + name_findings(path, classes)
     if usable:
         findings += class_findings(path, usable, images, classes)
-    elif evaluated:
-        findings.append(f"warning: {path} has no box to evaluate on")
     else:
-        findings.append(f"error: {path} has no usable box to train on")
-    return findings, [f"{path}: {len(images)} images, {len(usable)} boxes, {len(classes)} classes"], classes
+        findings.append(f"{'warning' if evaluated else 'error'}: {no_usable_box(path, annotations)}")
+    summary = f"{counted(len(images), 'image')}, {counted(len(usable), 'box')}, {counted(len(classes), 'class')}"
+    listed = {os.path.normpath(os.path.join(image_dir, row["file_name"])) for row in images if image_dir}
+    return findings, [f"{path}: {summary}"], classes, listed
 
 
 def errors(problems: Iterator[str]) -> list[str]:
@@ -87,11 +107,29 @@ def errors(problems: Iterator[str]) -> list[str]:
 
 
 def sound(content, kind: str) -> list[dict]:
-    """The entries of one list of a COCO file that have all its KEYS in their FORMS."""
+    """The entries of one list of a COCO file that have all its KEYS in their FORMS, without an OPTIONAL one that is
+    not."""
     rows = content.get(kind) if isinstance(content, dict) else None
-    forms = [(key, FORMS[key][0]) for key in KEYS[kind]]
-    return [row for row in rows if type(row) is dict and all(key in row and right(row[key]) for key, right in forms)
+    forms, optional = ([(key, FORMS[key][0]) for key in keys.get(kind, ())] for keys in (KEYS, OPTIONAL))
+    return [row | {key: None for key, right in optional if not right(row.get(key))} for row in rows
+            if type(row) is dict and all(key in row and right(row[key]) for key, right in forms)
             ] if isinstance(rows, list) else []
+
+
+def is_converted(content) -> bool:
+    """Whether data.py made this file from another format."""
+    info = content.get("info") if isinstance(content, dict) else None
+    return isinstance(info, dict) and str(info.get("description")).startswith(MADE_BY)
+
+
+def show_names(images: list[dict], classes: list[dict], annotations: list[dict]) -> None:
+    """Let messages name files, classes and boxes: in a converted file nobody but the conversion knows the ids."""
+    files, names = {row["id"]: row["file_name"] for row in images}, {row["id"]: row["name"] for row in classes}
+    for row in images:
+        row[SHOWN] = repr(row["file_name"])
+    for row in annotations:
+        bbox = ", ".join(map("{:g}".format, row["bbox"]))
+        row[SHOWN] = f"{files[row['image_id']]!r}: {names[row['category_id']]!r:.40} [{bbox}]"
 
 
 # ---------------------------------------------------------------------------------------------- images
@@ -140,6 +178,18 @@ def image_findings(path: str, images: list[dict], image_dir: str | None, evaluat
     return findings
 
 
+def unlisted_images(listed: set[str]) -> list[str]:
+    """A note of images that are in a folder of those listed, but not among them. Only these folders are looked into."""
+    found = []
+    for folder in sorted({os.path.dirname(path) for path in listed}):
+        with contextlib.suppress(OSError):          # a missing folder has its own finding
+            paths = [os.path.join(folder, name) for name in os.listdir(folder or os.curdir) if name[0] != "."]
+            found += [path for path in paths if path not in listed and is_image(path)]
+    verb = "is" if len(found) == 1 else "are"
+    return [f"note: {counted(len(found), 'image')} beside those of the annotations {verb} in no file "
+            f"({first_five(sorted(found))})"] if found else []
+
+
 def repeated(values: list) -> list[int]:
     """The indices of values that equal an earlier one."""
     first = {}
@@ -179,3 +229,46 @@ def class_findings(path: str, usable: list[dict], images: list[dict], classes: l
     filled = {row["image_id"] for row in usable}
     empty = [i for i, row in enumerate(images) if row["id"] not in filled]
     return findings + [f"note: {text}" for text in line_about(path, "images", images, empty, "have no boxes")]
+
+
+def mask_findings(path: str, annotations: list[dict], sizes: dict[int, tuple[int, int]], evaluated: bool) -> list[str]:
+    """Masks that cannot be used, and boxes that masks, areas and edges show to follow another convention."""
+    of_rows = [sizes[row["image_id"]] for row in annotations]
+    flaws = mask_flaws(annotations, of_rows, range(len(annotations)))
+    level, effect = ("error", "") if evaluated else (
+        "warning", "; training from boxes does not read it, evaluation and --method condinst would refuse it")
+    findings = [f"{level}: {problem}{effect}" for problem in mask_problems(path, annotations, flaws)]
+    findings += [f"warning: {text}" for text in mask_warnings(path, annotations, flaws)]
+    flawed = {i for bad in flaws.values() for i in bad}
+    boxes = [i for i, row in enumerate(annotations) if not row.get("iscrowd") and i not in flawed]
+    rows = [annotations[i] for i in boxes]
+    guess = rows and other_convention(
+        np.array([row["bbox"] for row in rows], np.float64), np.array([of_rows[i] for i in boxes]),
+        np.array([row.get("area") for row in rows], np.float64),
+        np.array([extent(row.get("segmentation"), of_rows[i]) for i, row in zip(boxes, rows)]))
+    if guess:
+        findings += [f"warning: {text}" for text in line_about(
+            path, "boxes", rows, guess[1], f"look like {guess[0]}, not like COCO's xywh in pixels")]
+    return findings
+
+
+def unused_keys(path: str, annotations: list[dict]) -> list[str]:
+    """Keys that say what the programs do not follow."""
+    findings = []
+    for key, effect in UNUSED.items():
+        rows = {i for i, row in enumerate(annotations) for holder in (row, row.get("attributes"))
+                if type(holder) is dict and holder.get(key) not in (None, False, 0, "", "0", "false", "False")}
+        findings += [f"warning: {text}" for text in line_about(path, "annotations", annotations, sorted(rows),
+                                                               f"have {key!r}, which is not followed: {effect}")]
+    return findings
+
+
+def name_findings(path: str, classes: list[dict]) -> list[str]:
+    """Classes whose names are equal, or differ only in case or in blanks around them."""
+    alike = {}
+    for row in classes:
+        alike.setdefault(row["name"].strip().casefold(), []).append(row)
+    return [f"warning: {path}: {len(rows)} classes have "
+            + ("one name" if len({row["name"] for row in rows}) == 1 else "names that differ only in case or blanks")
+            + " (" + first_five([f"{row['name']!r:.40} id {row['id']}" for row in rows]) + ")"
+            for rows in alike.values() if len(rows) > 1]

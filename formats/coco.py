@@ -2,20 +2,22 @@
 
 The functions named `..._problems` yield everything that is wrong with a file, one line each, with the file, the ids and
 what to do: check.py prints them all, reading raises the first as a DataError. Boxes are xyxy in pixels, sizes (height,
-width). `segmentation` is read only with `masks=True`, never for learning from boxes.
+width). `segmentation` is read only with `masks` or `evaluated`, never for learning from boxes.
 """
 import contextlib
 import gc
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from formats.files import UserError, replacing, warn
+from formats.segmentation import SHORT, compressed, flaw, polygons
 
 # the 80 classes of COCO; their ids go up to 90, with gaps
 COCO_NAMES = (
@@ -40,6 +42,7 @@ CONVERT = ("labels in the layout of Pascal VOC or YOLO become COCO files by: pyt
 GET_DATA = ("put train2017/, val2017/ and annotations/ of cocodataset.org into datasets/coco, "
             "or draw the small set: python data.py shapes datasets/shapes; "
             "or convert Cityscapes: python data.py cityscapes datasets/cityscapes")
+SHOWN = ("shown",)      # a key that no JSON file has: what messages call an entry in place of its id
 
 
 def advice(path: str) -> str:
@@ -72,6 +75,15 @@ def datasets(data: str, train_json=None, train_images=None, val_json=None, val_i
              val_images or image_folder(data, root, "val")))
 
 
+def other_files(*used: str) -> list[str]:
+    """The JSON files beside the annotation files `used` but those: in the folder of their data set or one below."""
+    roots = {os.path.dirname(path) for path in used}
+    roots = {os.path.dirname(root) if os.path.basename(root) == "annotations" else root for root in roots}
+    found = {path for root in roots for pattern in ("*.json", "*/*.json") for path in Path(root).glob(pattern)
+             if not path.relative_to(root).parts[0].startswith((".", "@", "__"))}
+    return sorted(str(path) for path in found - {Path(path) for path in used})
+
+
 def image_folder(data: str, root: str, split: str) -> str:
     """The folder that the file names of a split are relative to: the folder itself if a conversion wrote the file."""
     if data not in NAMES and is_ours(os.path.join(root, "annotations", f"instances_{split}2017.json")):
@@ -95,13 +107,18 @@ def first_five(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def line_about(path: str, kind: str, rows: list, bad: list[int], why: str) -> Iterator[str]:
-    """One line about the rows at the indices `bad`, with the ids of the first five; none if all are good."""
+def first_rows(rows: list, some: list[int]) -> str:
+    """How messages name the first five of the entries at the indices `some`: as check.py wants them SHOWN, or by id."""
     def name(i):
-        has_id = isinstance(rows[i], dict) and "id" in rows[i]
-        return f"id {rows[i]['id']!r:.40}" if has_id else f"entry {i}"
+        row = rows[i] if isinstance(rows[i], dict) else {}
+        return row.get(SHOWN) or (f"id {row['id']!r:.40}" if "id" in row else f"entry {i}")
+    return first_five([name(i) for i in some[:6]])
+
+
+def line_about(path: str, kind: str, rows: list, bad: list[int], why: str) -> Iterator[str]:
+    """One line about the rows at the indices `bad`, with the names of the first five; none if all are good."""
     if bad:
-        yield f"{path}: {len(bad)} of {len(rows)} {kind} {why} ({first_five([name(i) for i in bad[:6]])})"
+        yield f"{path}: {len(bad)} of {len(rows)} {kind} {why} ({first_rows(rows, bad)})"
 
 
 def raise_first(problems: Iterable[str]) -> None:
@@ -133,18 +150,28 @@ def is_inside(name) -> bool:
             and not re.search(r"[\ud800-\udc7f\udd00-\udfff]", name))
 
 
+def is_flag(value) -> bool:
+    return value in (None, 0, 1)                                  # True == 1, 0.0 == 0
+
+
+def is_area(value) -> bool:
+    return value is None or type(value) in (int, float) and 0 <= value < 1e30
+
+
 FORMS = {"id": (is_integer, "an integer"), "image_id": (is_integer, "an integer"),
          "category_id": (is_integer, "an integer"), "name": (is_name, "a text"),
          "width": (is_side, "a positive integer"), "height": (is_side, "a positive integer"),
          "file_name": (is_inside, "a relative path without '..'"),
-         "bbox": (is_box, "a list of 4 finite numbers")}
+         "bbox": (is_box, "a list of 4 finite numbers"),
+         "iscrowd": (is_flag, "0 or 1"), "area": (is_area, "a finite number of at least 0")}
 KEYS = {"images": ("id", "file_name", "width", "height"), "categories": ("id", "name"),
         "annotations": ("id", "image_id", "category_id", "bbox")}
+OPTIONAL = {"annotations": ("iscrowd", "area")}     # null or missing: no crowd, the area of the box
 
 
 def read_coco(path: str) -> dict[str, list[dict]]:
-    """The content of a COCO file, checked: KEYS in their FORMS, unique ids, and no annotation of an unknown image or
-    category. Raises DataError."""
+    """The content of a COCO file, checked: KEYS and OPTIONAL in their FORMS, unique ids, and no annotation of an
+    unknown image or category. Raises DataError."""
     content = load_json(path)
     raise_first(content_problems(path, content))
     return content
@@ -158,7 +185,10 @@ def load_json(path: str):
         with open(path, encoding="utf-8-sig") as file:  # some editors put a byte order mark first
             content = json.load(file)
     except FileNotFoundError:
-        raise DataError(f"annotation file {path} is missing; {advice(path)}") from None
+        found = other_files(path)
+        hint = (f"{first_five(found)} can be named with --train-json and --train-images, or --val-json and "
+                "--val-images; ") if found else ""
+        raise DataError(f"annotation file {path} is missing; {hint}{advice(path)}") from None
     except OSError as error:
         raise DataError(f"annotation file {path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -193,9 +223,10 @@ def row_problems(path: str, kind: str, rows: list) -> Iterator[str]:
     objects = [i for i, row in enumerate(rows) if type(row) is dict]
     others = [i for i, row in enumerate(rows) if type(row) is not dict]
     yield from line_about(path, kind, rows, others, "are not objects")
-    for key in KEYS[kind]:
+    for key in (*KEYS[kind], *OPTIONAL.get(kind, ())):
         right, form = FORMS[key]
-        yield from line_about(path, kind, rows, [i for i in objects if key not in rows[i]], f"have no '{key}'")
+        if key in KEYS[kind]:
+            yield from line_about(path, kind, rows, [i for i in objects if key not in rows[i]], f"have no '{key}'")
         invalid = [i for i in objects if key in rows[i] and not right(rows[i][key])]
         yield from line_about(path, kind, rows, invalid, f"have an invalid '{key}': not {form}")
     ids = integers(rows, "id")
@@ -217,16 +248,15 @@ def image_problems(path: str, images: list[dict], image_dir: str) -> Iterator[st
     except OSError as error:
         yield f"image folder {image_dir} cannot be read: {error.strerror}"
         return
-    missing = [row for row in images if row["file_name"] not in listed
+    missing = [i for i, row in enumerate(images) if row["file_name"] not in listed
                and not os.path.exists(os.path.join(image_dir, row["file_name"]))]
     if missing:
-        ids = first_five([f"id {row['id']}" for row in missing[:6]])
-        name = missing[0]["file_name"]
+        name = images[missing[0]]["file_name"]
         elsewhere = sorted(entry.name for entry in os.scandir(image_dir)
                            if entry.is_dir() and os.path.exists(os.path.join(entry.path, name)))
         hint = f"; name {os.path.join(image_dir, elsewhere[0])} instead" if elsewhere else ""
         yield (f"{len(missing)} of {len(images)} images of {path} are missing in {image_dir}, "
-               f"the first: {name!r} ({ids}){hint}")
+               f"the first: {name!r} ({first_rows(images, missing)}){hint}")
 
 
 def stated_exif(content: dict) -> str:
@@ -245,24 +275,32 @@ def sorted_classes(categories: list[dict]) -> list[dict]:
     return [{"id": row["id"], "name": row["name"]} for row in sorted(categories, key=lambda row: row["id"])]
 
 
-def compressed_rle(path: str, annotation: dict, size: tuple[int, int]) -> bytes:
-    """Counts of the compressed RLE of an annotation's `segmentation`: polygons, an RLE, compressed or not, or an empty
-    list, which is an empty mask. `size` is the image's. Raises DataError."""
-    segmentation = annotation.get("segmentation")
-    try:
-        if segmentation == []:
-            segmentation = {"size": size, "counts": [size[0] * size[1]]}
-        if not segmentation:
-            raise ValueError("it is missing, and masks are needed")
-        if isinstance(segmentation, list):
-            return coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))["counts"]
-        counts, plain = segmentation["counts"], isinstance(segmentation["counts"], list)
-        if tuple(segmentation["size"]) != size or plain and sum(counts) != size[0] * size[1]:
-            raise ValueError("the RLE has another size than the image")
-        return coco_mask.frPyObjects(segmentation, *size)["counts"] if plain else counts.encode()
-    except Exception as error:            # pycocotools raises anything, down to plain Exception
-        why = str(error).split("\n")[0]
-        raise DataError(f"{path}: annotation id {annotation['id']}: no usable segmentation: {why}") from None
+def mask_flaws(annotations: list[dict], sizes: list, rows: Iterable[int], needed: Container[int] = ()) -> dict:
+    """{what is wrong with a `segmentation`, see `flaw`: the indices of the annotations}, of those in `rows`.
+
+    sizes: of the image of each annotation. A missing one is wrong where it is `needed`, an empty list never."""
+    flaws = {}
+    for i in rows:
+        segmentation = annotations[i].get("segmentation")
+        if segmentation is None:
+            why = "it is missing, and masks are needed" if i in needed else None
+        else:
+            why = None if segmentation == [] else flaw(segmentation, sizes[i])
+        if why:
+            flaws.setdefault(why, []).append(i)
+    return flaws
+
+
+def mask_problems(path: str, annotations: list[dict], flaws: dict[str, list[int]]) -> Iterator[str]:
+    """What keeps the masks from being used, given the `mask_flaws`."""
+    for why, bad in flaws.items():
+        if why != SHORT:
+            yield from line_about(path, "annotations", annotations, bad, f"have no usable segmentation: {why}")
+
+
+def mask_warnings(path: str, annotations: list[dict], flaws: dict[str, list[int]]) -> Iterator[str]:
+    """What is left out of masks that are used."""
+    yield from line_about(path, "annotations", annotations, flaws.get(SHORT, []), SHORT)
 
 
 def positions(values: list[int], ids: np.ndarray) -> np.ndarray:
@@ -287,11 +325,15 @@ def clipped(annotations: list[dict], sizes: np.ndarray) -> tuple[np.ndarray, np.
     return np.concatenate([low, high], 1), crowd, small
 
 
+def no_usable_box(path: str, annotations: list[dict]) -> str:
+    """What to say of a file of whose annotations no box is left."""
+    crowds = annotations and all(row.get("iscrowd") for row in annotations)
+    return f"{path} has no usable box" + (f": all {len(annotations)} are crowds" if crowds else "")
+
+
 def small_problems(path: str, annotations: list[dict], small: np.ndarray) -> Iterator[str]:
-    if small.any():
-        ids = first_five([str(annotations[i]["id"]) for i in np.flatnonzero(small)[:6]])
-        yield (f"{path}: {small.sum()} of {len(annotations)} boxes dropped, "
-               f"less than 1 pixel wide or high within the image (annotation id {ids})")
+    yield from line_about(path, "boxes", annotations, np.flatnonzero(small).tolist(),
+                          "dropped, less than 1 pixel wide or high within the image")
 
 
 @contextlib.contextmanager
@@ -315,6 +357,7 @@ class CocoBoxes:
     boxes offsets[i] to offsets[i+1]; rows (m,): the index of a box in the file's list of annotations.
 
     Leaves out crowds and, with a warning, boxes under 1 pixel. With `masks`, `mask` and `rle` give the mask of a box.
+    evaluated: the masks that the file has will be compared or drawn. no_box: what to say if no box is left, else "".
     exif, UPRIGHT or STORED (None: as the file states in its info, else UPRIGHT), and max_pixels are for pictures.py.
     Raises DataError.
 
@@ -322,8 +365,8 @@ class CocoBoxes:
     """
 
     @no_garbage_collection()
-    def __init__(self, json_path: str, image_dir: str, masks: bool = False, exif: str | None = None,
-                 max_pixels: int = MAX_PIXELS):
+    def __init__(self, json_path: str, image_dir: str, masks: bool = False, evaluated: bool = False,
+                 exif: str | None = None, max_pixels: int = MAX_PIXELS):
         self.json_path, self.image_dir, self.max_pixels = str(json_path), str(image_dir), max_pixels
         content = read_coco(self.json_path)
         images, annotations = content["images"], content["annotations"]
@@ -343,11 +386,18 @@ class CocoBoxes:
         kept = kept[np.argsort(image[kept], kind="stable")]
         self.boxes, self.labels, self.rows = boxes[kept].astype(np.float32), label[kept], kept
         self.offsets = np.searchsorted(image[kept], np.arange(len(images) + 1))
+        self.no_box = "" if len(kept) else no_usable_box(self.json_path, annotations)
+        sizes = self.sizes[image].tolist()
+        flaws = mask_flaws(annotations, sizes, range(len(annotations)) if evaluated else kept if masks else (),
+                           set(kept.tolist()) if masks else ())
+        raise_first(mask_problems(self.json_path, annotations, flaws))
+        for warning in mask_warnings(self.json_path, annotations, flaws):
+            warn(warning)
         self.rles = None
         if masks:
             self._check_masks([annotations[i] for i in kept])
             self.rles, self.rle_offsets = packed(
-                [compressed_rle(self.json_path, annotations[i], self.size(image[i])) for i in kept])
+                [compressed(annotations[i]["segmentation"], sizes[i])["counts"] for i in kept])
 
     def _check_masks(self, annotations: list[dict]) -> None:
         """Warns of empty masks: the dice loss is constant for them, so such an annotation trains a box and no mask.
@@ -384,15 +434,19 @@ class CocoBoxes:
 
 
 def ground_truth(json_path: str) -> COCO:
-    """The annotation file as pycocotools' COCO, with the keys filled in that a file of boxes alone may lack."""
+    """An annotation file that CocoBoxes has read, `evaluated`, as pycocotools' COCO: with the keys filled in that a
+    file of boxes alone may lack, and without polygons of too few points."""
     with open(json_path, encoding="utf-8-sig") as file:
         dataset = json.load(file)
     dataset.setdefault("info", {})
     dataset.setdefault("annotations", [])
     for number, annotation in enumerate(dataset["annotations"], 1):
         annotation["id"] = number  # new ids from 1: COCOeval takes 0 for "no match"
-        annotation.setdefault("iscrowd", 0)
-        annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+        annotation["iscrowd"] = int(bool(annotation.get("iscrowd")))
+        if annotation.get("area") is None:
+            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+        if isinstance(annotation.get("segmentation"), list):
+            annotation["segmentation"] = polygons(annotation["segmentation"])
     coco = COCO()
     coco.dataset = dataset
     with contextlib.redirect_stdout(None):

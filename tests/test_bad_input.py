@@ -83,7 +83,7 @@ def test_training_without_annotations_is_one_line(tmp_path, capsys):
         train.main(["--train-json", str(json_path), "--train-images", str(images), "--out", str(tmp_path / "run"),
                     "--device", "cpu", "--backbone", "r18-slim", "--backbone-weights", "none"])
     error = capsys.readouterr().err
-    assert end.value.code == 1 and "no usable box to train on" in error and error.count("\n") == 1
+    assert end.value.code == 1 and "has no usable box" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("key", ["images", "categories"])
@@ -169,7 +169,7 @@ def test_masks_need_a_usable_segmentation(tmp_path, segmentation):
     json_path, images = write_set(tmp_path, annotations=rows)
     with pytest.raises(DataError) as error:
         CocoBoxes(json_path, images, masks=True)
-    is_one_line(error, json_path, "annotation id 2", "segmentation")
+    is_one_line(error, json_path, "1 of 2 annotations have no usable segmentation", "(id 2)")
 
 
 def test_only_usable_boxes_need_masks(tmp_path):

@@ -11,7 +11,7 @@ from PIL import Image
 import train
 from formats.coco import CocoBoxes, DataError, content_problems
 from formats.commands import main
-from helpers import annotation, noise_image, write_set
+from helpers import annotation, noise_image, real_images, write_set
 
 SIZES = [(20, 30)] * 4                                   # (height, width) of images 10, 11, ...
 
@@ -61,17 +61,17 @@ def only(findings: list[str], *parts: str) -> None:
 def test_a_sound_file_has_no_findings_and_nothing_is_written(tmp_path, check):
     json_path, images = sound(tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    assert check(json_path, "--images", images) == (0, [], [f"{json_path}: 4 images, 40 boxes, 1 classes"])
+    assert check(json_path, "--images", images) == (0, [], [f"{json_path}: 4 images, 40 boxes, 1 class"])
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
 @pytest.mark.parametrize("rows, level, parts", [
     ([annotation(7, 10, [25, 5, 9, 9])], "warning", ["1 of 41 boxes reach out", "(id 7)"]),
     ([annotation(7, 10, [-1, 5, 9, 9]), annotation(8, 11, [2, 12, 9, 9])], "warning", ["2 of 42", "(id 7, id 8)"]),
-    ([annotation(7, 10, [5, 5, 0.5, 9])], "warning", ["1 of 41 boxes dropped", "annotation id 7"]),
-    ([annotation(7, 10, [40, 5, 9, 9])], "warning", ["1 of 41 boxes dropped", "annotation id 7"]),
-    ([annotation(i, 10, [40, i, 9, 9]) for i in range(6)], "warning", ["6 of 46", "annotation id 0, 1, 2, 3, 4, ...)"]),
-    ([annotation(7, 10, [5, 5, -3, 9])], "warning", ["1 of 41 boxes dropped", "annotation id 7"]),
+    ([annotation(7, 10, [5, 5, 0.5, 9])], "warning", ["1 of 41 boxes dropped", "(id 7)"]),
+    ([annotation(7, 10, [40, 5, 9, 9])], "warning", ["1 of 41 boxes dropped", "(id 7)"]),
+    ([annotation(i, 10, [40, i, 9, 9]) for i in range(6)], "warning", ["6 of 46", "(id 0, id 1, id 2, id 3, id 4, ...)"]),
+    ([annotation(7, 10, [5, 5, -3, 9])], "warning", ["1 of 41 boxes dropped", "(id 7)"]),
     ([annotation(7, 10, [-9, 5, 99, 9], iscrowd=1)], "note", ["1 of 41 boxes are crowds", "(id 7)"]),
     ([annotation(i, 10, [3, 3, 11, 11]) for i in range(1, 9)], "warning",
      ["7 of 48 boxes are exact copies", "(id 2, id 3, id 4, id 5, id 6, ...)"]),
@@ -116,7 +116,8 @@ def test_classes_with_few_boxes_and_images_with_none(tmp_path, check):
 def test_no_usable_box_is_an_error(tmp_path, check, rows):
     json_path, images = write_set(tmp_path, SIZES, rows)
     status, findings, summaries = check(json_path, "--images", images)
-    assert status == 1 and f"error: {json_path} has no usable box to train on" in findings
+    crowds = ": all 1 are crowds" if rows and rows[0].get("iscrowd") else ""
+    assert status == 1 and f"error: {json_path} has no usable box{crowds}" in findings
     assert len(findings) == 1 + len(rows) and summaries == [f"{json_path}: 4 images, 0 boxes, 3 classes"]
 
 
@@ -234,6 +235,7 @@ def test_images_over_the_limit_count_as_undecodable(tmp_path, check):
 def test_two_entries_of_one_file(tmp_path, check):
     json_path, images = sound(tmp_path)
     change(json_path, lambda content: content["images"][2].update(file_name="0.png"))
+    os.remove(os.path.join(images, "2.png"))
     status, findings, _ = check(json_path, "--images", images)
     only(findings, f"warning: {json_path}: 1 of 4 images have the file of an earlier one", "'0.png' (id 12)")
     assert status == 0
@@ -376,7 +378,7 @@ def files(root: Path) -> list[str]:
 
 
 def test_both_files_of_a_folder(folder, check):
-    summaries = [f"{path}: 4 images, 40 boxes, 1 classes" for path in files(folder)]
+    summaries = [f"{path}: 4 images, 40 boxes, 1 class" for path in files(folder)]
     assert check(folder) == (0, [], summaries)
     assert check(folder, folder) == (0, [], summaries * 2)
     os.remove(folder / "val2017" / "2.png")
@@ -415,7 +417,7 @@ def test_findings_about_evaluation(folder, check):
     noise_image(1, 20, 30).save(folder / "val2017" / "1.png")
     change(files(folder)[1], lambda content: content.update(annotations=[]))
     status, findings, _ = check(folder)
-    only(findings, f"warning: {files(folder)[1]} has no box")
+    only(findings, f"warning: {files(folder)[1]} has no usable box")
     assert status == 0
 
 
@@ -451,5 +453,226 @@ def test_many_boxes_in_one_image(tmp_path, check):
         {"id": 10 + i, "file_name": "0.png", "width": 30, "height": 20} for i in range(1000)]))
     status, findings, summaries = check(json_path, "--images", images)
     copies = next(finding for finding in findings if "copies" in finding)
-    assert status == 0 and summaries == [f"{json_path}: 1000 images, 100000 boxes, 1 classes"]
+    assert status == 0 and summaries == [f"{json_path}: 1000 images, 100000 boxes, 1 class"]
     assert f"{9_999 + 900 * 93} of 100000 boxes are exact copies" in copies and "(id 1, id 2," in copies
+
+
+# ------------------------------------------------------------------------- fields that only evaluation reads
+
+@pytest.mark.parametrize("key, value", [("iscrowd", None), ("iscrowd", 0), ("iscrowd", False), ("iscrowd", 0.0),
+                                        ("area", None), ("area", 0), ("area", 36.5)])
+def test_sound_crowd_marks_and_areas(folder, check, key, value):
+    for path in files(folder):
+        change(path, lambda content: content["annotations"][4].update({key: value}))
+    assert check(folder)[:2] == (0, [])
+
+
+@pytest.mark.parametrize("key, value, form", [
+    *(("iscrowd", value, "0 or 1") for value in ("0", "false", "", 2, -1, [], float("nan"))),
+    *(("area", value, "a finite number of at least 0")
+      for value in ("36", -36, True, [], float("nan"), float("inf"), 10**400))])
+def test_other_crowd_marks_and_areas_are_errors_for_everybody(folder, check, key, value, form):
+    """The boxes of these annotations are examined all the same."""
+    for path in files(folder):
+        change(path, lambda content: [row.update({key: value}) for row in content["annotations"][1:3]])
+        status, findings, summaries = check(folder)
+        assert status == 1 and summaries[0] == f"{files(folder)[0]}: 4 images, 40 boxes, 1 class"
+        line = f"{path}: 2 of 40 annotations have an invalid '{key}': not {form} (id 101, id 102)"
+        assert f"error: {line}" in findings
+        with pytest.raises(DataError) as error:
+            CocoBoxes(path, folder / "train2017")
+        assert str(error.value) == line
+
+
+BAD_MASK = [[2, 3, 9, 9]]
+
+
+def test_a_flawed_mask_is_an_error_where_it_is_evaluated_and_a_warning_where_only_boxes_are_learnt(folder, check):
+    train_json, val_json = files(folder)
+    change(train_json, lambda content: content["annotations"][3].update(segmentation=BAD_MASK))
+    status, findings, _ = check(folder)
+    only(findings, f"warning: {train_json}: 1 of 40 annotations have no usable segmentation: no polygon of 3 points "
+         "(id 103)", "--method condinst would refuse it")
+    assert status == 0
+    arguments = ["--data", str(folder)]
+    train.open_data(train.parse_arguments(arguments), 0)
+    for more in (["--method", "condinst"], ["--measure-labels"]):
+        with pytest.raises(DataError, match="no usable segmentation"):
+            train.open_data(train.parse_arguments([*arguments, *more]), 0)
+    change(val_json, lambda content: [row.update(segmentation=BAD_MASK, iscrowd=1)
+                                      for row in content["annotations"][5:7]])
+    status, findings, _ = check(folder)
+    line = f"{val_json}: 2 of 40 annotations have no usable segmentation: no polygon of 3 points (id 105, id 106)"
+    assert status == 1 and f"error: {line}" in findings
+    with pytest.raises(DataError) as error:
+        train.open_data(train.parse_arguments(arguments), 0)
+    assert str(error.value) == line
+
+
+def test_each_flaw_of_masks_has_its_line(folder, check):
+    masks = [[2, 3, 9, 3, 9, 9], [[]], "text", {"size": [30, 20], "counts": [600]}, [[2, 3, 9, 3, 9, float("nan")]],
+             [[]], None, [], [[2, 3, 9, 3, 9, 9]]]
+
+    def spoil(content):
+        for row, mask in zip(content["annotations"], masks):
+            row["segmentation"] = mask
+
+    change(files(folder)[1], spoil)
+    _, findings, _ = check(folder)
+    assert len(findings) == 5 and all("no usable segmentation" in finding for finding in findings)
+    assert any("2 of 40" in finding and "(id 101, id 105)" in finding for finding in findings)
+
+
+def test_polygons_that_are_left_out_are_counted(folder, check, capsys):
+    val_json = files(folder)[1]
+    change(val_json, lambda content: content["annotations"][3].update(segmentation=[[3, 0, 7, 0, 7, 3, 3, 3], [5, 5]]))
+    status, findings, _ = check(folder)
+    only(findings, f"warning: {val_json}: 1 of 40 annotations have polygons of fewer than 3 points", "(id 103)")
+    assert status == 0
+    train.open_data(train.parse_arguments(["--data", str(folder)]), 0)
+    assert findings[0] + "\n" == capsys.readouterr().err
+
+
+def test_crowds_alone(folder, check):
+    for path in files(folder):
+        change(path, lambda content: [row.update(iscrowd=1) for row in content["annotations"]])
+    _, findings, _ = check(folder)
+    assert f"error: {files(folder)[0]} has no usable box: all 40 are crowds" in findings
+    assert f"warning: {files(folder)[1]} has no usable box: all 40 are crowds" in findings
+    with pytest.raises(DataError, match="no usable box: all 40 are crowds"):
+        args = train.parse_arguments(["--data", str(folder), "--batch-size", "1", "--min-size", "32"])
+        train.training_batches(args, train.open_data(args, 0)[0], 0, 1)
+
+
+# ------------------------------------------------------------------------------------- conventions, names, keys
+
+def test_boxes_of_another_convention(tmp_path, check):
+    json_path, images = sound(tmp_path)
+
+    def corners(content):
+        for row in content["annotations"]:
+            x, y, w, h = row["bbox"]
+            row.update(bbox=[x, y, x + w, y + h], segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]])
+
+    change(json_path, corners)
+    _, findings, _ = check(json_path, "--images", images)
+    guessed = [finding for finding in findings if "look like" in finding]
+    only(guessed, f"warning: {json_path}: ", "of 40 boxes look like xyxy (two corners) in pixels, not like COCO's xywh",
+         "(id 104, ")
+    change(json_path, lambda content: [row.update(iscrowd=1) for row in content["annotations"]])
+    assert not any("look like" in finding for finding in check(json_path, "--images", images)[1])
+
+
+@pytest.mark.parametrize("name", ["coco-mini", "food", "nuclei", "teacher"])
+def test_boxes_of_real_sets_are_not_suspected(name, check):
+    status, findings, _ = check(real_images(name))
+    assert status == 0 and not any(part in finding for finding in findings
+                                   for part in ("look like", "segmentation", "name", "followed", "polygons"))
+
+
+def test_names_that_are_alike(folder, check):
+    names = {3: "red", 4: "blue", 5: "red", 6: "Red ", 7: "blue", 8: "green"}
+    for path in files(folder):
+        change(path, lambda content: content.update(
+            categories=[{"id": i, "name": name} for i, name in names.items()],
+            annotations=content["annotations"] + [
+                annotation(900 + 20 * i + k, 10, [k, 9, 5, i], i) for i in names for k in range(10)]))
+    status, findings, _ = check(folder)
+    assert status == 0 and findings[:2] == [
+        f"warning: {files(folder)[0]}: 3 classes have names that differ only in case or blanks ('red' id 3, 'red' id 5, "
+        "'Red ' id 6)", f"warning: {files(folder)[0]}: 2 classes have one name ('blue' id 4, 'blue' id 7)"]
+    assert len(findings) == 4
+
+
+def test_keys_that_are_not_followed(tmp_path, check):
+    json_path, images = sound(tmp_path)
+    values = [{"rotation": 0.0, "ignore": 0}, {"rotation": 12.5}, {"attributes": {"rotation": 300.0}}, {"ignore": 1},
+              {"attributes": {"rotation": 0, "occluded": True}}, {"attributes": "rotation"}, {"rotation": None},
+              {"attributes": {"difficult": True}}, {"rotation": 5, "attributes": {"rotation": 5}}, {"angle": [1]},
+              {"attributes": {"ignore": "false", "difficult": "False"}}]
+    change(json_path, lambda content: [row.update(more) for row, more in zip(content["annotations"], values)])
+    status, findings, _ = check(json_path, "--images", images)
+    assert status == 0 and [finding.split(": ", 2)[2] for finding in findings] == [
+        "3 of 40 annotations have 'rotation', which is not followed: the box stays upright (id 101, id 102, id 108)",
+        "1 of 40 annotations have 'angle', which is not followed: the box stays upright (id 109)",
+        "1 of 40 annotations have 'ignore', which is not followed: the box counts as others do (id 103)",
+        "1 of 40 annotations have 'difficult', which is not followed: the box counts as others do (id 107)"]
+
+
+# --------------------------------------------------------------------------------------- seen and not used
+
+def test_other_annotation_files_are_named(folder, check, capsys):
+    """Beside the two that are read; where one of these is missing, by train.py too."""
+    annotations, arguments = folder / "annotations", train.parse_arguments(["--data", str(folder)])
+    for hidden in (".ipynb_checkpoints", "__MACOSX"):
+        (folder / hidden).mkdir()
+        (folder / hidden / "x.json").write_text("{}")
+    assert check(folder)[1] == []
+    (annotations / "instances_val2017.json").rename(annotations / "instances_validate2017.json")
+    other = str(annotations / "instances_validate2017.json")
+    missing, unused = check(folder)[1]
+    assert missing.startswith("note: ") and "is missing" in missing
+    assert unused.startswith(f"note: 1 other JSON file not used ({other})") and "--val-json" in unused
+    train.open_data(arguments, 0)
+    assert f"; not used: {other} (--val-json, --val-images)\n" in capsys.readouterr().out
+    (folder.parent / "beside.json").write_text("{}")
+    hint = check(folder / "none.json")[1][0]
+    assert other in hint and "beside.json" not in hint
+    (annotations / "instances_train2017.json").rename(folder / "all.json")
+    (folder / "valid").mkdir()
+    (folder / "valid/_annotations.coco.json").write_text("{}")
+    names = ", ".join(sorted([other, str(folder / "all.json"), str(folder / "valid/_annotations.coco.json")]))
+    for hint in (check(folder)[1][0], str(pytest.raises(DataError, train.open_data, arguments, 0).value)):
+        assert "is missing" in hint and f"; {names} can be named with --train-json" in hint
+
+
+def test_images_that_no_file_lists(folder, check):
+    noise_image(0, 9, 9).save(folder / "train2017/more.png")
+    noise_image(0, 9, 9).save(folder / "train2017/MORE.JPG", format="JPEG")
+    for name in (".hidden.png", "notes.txt", "page.pdf"):
+        (folder / "train2017" / name).write_text("")
+    status, findings, _ = check(folder)
+    only(findings, "note: 2 images beside those of the annotations are in no file "
+         f"({folder}/train2017/MORE.JPG, {folder}/train2017/more.png)")
+    assert status == 0
+    json_path = files(folder)[0]
+    change(json_path, lambda content: content["images"][1].update(file_name="./1.png"))
+    only(check(json_path, "--images", f"{folder}/train2017/")[1], "note: 2 images")
+
+
+def test_two_files_may_share_an_image_folder(tmp_path, check):
+    """Each file alone leaves out what the other lists."""
+    json_path, images = sound(tmp_path)
+    (tmp_path / "annotations").mkdir()
+    for split, part in (("train", slice(0, 2)), ("val", slice(2, 4))):
+        content = json.loads(Path(json_path).read_text())
+        content["images"] = content["images"][part]
+        kept = {row["id"] for row in content["images"]}
+        content["annotations"] = [row for row in content["annotations"] if row["image_id"] in kept]
+        (tmp_path / f"annotations/instances_{split}2017.json").write_text(json.dumps(
+            content | {"images": [row | {"file_name": "images/" + row["file_name"]} for row in content["images"]]}))
+    os.remove(json_path)
+    assert check(tmp_path)[:2] == (0, [])
+    only(check(tmp_path / "annotations/instances_val2017.json", "--images", tmp_path)[1], "note: 2 images beside")
+
+
+def test_findings_about_a_converted_folder_name_files(tmp_path, check):
+    """Nobody knows the ids that the conversion gave."""
+    json_path, images = sound(tmp_path, [annotation(7, 10, [25, 5, 9, 9.5]), annotation(8, 11, [5, 5, 0, 9])],
+                              info={"description": "boxes converted by: python data.py yolo"})
+    os.remove(os.path.join(images, "2.png"))
+    _, (missing, small, outside), _ = check(json_path, "--images", images)
+    assert "the first: '2.png' ('2.png')" in missing
+    assert "1 of 42 boxes dropped" in small and "('1.png': 'class 3' [5, 5, 0, 9])" in small
+    assert outside.endswith("clipped ('0.png': 'class 3' [25, 5, 9, 9.5])")
+
+
+@pytest.mark.parametrize("info", [None, "boxes", {"description": "mine"}, {"description": 7}, {}])
+def test_findings_about_other_files_name_ids(tmp_path, check, info):
+    json_path, images = sound(tmp_path, [annotation(7, 10, [25, 5, 9, 9])], info=info)
+    only(check(json_path, "--images", images)[1], "(id 7)")
+
+
+def test_one_of_each(tmp_path, check):
+    json_path, images = write_set(tmp_path, SIZES[:1], [annotation(1, 10, [1, 1, 9, 9])], (3,))
+    assert check(json_path, "--images", images)[2] == [f"{json_path}: 1 image, 1 box, 1 class"]

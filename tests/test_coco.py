@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data import TrainBatches
-from formats.coco import CocoBoxes, DataError, datasets
+from formats.coco import CocoBoxes, DataError, datasets, ground_truth
 from helpers import annotation, write_set
 
 
@@ -48,7 +48,7 @@ def test_crowd_and_degenerate_boxes_are_left_out_with_one_warning(tmp_path, caps
     assert coco.boxes.tolist() == [[0, 0, 10, 10], pytest.approx([0.4, 5, 1.4, 6])]
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "4 of 8 boxes dropped" in error
-    assert "annotation id 3, 4, 5, 6)" in error and "set.json" in error
+    assert "(id 3, id 4, id 5, id 6)" in error and "set.json" in error
 
 
 def test_no_python_object_is_kept_for_an_image_or_a_box(tmp_path):
@@ -113,7 +113,7 @@ def test_empty_segmentations_of_all_boxes_and_missing_ones_are_errors(tmp_path):
     with pytest.raises(DataError, match="all 2 boxes have an empty segmentation"):
         with_masks(tmp_path, [], [])
     for missing in (None, {}, "", [[]]):
-        with pytest.raises(DataError, match="annotation id 1: no usable segmentation"):
+        with pytest.raises(DataError, match=r"1 of 2 annotations have no usable segmentation: .*\(id 1\)"):
             with_masks(tmp_path, [], missing)
 
 
@@ -122,3 +122,69 @@ def test_condinst_learns_from_a_box_with_an_empty_mask(tmp_path):
     annotations = with_masks(tmp_path, [], [[1, 1, 9, 1, 9, 9, 1, 9]])
     batch = TrainBatches(annotations, batch_size=1, min_sizes=[40], max_size=60)[0]
     assert [bool(mask.any()) for mask in batch.masks[0]] == [False, True] and len(batch.boxes[0]) == 2
+
+
+# ------------------------------------------------------------------------------- what only evaluation reads
+
+POLYGON = [1, 1, 9, 1, 9, 9, 1, 9]
+
+
+@pytest.mark.parametrize("value", [None, "missing"])
+def test_crowd_marks_and_areas_that_are_null_are_as_good_as_missing(tmp_path, value):
+    more = {} if value == "missing" else {"iscrowd": value, "area": value}
+    json_path, images = write_set(tmp_path, annotations=[annotation(5, 10, [1, 2, 8, 7], **more)])
+    assert len(CocoBoxes(json_path, images, evaluated=True).boxes) == 1
+    row, = ground_truth(json_path).dataset["annotations"]
+    assert row["iscrowd"] == 0 and row["area"] == 56
+
+
+def test_other_forms_of_crowd_marks_and_areas_are_kept(tmp_path):
+    rows = [annotation(1, 10, [1, 2, 8, 7], iscrowd=True, area=0),
+            annotation(2, 10, [1, 2, 8, 7], iscrowd=False, area=9)]
+    json_path, images = write_set(tmp_path, annotations=rows)
+    assert CocoBoxes(json_path, images).rows.tolist() == [1]
+    assert [(row["iscrowd"], row["area"]) for row in ground_truth(json_path).dataset["annotations"]] == [(1, 0), (0, 9)]
+
+
+def test_masks_are_checked_of_the_boxes_that_need_them_or_of_all_that_are_evaluated(tmp_path):
+    """A crowd and a box of no area are evaluated, and train no mask."""
+    rows = [annotation(1, 10, [1, 1, 8, 8], segmentation=[POLYGON]),
+            annotation(2, 10, [1, 1, 8, 8], iscrowd=1, segmentation="x"),
+            annotation(3, 10, [1, 1, 0, 8], segmentation="x")]
+    files = write_set(tmp_path, annotations=rows)
+    CocoBoxes(*files), CocoBoxes(*files, masks=True)
+    for masks in (False, True):
+        with pytest.raises(DataError, match=r"2 of 3 annotations have no usable segmentation: .* \(id 2, id 3\)"):
+            CocoBoxes(*files, masks=masks, evaluated=True)
+
+
+def test_evaluation_alone_needs_no_masks(tmp_path):
+    files = write_set(tmp_path, annotations=[annotation(1, 10, [1, 1, 8, 8], segmentation=None),
+                                             annotation(2, 10, [1, 1, 8, 8])])
+    assert CocoBoxes(*files, evaluated=True).rles is None
+    with pytest.raises(DataError, match=r"it is missing, and masks are needed \(id 1, id 2\)"):
+        CocoBoxes(*files, masks=True, evaluated=True)
+    rows = [annotation(1, 10, [1, 1, 8, 8], segmentation=[POLYGON]), annotation(2, 10, [1, 1, 8, 8], iscrowd=1)]
+    assert len(CocoBoxes(*write_set(tmp_path, annotations=rows), masks=True, evaluated=True).boxes) == 1
+
+
+def test_short_polygons_are_left_out_with_one_warning(tmp_path, capsys):
+    rows = [annotation(i, 10, [1, 1, 8, 8], segmentation=[[1, 1, 9, 9], POLYGON, []]) for i in range(2)]
+    json_path, images = write_set(tmp_path, annotations=rows)
+    annotations = CocoBoxes(json_path, images, masks=True, evaluated=True)
+    warned = capsys.readouterr().err
+    assert warned.count("\n") == 1 and "2 of 2 annotations have polygons of fewer than 3 points" in warned
+    assert annotations.mask(0, 0).sum() == 64
+    truth = ground_truth(json_path)
+    assert [truth.annToMask(row).sum() for row in truth.dataset["annotations"]] == [64, 64]
+    CocoBoxes(json_path, images)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_set_of_crowds_says_so(tmp_path):
+    rows = [annotation(i, 10, [1, 1, 8, 8], iscrowd=1) for i in range(3)]
+    json_path, images = write_set(tmp_path, annotations=rows)
+    assert CocoBoxes(json_path, images).no_box == f"{json_path} has no usable box: all 3 are crowds"
+    for rows in ([], [annotation(1, 10, [1, 1, 0, 8]), annotation(2, 10, [1, 1, 8, 8], iscrowd=1)]):
+        assert CocoBoxes(*write_set(tmp_path, annotations=rows)).no_box == f"{json_path} has no usable box"
+    assert CocoBoxes(*write_set(tmp_path)).no_box == ""

@@ -7,7 +7,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from formats.coco import CocoBoxes
-from helpers import one_line_error
+from helpers import copy_set, one_line_error
 from tools import compare
 from tools.draw import GAP, HEADER, PANEL
 
@@ -83,6 +83,18 @@ def test_masks_of_stored_images_are_not_compared_with_upright_ones(drawn, runs, 
         compare.main(arguments(drawn, *runs))
     assert f"{runs[1]} has masks of stored images" in (line := one_line_error(capsys)) and "add --exif stored" in line
     compare.main(arguments(drawn, runs[1], "--exif", "stored"))
+
+
+def test_true_masks_that_are_drawn_are_checked(drawn, runs, tmp_path, capsys):
+    """A box of no area is not compared, but drawn."""
+    def flaw(content):
+        content["annotations"][0] |= {"bbox": [1, 1, 0, 0], "segmentation": [[1, 1, 5, 5]]}
+
+    data = copy_set(drawn, tmp_path / "set", flaw)
+    with pytest.raises(SystemExit):
+        compare.main(arguments(data, runs[0]))
+    warned, error = capsys.readouterr().err.splitlines()
+    assert "dropped" in warned and "no usable segmentation: no polygon" in error
 
 
 def test_there_must_be_boxes(drawn, tmp_path, capsys):

@@ -303,7 +303,7 @@ def test_images_without_annotations_give_results_to_upload(checkpoint, dataset, 
     evaluate.main(evaluation(checkpoint, dataset, "--results", files["results.json"], "--sheet", files["sheet.png"]))
     assert len(json.loads(files["results.json"].read_text())) > 3 and files["sheet.png"].exists()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == f"{dataset[0]} has no objects to compare with: no AP" and lines[3].split() == ["-"] * 6
+    assert lines[1] == f"{dataset[0]} has no usable box; no AP" and lines[3].split() == ["-"] * 6
 
 
 def test_as_a_user_runs_it_with_a_real_model(checkpoint, dataset, tmp_path):
@@ -384,6 +384,30 @@ def test_other_classes_are_refused_and_both_are_named(checkpoint, dataset, capsy
     line = fails(evaluation(checkpoint, dataset), capsys)
     assert "was trained for other classes" in line and str(checkpoint) in line and str(dataset[0]) in line
     assert "3 red" in line and "3 crimson" in line and "17 green" not in line
+
+
+@pytest.mark.parametrize("key, value", [
+    ("segmentation", [4, 4, 24, 4, 24, 16]), ("segmentation", [[]]), ("segmentation", [[4, 4, 24, 16]]),
+    ("segmentation", "text"), ("segmentation", {"size": [64, 96], "counts": [64 * 96]}), ("iscrowd", "0"),
+    ("segmentation", [[float("nan"), 4, 24, 4, 24, 16]]), ("area", "240"), ("area", -240), ("area", float("nan"))])
+def test_fields_that_cannot_be_evaluated_are_named_before_the_work(checkpoint, dataset, monkeypatch, capsys, key, value):
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **options: pytest.fail("it runs"))
+    rewrite(dataset[0], lambda content: content["annotations"][2].update({key: value}))
+    line = fails(evaluation(checkpoint, dataset), capsys)
+    assert str(dataset[0]) in line and "1 of 8 annotations" in line and key in line and "(id 2)" in line
+
+
+@pytest.mark.parametrize("key", ["iscrowd", "area"])
+def test_perfect_predictions_of_a_file_with_null_fields(dataset, perfect, key):
+    rewrite(dataset[0], lambda content: [row.update({key: None}) for row in content["annotations"]])
+    metrics = evaluate.coco_metrics(dataset[0], run_perfect(*dataset))
+    assert metrics["bbox"]["APs"] == pytest.approx(100) and metrics["segm"]["AP"] == pytest.approx(100)
+
+
+def test_crowds_alone_are_said_to_give_no_ap(checkpoint, dataset, perfect, capsys):
+    rewrite(dataset[0], lambda content: [row.update(iscrowd=1) for row in content["annotations"]])
+    evaluate.main(evaluation(checkpoint, dataset))
+    assert f"{dataset[0]} has no usable box: all 8 are crowds; no AP\n" in capsys.readouterr().out
 
 
 def test_missing_data_is_named(checkpoint, tmp_path, capsys):

@@ -178,10 +178,32 @@ def test_an_undecodable_image_is_named_and_its_boxes_have_no_mask(drawn, tmp_pat
     assert str(broken) in capsys.readouterr().err
 
 
-def test_classes_meet_by_name():
+def test_classes_meet_by_name(capsys):
     ours = [{"id": 7, "name": "dog"}, {"id": 8, "name": "gnu"}, {"id": 9, "name": "cat"}]
     assert model_classes([{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}], ours).tolist() == [1, -1, 0]
     assert model_classes(None, ours).tolist() == [-1, -1, -1]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("names, found", [
+    ({1: "red", 2: "blue", 3: "red"}, [0, 1, 2]), ({0: "red", 1: "red", 2: "blue"}, [0, 1, 2]),
+    ({1: "red", 2: "red"}, [0, 1])])
+def test_classes_of_one_name_meet_by_id(names, found, capsys):
+    classes = [{"id": i, "name": name} for i, name in names.items()]
+    assert model_classes(classes, classes).tolist() == found
+    assert model_classes(classes, classes[::-1]).tolist() == found[::-1] and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("trained, ours, found, unclear", [
+    ({1: "red", 2: "blue", 3: "red"}, {7: "red", 8: "blue"}, [0, 1], "'red' (id 7)"),          # twice in the model
+    ({1: "red", 2: "blue"}, {1: "red", 5: "red"}, [0, 0], "'red' (id 5)"),                     # twice in the data set
+    ({4: "red", 5: "red"}, {1: "red", 5: "red", 6: "red"}, [0, 1, 0], "'red' (id 1), 'red' (id 6)"),
+    ({1: "blue"}, {1: "red", 2: "red"}, [-1, -1], None), ({2: "red"}, {1: "red", 2: "blue"}, [0, -1], None)])
+def test_a_name_that_ids_do_not_settle_takes_the_first_and_one_warning(trained, ours, found, unclear, capsys):
+    trained, ours = ([{"id": i, "name": name} for i, name in some.items()] for some in (trained, ours))
+    assert model_classes(trained, ours).tolist() == found
+    warned = capsys.readouterr().err
+    assert warned.count("\n") == bool(unclear) and (not unclear or f"is taken for {unclear}\n" in warned)
 
 
 def test_the_file_keeps_what_it_had(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from helpers import SMALL, finding, losses_of, one_line_error, only_training
+from helpers import SMALL, copy_set, finding, losses_of, one_line_error, only_training
 from tools import selftraining
 import train
 from masks import box_masks
@@ -95,6 +95,15 @@ def test_measure_and_sheet_from_the_command_line(drawn, warm, found, tmp_path, c
     with pytest.raises(SystemExit):
         selftraining.main([*command, "--measure"])
     assert not out.exists()
+
+
+def test_old_masks_that_are_drawn_are_checked_before_the_work(drawn, warm, tmp_path, capsys):
+    path = copy_set(drawn, tmp_path / "set", lambda content: content["annotations"][0].update(
+        segmentation=[[1, 1, 5, 5]])) / "annotations/instances_train2017.json"
+    with pytest.raises(SystemExit):
+        selftraining.main(["--ckpt", str(warm), "--out", str(tmp_path / "labels.json"), "--train-json", str(path),
+                           "--train-images", str(drawn / "train2017"), "--sheet", str(tmp_path / "sheet.png")])
+    assert f"{path}: 1 of " in one_line_error(capsys) and not (tmp_path / "labels.json").exists()
 
 
 def test_wrong_files_are_one_line(drawn, warm, tmp_path, capsys):

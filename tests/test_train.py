@@ -448,8 +448,18 @@ def other_classes(content):
     content["categories"][0]["name"] = "blob"
 
 
+def crowds(content):
+    for row in content["annotations"]:
+        row["iscrowd"] = 1
+
+
+def text_area(content):
+    content["annotations"][0]["area"] = "9"
+
+
 @pytest.mark.parametrize("change, part", [
-    (no_images, "instances_train2017.json has no images"), (no_boxes, "has no usable box to train on"),
+    (no_images, "instances_train2017.json has no images"), (no_boxes, "has no usable box"),
+    (crowds, "are crowds"), (text_area, "'area'"),
     (wrong_size, "000000000004.jpg is 64 x 64 pixels"), (other_classes, "other categories")])
 def test_bad_data_is_one_line_and_leaves_no_run_folder(drawn, tmp_path, capsys, change, part):
     data = copy_set(drawn, tmp_path / "set", change)

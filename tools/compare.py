@@ -11,9 +11,10 @@ import os
 
 import numpy as np
 
-from formats.coco import CocoBoxes, DataError, compressed_rle, ground_truth, read_coco
+from formats.coco import CocoBoxes, DataError, ground_truth, mask_flaws, mask_problems, raise_first, read_coco
 from formats.files import CommandLine, one_line_errors
 from formats.pictures import check_sizes, image_options
+from formats.segmentation import compressed
 from tools.command_line import output_file, positive
 from tools.draw import sheet, sheet_rows
 from tools.label import agreement
@@ -31,9 +32,10 @@ def read_masks(path: str, truth: CocoBoxes) -> list[dict]:
     if not same:
         raise DataError(f"{path} has other boxes than {truth.json_path}: compare masks that were made for its boxes")
     annotations = [{"score": 1.0} | content["annotations"][row] for row in boxes.rows.tolist()]
-    for annotation, size in zip(annotations, np.repeat(truth.sizes, np.diff(truth.offsets), axis=0).tolist()):
-        annotation["segmentation"] = {"size": size, "counts": compressed_rle(path, annotation, tuple(size))}
-    return annotations
+    sizes, rows = np.repeat(truth.sizes, np.diff(truth.offsets), axis=0).tolist(), range(len(annotations))
+    raise_first(mask_problems(path, annotations, mask_flaws(annotations, sizes, rows, needed=rows)))
+    return [annotation | {"segmentation": compressed(annotation["segmentation"], size)}
+            for annotation, size in zip(annotations, sizes)]
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -55,7 +57,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.out and os.path.realpath(args.out) in map(os.path.realpath, [*args.masks, args.truth]):
             raise DataError(f"{args.out} is an input and would be overwritten: name another file with --out")
         output_file(args.out)
-        truth = CocoBoxes(args.truth, args.images, masks=True, exif=args.exif, max_pixels=args.max_pixels)
+        truth = CocoBoxes(args.truth, args.images, masks=True, evaluated=True, exif=args.exif,
+                          max_pixels=args.max_pixels)
         if not len(truth.boxes):
             raise DataError(f"{args.truth} has no boxes: nothing to compare with")
         check_sizes(truth, len(truth))

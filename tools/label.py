@@ -7,6 +7,7 @@
 `agreement` compares masks with those of the file, for measuring only.
 """
 import json
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from assign import SCORE_THRESHOLD
 from data import Batch, TestImages, pixels, readable_batches
-from formats.coco import CocoBoxes, UndecodableImage, stated_exif
+from formats.coco import CocoBoxes, UndecodableImage, first_five, stated_exif
 from formats.files import optional, warn
 from formats.pictures import read_image
 from masks import cells, paste_masks
@@ -156,9 +157,19 @@ def label_without_model(annotations: CocoBoxes, colors: float = 1.0, workers: in
 
 
 def model_classes(trained: list[dict] | None, classes: list[dict]) -> Tensor:
-    """The model's class of the same name for each class of a data set; -1 for a name that the model lacks."""
-    places = {} if trained is None else {c["name"]: i for i, c in enumerate(trained)}
-    return torch.tensor([places.get(c["name"], -1) for c in classes])
+    """The model's class for each class of a data set: that of its id and name, else the first of its name, with a
+    warning if there are more; -1 for a name that the model lacks."""
+    exact, first = {}, {}
+    for i, c in enumerate(trained or []):
+        exact[c["id"], c["name"]] = i
+        first.setdefault(c["name"], i)
+    uses = Counter(name for _, name in exact) | Counter(c["name"] for c in classes)   # the larger count of the two
+    unclear = [f"{c['name']!r} (id {c['id']})" for c in classes
+               if (c["id"], c["name"]) not in exact and c["name"] in first and uses[c["name"]] > 1]
+    if unclear:
+        warn("several classes have the same name, and their ids do not tell which is meant: the model's first of that "
+             f"name is taken for {first_five(unclear)}")
+    return torch.tensor([exact.get((c["id"], c["name"]), first.get(c["name"], -1)) for c in classes])
 
 
 def with_masks(annotations: CocoBoxes, labels: BoxMasks, min_score: float = 0.0) -> dict:

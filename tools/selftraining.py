@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None) -> None:
         output_file(args.out)
         output_file(args.sheet)
         model, info = load_model(args.ckpt, args.weights)
-        annotations = CocoBoxes(json_path, image_dir, masks=args.measure, exif=args.exif, max_pixels=args.max_pixels)
+        annotations = CocoBoxes(json_path, image_dir, masks=args.measure, evaluated=args.sheet is not None,
+                                exif=args.exif, max_pixels=args.max_pixels)
         check_classes(args.ckpt, info, json_path, annotations.classes)
         check_sizes(annotations)
         min_size, max_size = input_size(args, info)
