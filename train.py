@@ -414,7 +414,8 @@ def describe(run: Run, annotations: CocoBoxes) -> None:
     print(f"python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
           f"{run.world_size} x {gpu}, autocast {run.amp_dtype or 'off'}")
     print(f"{run.args.method}, {run.args.backbone}: {counted(len(annotations), 'image')}, "
-          f"{counted(len(annotations.boxes), 'box')}, {counted(len(run.classes), 'class')} -> {run.out}", *run.choices, sep="\n")
+          f"{counted(len(annotations.boxes), 'box')}, {counted(len(run.classes), 'class')} -> {run.out}",
+          *run.choices, sep="\n")
     print(f"{plan.iterations} iterations of {run.args.batch_size} images, learning rate {plan.lr:g} after "
           f"{plan.warmup} of warm-up, {'cosine' if plan.cosine else f'a tenth at {plan.drops}'}; "
           f"ramp of pairwise and pseudo-mask losses {plan.ramp}")

@@ -127,7 +127,8 @@ def show_names(images: list[dict], classes: list[dict], annotations: list[dict])
     for row in images:
         row[SHOWN] = repr(row["file_name"])
     for row in annotations:
-        row[SHOWN] = f"{files[row['image_id']]!r}: {names[row['category_id']]!r:.40} [{', '.join(map('{:g}'.format, row['bbox']))}]"
+        box = ", ".join(f"{value:g}" for value in row["bbox"])
+        row[SHOWN] = f"{files[row['image_id']]!r}: {names[row['category_id']]!r:.40} [{box}]"
 
 
 # ---------------------------------------------------------------------------------------------- images
@@ -227,8 +228,9 @@ def mask_findings(path: str, annotations: list[dict], sizes: dict[int, tuple[int
     """Masks that cannot be used, and boxes that masks, areas and edges show to follow another convention."""
     of_rows = [sizes[row["image_id"]] for row in annotations]
     flaws = mask_flaws(annotations, of_rows, range(len(annotations)))
-    level, effect = ("error", "") if evaluated else ("warning", "; training from boxes does not read it, evaluation and "
-                                                               "--method condinst would refuse it")
+    level = "error" if evaluated else "warning"
+    effect = "" if evaluated else ("; training from boxes does not read it, evaluation and --method condinst would "
+                                   "refuse it")
     findings = [f"{level}: {problem}{effect}" for problem in mask_problems(path, annotations, flaws)]
     findings += [f"warning: {text}" for text in mask_warnings(path, annotations, flaws)]
     flawed = {i for bad in flaws.values() for i in bad}

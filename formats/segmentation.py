@@ -73,5 +73,6 @@ def compressed(segmentation, size: Sequence[int]) -> dict:
         segmentation = {"counts": [size[0] * size[1]]}
     if type(segmentation) is list:
         return coco_mask.merge(coco_mask.frPyObjects(polygons(segmentation), *size))
-    rle = {"size": list(size), "counts": segmentation["counts"]}
-    return coco_mask.frPyObjects(rle, *size) if type(rle["counts"]) is list else rle | {"counts": rle["counts"].encode()}
+    counts = segmentation["counts"]
+    return (coco_mask.frPyObjects({"size": size, "counts": counts}, *size) if type(counts) is list
+            else {"size": list(size), "counts": counts.encode()})
