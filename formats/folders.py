@@ -98,7 +98,7 @@ def target(root: Path, split: str) -> Path:
 
 
 def images_among(names: list[str]) -> list[str]:
-    return [name for name in names if is_image(Path(name))]
+    return [name for name in names if is_image(name)]
 
 
 def inventory(names: list[str]) -> str:
@@ -156,7 +156,7 @@ class Tails:
 
 
 def bare(name: str) -> str:
-    return str(PurePosixPath(name).with_suffix("")) if name.endswith(".xml") or is_image(Path(name)) else name
+    return str(PurePosixPath(name).with_suffix("")) if name.endswith(".xml") or is_image(name) else name
 
 
 def path_parts(text: str) -> list[str]:

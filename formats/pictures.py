@@ -341,9 +341,9 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def is_image(path: Path) -> bool:
+def is_image(path: str | Path) -> bool:
     """Whether Pillow can decode it, judged by its suffix."""
-    kind = Image.registered_extensions().get(path.suffix.lower())
+    kind = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
     return kind in Image.OPEN and kind not in NOT_PICTURES
 
 

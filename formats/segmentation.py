@@ -74,5 +74,5 @@ def compressed(segmentation, size: Sequence[int]) -> dict:
     if type(segmentation) is list:
         return coco_mask.merge(coco_mask.frPyObjects(polygons(segmentation), *size))
     counts = segmentation["counts"]
-    rle = {"size": list(size), "counts": counts if type(counts) is list else counts.encode()}
-    return coco_mask.frPyObjects(rle, *size) if type(counts) is list else rle
+    return (coco_mask.frPyObjects({"size": size, "counts": counts}, *size) if type(counts) is list
+            else {"size": list(size), "counts": counts.encode()})

@@ -70,7 +70,8 @@ def test_a_sound_file_has_no_findings_and_nothing_is_written(tmp_path, check):
     ([annotation(7, 10, [-1, 5, 9, 9]), annotation(8, 11, [2, 12, 9, 9])], "warning", ["2 of 42", "(id 7, id 8)"]),
     ([annotation(7, 10, [5, 5, 0.5, 9])], "warning", ["1 of 41 boxes dropped", "(id 7)"]),
     ([annotation(7, 10, [40, 5, 9, 9])], "warning", ["1 of 41 boxes dropped", "(id 7)"]),
-    ([annotation(i, 10, [40, i, 9, 9]) for i in range(6)], "warning", ["6 of 46", "(id 0, id 1, id 2, id 3, id 4, ...)"]),
+    ([annotation(i, 10, [40, i, 9, 9]) for i in range(6)], "warning",
+     ["6 of 46", "(id 0, id 1, id 2, id 3, id 4, ...)"]),
     ([annotation(7, 10, [5, 5, -3, 9])], "warning", ["1 of 41 boxes dropped", "(id 7)"]),
     ([annotation(7, 10, [-9, 5, 99, 9], iscrowd=1)], "note", ["1 of 41 boxes are crowds", "(id 7)"]),
     ([annotation(i, 10, [3, 3, 11, 11]) for i in range(1, 9)], "warning",
@@ -579,8 +580,8 @@ def test_names_that_are_alike(folder, check):
                 annotation(900 + 20 * i + k, 10, [k, 9, 5, i], i) for i in names for k in range(10)]))
     status, findings, _ = check(folder)
     assert status == 0 and findings[:2] == [
-        f"warning: {files(folder)[0]}: 3 classes have names that differ only in case or blanks ('red' id 3, 'red' id 5, "
-        "'Red ' id 6)", f"warning: {files(folder)[0]}: 2 classes have one name ('blue' id 4, 'blue' id 7)"]
+        f"warning: {files(folder)[0]}: 3 classes have names that differ only in case or blanks ('red' id 3, "
+        "'red' id 5, 'Red ' id 6)", f"warning: {files(folder)[0]}: 2 classes have one name ('blue' id 4, 'blue' id 7)"]
     assert len(findings) == 4
 
 

@@ -390,7 +390,7 @@ def test_other_classes_are_refused_and_both_are_named(checkpoint, dataset, capsy
     ("segmentation", [4, 4, 24, 4, 24, 16]), ("segmentation", [[]]), ("segmentation", [[4, 4, 24, 16]]),
     ("segmentation", "text"), ("segmentation", {"size": [64, 96], "counts": [64 * 96]}), ("iscrowd", "0"),
     ("segmentation", [[float("nan"), 4, 24, 4, 24, 16]]), ("area", "240"), ("area", -240), ("area", float("nan"))])
-def test_fields_that_cannot_be_evaluated_are_named_before_the_work(checkpoint, dataset, monkeypatch, capsys, key, value):
+def test_fields_that_cannot_be_evaluated_are_named_before_work(checkpoint, dataset, monkeypatch, capsys, key, value):
     monkeypatch.setattr(evaluate, "evaluate", lambda *_, **options: pytest.fail("it runs"))
     rewrite(dataset[0], lambda content: content["annotations"][2].update({key: value}))
     line = fails(evaluation(checkpoint, dataset), capsys)

@@ -1,4 +1,4 @@
-"""formats/segmentation.py: every form of `segmentation` is told sound from flawed, and pycocotools survives the sound."""
+"""formats/segmentation.py: sound forms of `segmentation` are told from flawed ones, and pycocotools survives them."""
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
@@ -56,7 +56,8 @@ def test_sound_ones(segmentation):
     *(({"size": [20, 30], "counts": counts}, "counts") for counts in (
         [], [601], [599], [-1, 601], [10, -10, 600], [2**40], [300, 300.0], ["600"], [[600]], [None], [600, False],
         "", "garbage", "@@@@", "ü", "\0", "PPPPPPPPPPPP", "o" * 50, rle(PICTURE)["counts"][:-1],
-        text(600)[:-1] + "P" * 8 + "0", rle(PICTURE)["counts"] + "P", rle(PICTURE)["counts"] + "1", text(601), text(-1, 601), text(10, -10, 600),
+        text(600)[:-1] + "P" * 8 + "0", rle(PICTURE)["counts"] + "P",
+        rle(PICTURE)["counts"] + "1", text(601), text(-1, 601), text(10, -10, 600),
         text(0, 2**34, 600), text(2**32, 600 - 2**32), rle(PICTURE)["counts"] + "\n"))])
 def test_flawed_ones(segmentation, part):
     assert part in flaw(segmentation, SIZE)
