@@ -21,7 +21,8 @@ from formats.coco import (FORMS, KEYS, MADE_BY, MAX_PIXELS, NAMES, OPTIONAL, SHO
                           small_problems, sorted_classes, stated_exif)
 from formats.conventions import extent, other_convention
 from formats.files import counted
-from formats.pictures import folder_of_images, is_image, is_turned, read_header, remarks, undecodable_limit, usual_folders
+from formats.pictures import (folder_of_images, is_image, is_turned, read_header, remarks, undecodable_limit,
+                              usual_folders)
 
 FEW = 10         # boxes; a class with fewer is a finding
 OUTSIDE = 0.1    # pixels that a box may reach out of its image, as rounded coordinates do

@@ -218,9 +218,9 @@ def test_images_over_the_limit_count_as_undecodable(tmp_path, check):
     json_path, images = sound(tmp_path, sizes=[(20, 30)] * 12 + [(20, 20)] * 3)
     assert check(json_path, "--images", images, "--max-pixels", 600)[:2] == (0, [])
     os.truncate(os.path.join(images, "14.png"), 20)
-    change(json_path, lambda content: content["images"].pop(0))
-    change(json_path, lambda content: content["images"].pop(0))
-    change(json_path, lambda content: content["images"].pop(0))
+    for name in ("0.png", "1.png", "2.png"):
+        os.remove(os.path.join(images, name))
+        change(json_path, lambda content: content["images"].pop(0))
     change(json_path, lambda content: content.update(annotations=content["annotations"][30:]))
     status, (unreadable, too_large), _ = check(json_path, "--images", images, "--max-pixels", 599)
     assert status == 0 and unreadable.startswith("warning: ") and "1 of 12 images cannot be decoded" in unreadable

@@ -233,5 +233,5 @@ def test_without_masks_one_line_says_so(checkpoint, dataset, tmp_path, capsys, m
     monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: pytest.fail("evaluated"))
     rewrite(dataset[0], lambda c: c["annotations"][3].pop("segmentation"))
     line = fails(evaluation(checkpoint, dataset, "--score-quality", tmp_path / "quality.png"), capsys)
-    assert str(dataset[0]) in line and "annotation id 3" in line and "segmentation" in line and "learns" not in line
+    assert str(dataset[0]) in line and "(id 3)" in line and "segmentation" in line and "learns" not in line
     assert not (tmp_path / "quality.png").exists()
