@@ -190,12 +190,17 @@ def load_json(path: str):
                 "--val-images; ") if found else ""
         raise DataError(f"annotation file {path} is missing; {hint}{advice(path)}") from None
     except OSError as error:
-        raise DataError(f"annotation file {path} cannot be read: {error.strerror}") from None
+        raise DataError(f"annotation file {path} cannot be read: {error.strerror}{hint_of(path)}") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}") from None
+        raise DataError(f"{path} is not JSON: {error}{hint_of(path)}") from None
     if isinstance(content, dict) and "images" in content and "categories" in content:
         content.setdefault("annotations", [])
     return content
+
+
+def hint_of(path: str) -> str:
+    """What to do with labels of another format."""
+    return "" if str(path).endswith(".json") else f"; {CONVERT}"
 
 
 def content_problems(path: str, content) -> Iterator[str]:

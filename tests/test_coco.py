@@ -188,3 +188,16 @@ def test_a_set_of_crowds_says_so(tmp_path):
     for rows in ([], [annotation(1, 10, [1, 1, 0, 8]), annotation(2, 10, [1, 1, 8, 8], iscrowd=1)]):
         assert CocoBoxes(*write_set(tmp_path, annotations=rows)).no_box == f"{json_path} has no usable box"
     assert CocoBoxes(*write_set(tmp_path)).no_box == ""
+
+
+@pytest.mark.parametrize("name", ["labels", "labels/a.txt", "a.xml"])
+def test_labels_of_another_format_are_met_with_what_converts_them(tmp_path, name):
+    (tmp_path / "labels").mkdir()
+    for path in (tmp_path / "labels" / "a.txt", tmp_path / "a.xml"):
+        path.write_text("0 0.5 0.5 1 1")
+    with pytest.raises(DataError, match="python data.py voc DIR, python data.py yolo DIR"):
+        CocoBoxes(str(tmp_path / name), str(tmp_path))
+    (tmp_path / "a.json").write_text("[")
+    with pytest.raises(DataError) as error:
+        CocoBoxes(str(tmp_path / "a.json"), str(tmp_path))
+    assert "data.py" not in str(error.value)
