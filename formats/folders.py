@@ -48,8 +48,8 @@ def by_kind(faults: Iterable[tuple[str, str]]) -> str:
 class Report:
     """Collects what a conversion meets: faults, which refuse it, and what was seen and is not used."""
 
-    def __init__(self, root: Path, skip: bool):
-        self.root, self.skip, self.bad, self.faults = root, skip, set(), []
+    def __init__(self, root: Path, skip: bool, noun: str):
+        self.root, self.skip, self.noun, self.bad, self.faults = root, skip, noun, set(), []
         self.said, self.facts = [], []               # warnings, and what else is good to know
 
     def say(self, noun: str, what: str, names: Iterable[str]) -> None:
@@ -58,22 +58,26 @@ class Report:
         if names:
             self.said.append(f"{counted(len(names), noun)} {what} ({first_five(list(map(repr, names)))})")
 
+    def fault(self, names: Iterable[str], *faults: tuple[str, str]) -> None:
+        """Keep faults, (kind, place) each, of the files of these names."""
+        self.bad.update(names)
+        self.faults += faults
+
     def read_all(self, names: Iterable[str], read: Callable) -> dict:
         """{name: read(name)} of all names but those that raise Faults, which are kept."""
         found = {}
-        for name in tqdm(sorted(set(names)), "reading", unit="file", disable=None):
+        for name in tqdm(sorted(set(names)), "reading", unit=self.noun, disable=None):
             try:
                 found[name] = read(name)
             except Faults as error:
-                self.bad.add(name)
-                self.faults += error.faults
+                self.fault([name], *error.faults)
         return found
 
     def refuse(self) -> None:
         """Raises DataError with all faults, or says them if they are to be skipped."""
         if not self.bad:
             return
-        line = f"{counted(len(self.bad), 'image')} cannot be converted"
+        line = f"{counted(len(self.bad), self.noun)} cannot be converted"
         if not self.skip:
             raise DataError(f"{self.root}: {line}, nothing was written (--skip leaves them out): "
                             f"{by_kind(self.faults)}")
@@ -86,14 +90,14 @@ def names_in(root: Path) -> list[str]:
     """All files of a folder but the annotation files of an earlier conversion. Raises DataError."""
     if not root.is_dir():
         raise DataError(f"folder {root} is missing")
-    ours = [target(root, split) for split in ("train", "val")]
+    ours = [json_path(root, split) for split in ("train", "val")]
     for path in ours:
         if path.exists() and not is_ours(path):
             raise DataError(f"{path} exists and was not made by data.py voc or yolo; move it away")
     return [path.relative_to(root).as_posix() for path in files_in(root) if path not in ours]
 
 
-def target(root: Path, split: str) -> Path:
+def json_path(root: Path, split: str) -> Path:
     return root / "annotations" / f"instances_{split}2017.json"
 
 
@@ -101,14 +105,16 @@ def images_among(names: list[str]) -> list[str]:
     return [name for name in names if is_image(name)]
 
 
-def inventory(names: list[str]) -> str:
-    """The end of an error: what a folder contains, the most frequent kinds of file first, and what may suit them."""
+def inventory(names: list[str], layout: str) -> str:
+    """The end of an error: what a folder contains, the most frequent kinds of file first, and what may suit them,
+    which is not this layout."""
     kinds = Counter((Path(name).suffix.lower() or "other", str(PurePosixPath(name).parent)) for name in names)
     found = ", ".join(f"{count} {suffix} in {folder}" for (suffix, folder), count in kinds.most_common(8)) or "nothing"
     suffixes = {suffix for suffix, _ in kinds}
     hints = {".xml": "python data.py voc DIR", ".txt": "python data.py yolo DIR",
              ".json": "python train.py --train-json FILE --train-images DIR for a COCO file"}
-    return f"; found: {found}" + "".join(f"; {suffix}: {hint}" for suffix, hint in hints.items() if suffix in suffixes)
+    return f"; found: {found}" + "".join(f"; {suffix}: {hint}" for suffix, hint in hints.items()
+                                         if suffix in suffixes and layout not in hint)
 
 
 def stem_of(name: str) -> str:
@@ -125,11 +131,15 @@ def parts_by_folder(folders: dict[str, tuple[str, ...]]) -> dict[str, list[str]]
     """The names of each part, told by the `folders` that lead to them; all are training data if none says."""
     parts = {}
     for name, leading in folders.items():
-        part = next((part for folder in leading for part, known in PARTS.items() if folder.lower() in known), "")
-        parts.setdefault(part, []).append(name)
+        parts.setdefault(part_of(leading), []).append(name)
     if "train" in parts or "val" in parts:
         return {part: parts[part] for part in ("train", "val") if part in parts}
     return {"train": parts.get("", [])}
+
+
+def part_of(folders: tuple[str, ...]) -> str:
+    """The part of the first folder that has the name of one, else ""."""
+    return next((part for folder in folders for part, known in PARTS.items() if folder.lower() in known), "")
 
 
 class Tails:
@@ -156,7 +166,9 @@ class Tails:
 
 
 def bare(name: str) -> str:
-    return str(PurePosixPath(name).with_suffix("")) if name.endswith(".xml") or is_image(name) else name
+    """The name without .xml and the suffix of an image: a/photo of a/photo.jpg.xml."""
+    name = name.removesuffix(".xml")
+    return str(PurePosixPath(name).with_suffix("")) if is_image(name) else name
 
 
 def path_parts(text: str) -> list[str]:
@@ -193,7 +205,7 @@ def listed(root: Path, path: str, tails: Tails) -> list[str]:
 
 
 def checked_splits(splits: dict[str, list[str]], names: Iterable[str], report: Report) -> dict[str, list[str]]:
-    """The splits, each name once, without an empty val. Says which `names` are in none of them, and which in both.
+    """The splits, each name once. Says which `names` are in none of them, and which in both.
 
     Raises DataError if there is no training image."""
     splits = {split: list(dict.fromkeys(part)) for split, part in splits.items()}
@@ -203,13 +215,13 @@ def checked_splits(splits: dict[str, list[str]], names: Iterable[str], report: R
         f"{part}: {', '.join(known)}" for part, known in PARTS.items())
     if not train:
         where = sorted({"/".join(folder_of(name)) or "." for name in {*rest} | val})
-        raise DataError(f"{report.root}: no images to train on; {counted(len(val), 'image')} to evaluate on, "
-                        f"{len(rest)} in neither part; images are in {first_five(where) or 'no folder'}; {understood}")
-    if "val" in splits and not val:
-        report.said.append("no images to evaluate on")
-    report.say("image", f"in neither train nor val, left out; {understood}", rest)
-    report.say("image", "both in train and in val", sorted(train & val))
-    return {split: part for split, part in splits.items() if part}
+        raise DataError(f"{report.root}: nothing to train on; {counted(len(val), report.noun)} to evaluate on, "
+                        f"{len(rest)} in neither part; they are in {first_five(where) or 'no folder'}; {understood}")
+    report.say(report.noun, f"in neither train nor val, left out; {understood}", rest)
+    report.say(report.noun, "both in train and in val", sorted(train & val))
+    if "val" not in splits:
+        report.facts.append(f"no part to evaluate on, everything is training data; {understood}")
+    return splits
 
 
 # ------------------------------------------------------------------------------------------------- reading
@@ -250,6 +262,9 @@ def write_splits(layout: str, splits: dict[str, list[Labelled]], classes: dict[s
     Replaces the files of an earlier conversion. Without a val split it removes the old val file, which training would
     still evaluate on. Raises DataError."""
     root = report.root
+    if splits.get("val") == []:
+        report.said.append("no images to evaluate on")
+    splits = {split: images for split, images in splits.items() if images or split == "train"}
     flat = [image.file_name for part in splits.values() for image in part for box in image.boxes
             if min(box["bbox"][2:]) <= 0]
     report.say("box", "without area, which training drops", flat)
@@ -257,14 +272,14 @@ def write_splits(layout: str, splits: dict[str, list[Labelled]], classes: dict[s
         raise DataError(f"{root}: no training image has a box; nothing was written" + "".join(
             f"; {line}" for line in report.said))
     info = {"description": MADE_BY + layout} | ({"exif": STORED} if exif == STORED else {})
-    contents = {str(target(root, split)): {"info": info, "licenses": [], "categories": list(classes.values()),
+    contents = {str(json_path(root, split)): {"info": info, "licenses": [], "categories": list(classes.values()),
                                            **images_and_annotations(images, classes)}
                 for split, images in splits.items()}
     write_files(contents)
     for path, content in contents.items():
         print(f"{path}: {counted(len(content['images']), 'image')}, {counted(len(content['annotations']), 'box')}, "
               f"{counted(len(classes), 'class')}")
-    stale = target(root, "val")
+    stale = json_path(root, "val")
     if "val" not in splits and stale.exists():
         try:
             stale.unlink()

@@ -7,6 +7,7 @@ An XML file belongs to the image of its own stem, the nearest one by its folders
 names. ImageSets/Main/train.txt and val.txt, or folders named after the parts, divide the data set. Boxes are xywh in
 pixels, sizes (height, width).
 """
+import os
 import re
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -15,11 +16,12 @@ from xml.etree import ElementTree
 from formats.coco import MAX_PIXELS, UPRIGHT, DataError
 from formats.files import counted
 from formats.folders import (PARTS, Faults, Labelled, Report, Tails, as_number, checked_splits, folder_of, header_in,
-                             images_among, inventory, listed, names_in, parts_by_folder, stem_of, write_splits)
+                             images_among, inventory, listed, names_in, part_of, parts_by_folder, stem_of,
+                             write_splits)
 from formats.pictures import left_out, remarks
 
 
-class File(NamedTuple):
+class VocFile(NamedTuple):
     """What an XML file says, before it is known what its edges count from."""
     filename: str
     size: tuple[int, int] | None      # (height, width); None if it states none, or zeros
@@ -34,11 +36,11 @@ def write_voc(root: str, pixels_from: int | None = None, exif: str = UPRIGHT, sk
     pixels_from: what edges count from (see `xywh`); None: read off the folder. exif: see pictures.is_turned. skip:
     leave out what cannot be converted, instead of refusing. Raises DataError."""
     root, headers = Path(root), {}
-    report, names = Report(root, skip), names_in(root)
+    report, names = Report(root, skip, "XML file"), names_in(root)
     stems = [name for name in names if name.lower().endswith(".xml")]
     images = [name for name in images_among(names) if not in_masks(name)]
     if not stems:
-        raise DataError(f"{root}: no XML files{inventory(names)}")
+        raise DataError(f"{root}: no XML files{inventory(names, 'voc')}")
     files = report.read_all(stems, lambda name: read_xml(root, name))
     image_of = images_of(files, images, report)
     splits, lists = voc_splits(root, names, {name: (*folder_of(name), *folder_of(image_of.get(name, "")))
@@ -62,7 +64,9 @@ def write_voc(root: str, pixels_from: int | None = None, exif: str = UPRIGHT, sk
     report.say("box", "with a rotation, which is ignored", (name for name, box in boxes if box["rotated"]))
     report.say("box", "marked difficult, learnt like the others", (name for name, box in boxes if box.get("difficult")))
     report.said += remarks(headers, exif, max_pixels)
-    report.say("image", "without XML, left out", sorted({*images} - {*image_of.values()} if not report.bad else ()))
+    skipped = {stem_of(name) for name in report.bad}
+    report.say("image", "without XML, left out",
+               [image for image in sorted({*images} - {*image_of.values()}) if stem_of(image) not in skipped])
     report.say("mask", "not read", filter(in_masks, names))
     report.said += left_out([name for name in names if name not in {*stems, *images, *lists} and not in_masks(name)])
     classes = sorted({box["class"] for image in found.values() for box in image.boxes})
@@ -76,9 +80,9 @@ def in_masks(name: str) -> bool:
 
 # ----------------------------------------------------------------------------------------------- the images
 
-def images_of(files: dict[str, File], images: list[str], report: Report) -> dict[str, str]:
+def images_of(files: dict[str, VocFile], images: list[str], report: Report) -> dict[str, str]:
     """The image of each XML file. Faults are XML files without an image, with several, or with that of another XML."""
-    by_name, by_stem, other, owner = {}, {}, [], {}
+    by_name, by_stem, other, claims = {}, {}, [], {}
     for image in images:
         by_name.setdefault(PurePosixPath(image).name, []).append(image)
         by_stem.setdefault(stem_of(image), []).append(image)
@@ -87,31 +91,42 @@ def images_of(files: dict[str, File], images: list[str], report: Report) -> dict
         filename, stem = files[name].filename, stem_of(name)
         own = by_stem.get(stem) or by_name.get(stem, [])            # some write photo.jpg.xml
         named = by_name.get(filename) or by_stem.get(stem_of(filename), [])
-        found = nearest(name, own or named)
+        found = nearest(name, own) or nearest(name, named)
         found = [image for image in found if PurePosixPath(image).name == filename] or found
         if not found:
             raise Faults(("XML files without an image of their stem or <filename>", f"{name} ({filename!r:.80})"))
         if len(found) > 1:
             raise Faults(("XML files with several images", f"{name}: {' and '.join(map(repr, found[:3]))}"))
-        if owner.setdefault(found[0], name) != name:
-            raise Faults(("XML files with the image of another one", f"{owner[found[0]]} and {name}: {found[0]}"))
-        if own and named and found[0] not in named:
+        if found[0] in own and named and found[0] not in named:
             other.append(f"{name}: {filename}")
+        claims.setdefault(found[0], []).append(name)
         return found[0]
 
     found = report.read_all(files, image_of)
+    for image, names in claims.items():
+        best = max(agreement(name, image) for name in names)
+        right = [name for name in names if agreement(name, image) == best]
+        wrong = set(names) - set(right if len(right) == 1 else ())
+        if wrong:
+            report.fault(wrong, ("images of several XML files", f"{image}: {' and '.join(names[:3])}"))
     report.say("XML file", "whose <filename> names another image that exists: that of their own stem was taken", other)
-    return found
+    return {name: image for name, image in found.items() if name not in report.bad}
+
+
+def agreement(name: str, image: str) -> int:
+    """How many folders of an XML file and an image agree, from both ends; more than that if all do, less than 0 if they
+    are those of two parts."""
+    a, b = folder_of(name), folder_of(image)
+    if a == b:
+        return 2 * len(a) + 1
+    parts = {part_of(a), part_of(b)} - {""}
+    return -1 if len(parts) > 1 else len(os.path.commonprefix([a, b])) + len(os.path.commonprefix([a[::-1], b[::-1]]))
 
 
 def nearest(name: str, images: list[str]) -> list[str]:
-    """Those of the images whose folders agree best with the folders of an XML file, from both ends."""
-    def agreement(image: str) -> tuple[bool, int]:
-        a, b = folder_of(name), folder_of(image)
-        alike = [x == y for x, y in zip(a, b)], [x == y for x, y in zip(a[::-1], b[::-1])]
-        return a == b, sum(next((i for i, same in enumerate(side) if not same), len(side)) for side in alike)
-    best = max(map(agreement, images), default=None)
-    return [image for image in images if agreement(image) == best]
+    """Those of the images whose folders agree best with those of an XML file."""
+    best = max((agreement(name, image) for image in images), default=-1)
+    return [image for image in images if agreement(name, image) == best >= 0]
 
 
 def voc_splits(root: Path, names: list[str], folders: dict[str, tuple[str, ...]]) -> tuple[dict, list[str]]:
@@ -130,7 +145,7 @@ def voc_splits(root: Path, names: list[str], folders: dict[str, tuple[str, ...]]
 
 # ------------------------------------------------------------------------------------------------ XML files
 
-def read_xml(root: Path, name: str) -> File:
+def read_xml(root: Path, name: str) -> VocFile:
     """Raises Faults."""
     try:
         tree = ElementTree.parse(root / name).getroot()
@@ -151,12 +166,12 @@ def read_xml(root: Path, name: str) -> File:
         faults.append(("wrong sizes", f"{name}: {error}"))
     if faults:
         raise Faults(*faults)
-    return File(re.split(r"[/\\]", (tree.findtext("filename") or "").strip())[-1], size,
+    return VocFile(re.split(r"[/\\]", (tree.findtext("filename") or "").strip())[-1], size,
                 (tree.findtext("source/database") or "").strip(), boxes)
 
 
 def voc_box(element: ElementTree.Element) -> dict:
-    """A box of File from an <object>. Raises ValueError."""
+    """A box of VocFile from an <object>. Raises ValueError."""
     name = (element.findtext("name") or "").strip()
     if not name:
         raise ValueError("has no name")
@@ -204,19 +219,19 @@ def number_of(element: ElementTree.Element, tag: str) -> int | float:
 # --------------------------------------------------------------------------- what the edges of boxes count from
 
 def xywh(box: dict, count_from: int) -> dict:
-    """A box of Labelled from one of File. From 1, as VOC does: pixels are counted, xmax is the last inside. From 0, as
-    labelImg and CVAT do: the lines between pixels are counted, xmax is the edge behind the last."""
+    """A box of Labelled from one of VocFile. From 1, as VOC does: pixels are counted, xmax is the last inside. From 0,
+    as labelImg and CVAT do: the lines between pixels are counted, xmax is the edge behind the last."""
     x0, y0, x1, y1 = box["edges"]
     bbox = [x0 - count_from, y0 - count_from, x1 - x0 + count_from, y1 - y0 + count_from]
     return {"class": box["class"], "bbox": [round(value, 3) for value in bbox],
             **{key: value for key, value in box.items() if key in ("difficult", "truncated")}}
 
 
-def edges_from(files: dict[str, File], given: int | None, report: Report) -> dict[str, int]:
+def edges_from(files: dict[str, VocFile], given: int | None, report: Report) -> dict[str, int]:
     """What the edges of each XML file count from.
 
-    Files of one <source> are alike. VOC's own never have a 0, so one of it betrays edges; a source other than VOC is a
-    tool, which writes edges; a file that names no source is taken for VOC's unless a 0 or a fraction betrays it."""
+    Files of one <source> are alike. VOC's own have no 0, so a 0 shows edges; a source other than VOC is a tool, which
+    writes edges; a file that names no source is taken for VOC's unless it has a 0 or a fraction."""
     sources = {}
     for name, file in files.items():
         sources.setdefault("VOC" if "voc" in file.database.lower() else file.database, []).append(name)

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from formats.coco import MAX_PIXELS, UPRIGHT, DataError, first_five, is_name
-from formats.files import optional
+from formats.files import counted, optional
 from formats.folders import (PARTS, Faults, Labelled, Report, Tails, as_number, checked_splits, folder_of, header_in,
                              images_among, inventory, listed, names_in, parts_by_folder, read_text, stem_of, within,
                              write_splits)
@@ -30,28 +30,27 @@ def write_yolo(root: str, exif: str = UPRIGHT, skip: bool = False, max_pixels: i
     exif: whether labels refer to the upright image or to the stored pixels. skip: leave out what cannot be converted,
     instead of refusing. Raises DataError; UserError if a YAML file is needed and PyYAML is not installed."""
     root, headers = Path(root), {}
-    report, names = Report(root, skip), names_in(root)
+    report, names = Report(root, skip, "image"), names_in(root)
     config_name, config = read_config(root, names)
     classes, lists = class_names(root, names, config_name, config, report)
     images, texts = images_among(names), [name for name in names if name.endswith(".txt") and name not in lists]
-    labels = label_files(images, texts, report)
+    labels, others = label_files(images, texts)
+    report.say("label file", "of an image that has another one, left out", others)
     if not labels:
-        raise DataError(f"{root}: no label file (.txt) belongs to an image{inventory(names)}")
+        raise DataError(f"{root}: no label file (.txt) belongs to an image{inventory(names, 'yolo')}")
     splits, parts_from = yolo_splits(root, names, images, labels, config_name, config, report)
     splits = checked_splits(splits, images, report)
     lines = report.read_all(sum(splits.values(), []), lambda image: read_lines(root, labels.get(image)))
-    counts = key_points(config, [fields for of_image in lines.values() for _, fields in of_image], report)
-    shared = sharing(lines, labels)
+    with_points = key_points(config, [fields for of_image in lines.values() for _, fields in of_image], report)
+    for group in sharing(lines, labels):
+        report.fault(group, ("images that share a label file", " and ".join(map(repr, group))))
 
     def labelled(image: str) -> Labelled:
-        if image in shared:
-            raise Faults(*[("images that share a label file", " and ".join(map(repr, shared[image])))
-                           ] * (image == shared[image][0]))         # once for all of them
         headers[image] = header = header_in(root, image)
         size = header.upright if exif == UPRIGHT else header.size
-        return Labelled(image, size, yolo_boxes(labels.get(image), lines[image], size, classes, counts))
+        return Labelled(image, size, yolo_boxes(labels.get(image), lines[image], size, classes, with_points))
 
-    found = report.read_all(lines, labelled)
+    found = report.read_all([image for image in lines if image not in report.bad], labelled)
     report.refuse()
     splits = {split: [found[image] for image in part if image in found] for split, part in splits.items()}
     without = [image for image in found if image not in labels]
@@ -59,12 +58,12 @@ def write_yolo(root: str, exif: str = UPRIGHT, skip: bool = False, max_pixels: i
     report.say("image", "with an empty label file, so without objects",
                [image for image in found if not found[image].boxes and image not in without])
     report.say("polygon", "of which the box was taken", [image for image in found for _, fields in lines[image]
-                                                         if len(fields) > 6 and len(fields) not in counts])
+                                                         if len(fields) > 6 and len(fields) != with_points])
     # no size is stated here, so it never tells which image a label is drawn on
     report.say("image", f"turned or mirrored by EXIF, whose labels were taken for those of the {exif} image; --exif "
                "decides otherwise", [image for image in headers if headers[image].orientation != 1])
     report.said += remarks({image: headers[image]._replace(orientation=1) for image in headers}, exif, max_pixels)
-    used = {*images, *labels.values(), *lists, *parts_from, config_name}
+    used = {*images, *labels.values(), *others, *lists, *parts_from, config_name}
     report.say("text file", "without an image, left out", [name for name in texts if name not in used])
     report.said += left_out([name for name in names if name not in {*used, *texts}])
     if classes is None:
@@ -76,25 +75,22 @@ def write_yolo(root: str, exif: str = UPRIGHT, skip: bool = False, max_pixels: i
 
 # -------------------------------------------------------------------------------------------- files and parts
 
-def label_files(images: list[str], texts: list[str], report: Report) -> dict[str, str]:
-    """The label file of each image that has one.
+def label_files(images: list[str], texts: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The label file of each image that has one, and the other label files of these images.
 
-    A folder without images may have the labels of one that differs in a name; `images` and `labels` come first."""
+    A folder without images may have the labels of one that differs in a name, as backup/ has those of photos/; `images`
+    and `labels` come first."""
     by_stem, with_images = {}, {folder_of(image) for image in images}
     for text in texts:
         by_stem.setdefault(stem_of(text), []).append(text)
-    pairs = ((nearness(folder_of(image), folder_of(text)), image, text) for image in images
-             for text in by_stem.get(stem_of(image), []) + by_stem.get(Path(image).name, []))
-    found, best, several = {}, {}, []
+    pairs = [(nearness(folder_of(image), folder_of(text)), image, text) for image in images
+             for text in by_stem.get(stem_of(image), []) + by_stem.get(Path(image).name, [])]
+    found, best = {}, {}
     for rank, image, text in sorted(pairs):
-        if not rank or rank != SAME and folder_of(text) in with_images or best.setdefault(text, rank) < rank:
-            continue                                             # it is that of a nearer image
-        if image in found:
-            several.append(f"{found[image]}, not {text}")
-        else:
-            found[image] = text
-    report.say("image", "with several label files, of which one was taken", several)
-    return found
+        if rank == SAME or rank and folder_of(text) not in with_images:
+            if best.setdefault(text, rank) == rank:              # else it is that of a nearer image
+                found.setdefault(image, text)
+    return found, sorted({*best} - {*found.values()})
 
 
 def nearness(image: tuple[str, ...], label: tuple[str, ...]) -> int:
@@ -118,13 +114,13 @@ def labelled_folders(images: list[str], labels: dict[str, str]) -> list[str]:
             or known & {folder.lower() for folder in folder_of(image)}]
 
 
-def sharing(images: list[str], labels: dict[str, str]) -> dict[str, list[str]]:
-    """The images that share a label file, each with all of them."""
+def sharing(images: list[str], labels: dict[str, str]) -> list[list[str]]:
+    """The groups of images that share a label file."""
     of_label = {}
     for image in images:
         if image in labels:
             of_label.setdefault(labels[image], []).append(image)
-    return {image: group for group in of_label.values() if len(group) > 1 for image in group}
+    return [group for group in of_label.values() if len(group) > 1]
 
 
 def yolo_splits(root: Path, names: list[str], images: list[str], labels: dict[str, str], config_name: str,
@@ -134,7 +130,8 @@ def yolo_splits(root: Path, names: list[str], images: list[str], labels: dict[st
     Raises DataError if an entry or a line names nothing in DIR."""
     entries = {split: config.get(split) for split in ("train", "val")}
     if not any(entries.values()):
-        lists = {stem_of(name).lower(): name for name in names if not folder_of(name) and name.endswith(".txt")}
+        lists = {stem_of(name).lower(): name for name in names if not folder_of(name) and name.endswith(".txt")
+                 and name not in labels.values()}
         entries = {split: [lists[known] for known in PARTS[split] if known in lists] for split in entries}
         config_name = "a list"
     if not any(entries.values()):
@@ -142,12 +139,15 @@ def yolo_splits(root: Path, names: list[str], images: list[str], labels: dict[st
     tails, splits, used = Tails(images), {}, []
     for split, entry in entries.items():
         for text in [entry] if isinstance(entry, str) else entry or []:
-            path = within((root / config_name).parent, str(text)) or within(root, str(text))
+            base, below = (root / config_name).parent, f"{config.get('path', '')}/{text}"
+            path = within(base, below) or within(base, str(text)) or within(root, str(text))
+            missing = f"{config_name}: {split}: {str(text)!r:.80} is not in {root}"
             if path is None and split == "train":
-                raise DataError(f"{root / config_name}: {split}: {str(text)!r:.80} is not in {root}; mend the line, or "
-                                f"remove it and name folders train and val{inventory(names)}")
+                raise DataError(f"{missing}; mend the line, or remove it and name folders train and val"
+                                + inventory(names, "yolo"))
             splits.setdefault(split, [])
             if path is None:
+                report.said.append(missing)
                 continue
             name = path.relative_to(root).as_posix()
             if path.is_file():
@@ -171,13 +171,13 @@ def read_lines(root: Path, label: str | None) -> list[tuple[int, list[str]]]:
 
 
 def yolo_boxes(label: str | None, lines: list[tuple[int, list[str]]], size: tuple[int, int],
-               classes: dict[int, str] | None, key_points: tuple[int, ...]) -> list[dict]:
-    """Boxes of Labelled. size: (height, width); key_points: counts of numbers that are a box and key points. Raises
+               classes: dict[int, str] | None, with_points: int | None) -> list[dict]:
+    """Boxes of Labelled. size: (height, width); with_points: the count of numbers of a box with key points. Raises
     Faults."""
     (height, width), boxes, faults = size, [], []
     for number, fields in lines:
         try:
-            x0, y0, x1, y1 = yolo_box(fields[:5] if len(fields) in key_points else fields)
+            x0, y0, x1, y1 = yolo_box(fields[:5] if len(fields) == with_points else fields)
             bbox = [x0 * width, y0 * height, (x1 - x0) * width, (y1 - y0) * height]
             boxes.append({"class": yolo_class(fields[0], classes), "bbox": [round(value, 3) for value in bbox]})
         except ValueError as error:
@@ -224,26 +224,28 @@ def yolo_box(fields: list[str]) -> tuple[float, float, float, float]:
 
 # ------------------------------------------------------------------------------------------------- key points
 
-def key_points(config: dict, lines: list[list[str]], report: Report) -> tuple[int, ...]:
-    """The counts of numbers in a line that are a box and key points, not a polygon.
+def key_points(config: dict, lines: list[list[str]], report: Report) -> int | None:
+    """The count of numbers in a line that are a box and key points, not a polygon; None if there are none.
 
     data.yaml's kpt_shape says so. Without it: if all lines beyond 5 numbers have one count, every box lies in its image
     and has its points inside, and the numbers cannot be a polygon's."""
     long = [fields for fields in lines if len(fields) > 6]
     try:
-        count, dims = map(int, config.get("kpt_shape") or ())
-        report.said += ["key points, as kpt_shape says: their boxes are taken"] if long else []
-        return (5 + count * dims,)
-    except (TypeError, ValueError):
+        points, dims = map(int, list(config["kpt_shape"]))
+        count = 5 + points * dims
+        taken = sum(len(fields) == count for fields in long)
+        report.said += [f"{counted(taken, 'line')} with key points, of which the box was taken"] * bool(taken)
+        return count
+    except (KeyError, TypeError, ValueError):
         counts = {len(fields) for fields in long}
     if len(counts) == 1:
         (count,) = counts
         for dims in (3, 2):
             if (count - 5) % dims == 0 and are_key_points(long, dims):
-                report.said.append(f"{len(long)} lines of {count} numbers, taken for a box and {(count - 5) // dims} "
-                                   f"key points of {dims}; kpt_shape in data.yaml would say")
-                return (count,)
-    return ()
+                report.said.append(f"{counted(len(long), 'line')} of {count} numbers, taken for a box and "
+                                   f"{(count - 5) // dims} key points of {dims}; kpt_shape in data.yaml would say")
+                return count
+    return None
 
 
 def are_key_points(lines: list[list[str]], dims: int) -> bool:
@@ -277,7 +279,8 @@ def read_config(root: Path, names: list[str]) -> tuple[str, dict]:
     {}). Every scalar stays text: a class may be called 7, no or null. Raises DataError; UserError without PyYAML."""
     yamls = {name: read_text(root / name) for name in names if name.endswith((".yaml", ".yml"))}
     yamls = {name: text for name, text in yamls.items()
-             if re.search(r"^(names|kpt_shape|train|val)\s*:", text, re.MULTILINE)}
+             if re.search(r"^(names|kpt_shape)\s*:", text, re.MULTILINE)
+             or Path(name).name == "data.yaml" and re.search(r"^(train|val)\s*:", text, re.MULTILINE)}
     top = [name for name in yamls if not folder_of(name)]
     files = ["data.yaml"] if "data.yaml" in yamls else top or list(yamls)
     if len(files) > 1:
@@ -290,11 +293,14 @@ def read_config(root: Path, names: list[str]) -> tuple[str, dict]:
         except (yaml.YAMLError, RecursionError) as error:
             raise DataError(f"{root / name}: no names of classes: not YAML: {' '.join(str(error).split())}") from None
         return name, content if isinstance(content, dict) else {"names": content}
+    darknet = {}
     for name in [name for name in names if name.endswith(".data")]:
-        pairs = [line.split("=", 1) for line in read_text(root / name).split("\n") if "=" in line]
-        content = {key.strip(): value.strip() for key, value in pairs}
-        return name, {split: content[key] for split, key in (("train", "train"), ("val", "valid")) if key in content}
-    return "", {}
+        text = (root / name).read_bytes()[:2**16].decode("utf-8", "ignore")
+        entries = dict(re.findall(r"^\s*(train|valid)\s*=\s*(\S.*?)\s*$", text, re.MULTILINE))
+        darknet |= {name: {"train": entries.get("train"), "val": entries.get("valid")}} if entries else {}
+    if len(darknet) > 1:
+        raise DataError(f"{root}: several files name parts ({first_five(list(darknet))}): keep one")
+    return next(iter(darknet.items()), ("", {}))
 
 
 def class_names(root: Path, names: list[str], config_name: str, config: dict,
@@ -304,18 +310,18 @@ def class_names(root: Path, names: list[str], config_name: str, config: dict,
     lists = [name for name in names if Path(name).name.lower() == "classes.txt"
              or name.endswith((".names", "_darknet.labels"))]
     texts = {name: [line.strip() for line in read_text(root / name).rstrip().split("\n")] for name in lists}
-    found = {}
-    for name, content in ({config_name: config["names"]} if "names" in config else {} | texts).items():
-        try:
-            found[name] = checked_names(content)
-        except ValueError as error:
-            raise DataError(f"{root / name}: no names of classes: {error}") from None
-    first = next(iter(found), None)
-    differ = [name for name in texts if dict(enumerate(texts[name])) != found[first]]
-    if differ and first != config_name:
-        raise DataError(f"{root / first} and {root / differ[0]} list different classes: remove the wrong one")
+    name, content = (config_name, config["names"]) if "names" in config else next(iter(texts.items()), (None, None))
+    if name is None:
+        return None, lists
+    try:
+        classes = checked_names(content)
+    except ValueError as error:
+        raise DataError(f"{root / name}: no names of classes: {error}") from None
+    differ = [other for other in texts if dict(enumerate(texts[other])) != classes]
+    if differ and "names" not in config:
+        raise DataError(f"{root / name} and {root / differ[0]} list different classes: remove the wrong one")
     report.say("list", f"of other classes than {config_name}, which was followed", differ)
-    return found.get(first), lists
+    return classes, lists
 
 
 def checked_names(names: object) -> dict[int, str]:

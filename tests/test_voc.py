@@ -20,6 +20,8 @@ def test_voc_by_hand(voc, capsys):
     captured = capsys.readouterr()
     assert captured.out == (
         f"{voc}/annotations/instances_train2017.json: 3 images, 3 boxes, 3 classes\n"
+        f"{voc}: no part to evaluate on, everything is training data; folders that are understood: train: train, "
+        "train2017, training; val: val, val2017, valid, validation, validate; test: test, test2017, testing\n"
         f"{voc}: edges of boxes count from 1 in 3 files (nothing tells otherwise); --pixels-from decides otherwise: 1 "
         "counts pixels, as VOC does, 0 the lines between them, as labelImg and CVAT do\n")
     assert captured.err == f"warning: {voc}: 1 box marked difficult, learnt like the others ('Annotations/a.xml')\n"
@@ -43,12 +45,12 @@ def test_voc_splits(voc, capsys):
     assert boxes(voc, "val") == [("JPEGImages/a.jpg", "car", [2, 4, 10, 5])]
     assert read(voc)["categories"] == read(voc, "val")["categories"]
     captured = capsys.readouterr()
-    assert "1 image in neither train nor val, left out; " in captured.err and "('Annotations/b.xml')" in captured.err
+    assert "1 XML file in neither train nor val, left out; " in captured.err and "('Annotations/b.xml')" in captured.err
     assert captured.err.count("\n") == 1
     assert "instances_val2017.json: 1 image, 1 box, 2 classes\n" in captured.out
     put(voc / "ImageSets" / "Main" / "val.txt", "a\nb\nc")
     write_voc(str(voc))
-    assert "1 image both in train and in val ('Annotations/c.xml')" in capsys.readouterr().err
+    assert "1 XML file both in train and in val ('Annotations/c.xml')" in capsys.readouterr().err
 
 
 def test_voc_images_of_any_name(voc, capsys):
@@ -164,7 +166,7 @@ def test_voc_wrong_annotations(voc, content, part):
     write_voc(str(voc))
     put(voc / "Annotations" / "b.xml", content)
     put(voc / "Annotations" / "c.xml", content)
-    refused(write_voc, voc, "2 images cannot", "(2): Annotations/b.xml: ", "Annotations/c.xml: ", part)
+    refused(write_voc, voc, "2 XML files cannot", "(2): Annotations/b.xml: ", "Annotations/c.xml: ", part)
     with pytest.raises(DataError) as error:
         write_voc(str(voc))
     assert len(str(error.value)) < 700
@@ -172,11 +174,11 @@ def test_voc_wrong_annotations(voc, content, part):
 
 def test_voc_missing_and_ambiguous_images(voc):
     os.rename(voc / "JPEGImages" / "c.jpg", voc / "JPEGImages" / "d.jpg")
-    refused(write_voc, voc, "1 image cannot", "without an image", "c.xml ('c.jpg')")
+    refused(write_voc, voc, "1 XML file cannot", "without an image", "c.xml ('c.jpg')")
     write_voc(str(voc), skip=True)
     assert [row["file_name"] for row in read(voc)["images"]] == ["JPEGImages/a.jpg", "JPEGImages/b.jpg"]
     put(voc / "Annotations" / "c.xml", xml(filename="a.jpg"))
-    refused(write_voc, voc, "Annotations/a.xml and Annotations/c.xml: JPEGImages/a.jpg")
+    refused(write_voc, voc, "2 XML files cannot", "JPEGImages/a.jpg: Annotations/a.xml and Annotations/c.xml")
     for suffix in ("png", "bmp"):
         put_image(voc / "JPEGImages" / f"c.{suffix}")
     put(voc / "Annotations" / "c.xml", xml(filename="none"))
@@ -197,19 +199,70 @@ def test_voc_all_faults_at_once(voc, capsys):
     put(voc / "JPEGImages" / "h.jpg", b"no image")
     for split, lines in (("train", "a\nb\nc\nd\ne\nf\ng\nh\ni"), ("val", "j")):
         put(voc / "ImageSets" / "Main" / f"{split}.txt", lines)
-    refused(write_voc, voc, "5 images cannot", "d.xml ('')", "e.xml: its root", "f.xml: object 1 has no name",
+    refused(write_voc, voc, "5 XML files cannot", "d.xml ('')", "e.xml: its root", "f.xml: object 1 has no name",
             "f.xml: object 2 has a box whose", "g.xml: 31 x 20, not 30 x 20", "JPEGImages/h.jpg cannot be decoded")
     capsys.readouterr()
     write_voc(str(voc), skip=True)
     assert [row["file_name"][11] for row in read(voc)["images"]] == [*"abci"]
-    assert "5 images cannot be converted, left out: " in capsys.readouterr().err
+    assert "5 XML files cannot be converted, left out: " in capsys.readouterr().err
 
 
 def test_voc_lists_that_name_no_xml(voc):
     put(voc / "ImageSets" / "Main" / "train.txt", "a\n\n../b\nc 1\nx\n")
     refused(write_voc, voc, "train.txt: ", "name no file", "(2): line 4, 'c 1', line 5, 'x'")
     put(voc / "ImageSets" / "Main" / "train.txt", "\n")
-    refused(write_voc, voc, "no images to train on")
+    refused(write_voc, voc, "nothing to train on")
     os.rename(voc / "ImageSets" / "Main" / "train.txt", voc / "ImageSets" / "Main" / "val.txt")
     put(voc / "ImageSets" / "Main" / "val.txt", "a")
-    refused(write_voc, voc, "no images to train on")
+    refused(write_voc, voc, "nothing to train on")
+
+
+def test_voc_an_image_is_never_that_of_another_part(tmp_path):
+    """train/2.xml has lost its image, val/2.jpg its XML."""
+    for stem in ("train/1", "val/1", "val/2"):
+        put_image(tmp_path / f"{stem}.jpg")
+    for stem in ("train/1", "val/1", "train/2"):
+        put(tmp_path / f"{stem}.xml", xml(xml_object(), filename=f"{stem[-1]}.jpg"))
+    refused(write_voc, tmp_path, "1 XML file cannot", "without an image", "train/2.xml")
+    put(tmp_path / "val" / "2.xml", xml(xml_object("bus"), filename="2.jpg"))
+    write_voc(str(tmp_path), skip=True)
+    assert [row[:2] for row in boxes(tmp_path, "val")] == [("val/1.jpg", "car"), ("val/2.jpg", "bus")]
+
+
+def test_voc_the_nearest_xml_has_the_image(tmp_path, capsys):
+    """And of two that are equally near neither has it."""
+    for folder in ("a", "b", "c"):
+        put(tmp_path / "xml" / folder / "1.xml", xml(xml_object(folder), filename="1.jpg"))
+    put_image(tmp_path / "images" / "b" / "1.jpg")
+    put_image(tmp_path / "images" / "d" / "2.jpg")
+    put_image(tmp_path / "images" / "3.jpg")
+    put(tmp_path / "xml" / "3.xml", xml(filename="3.jpg"))
+    refused(write_voc, tmp_path, "2 XML files cannot", "images/b/1.jpg: xml/a/1.xml and xml/b/1.xml and xml/c/1.xml")
+    write_voc(str(tmp_path), skip=True)
+    assert boxes(tmp_path) == [("images/b/1.jpg", "b", [2, 4, 10, 5])]
+    assert "1 image without XML, left out ('images/d/2.jpg')" in capsys.readouterr().err
+    os.remove(tmp_path / "xml" / "b" / "1.xml")
+    put(tmp_path / "xml" / "3.xml", xml(xml_object(), filename="3.jpg"))
+    refused(write_voc, tmp_path, "2 XML files cannot", "images/b/1.jpg: xml/a/1.xml and xml/c/1.xml")
+
+
+def test_voc_lists_without_the_suffix_of_photo_jpg_xml(tmp_path):
+    for stem in ("a", "b"):
+        put_image(tmp_path / f"{stem}.jpg")
+        put(tmp_path / f"{stem}.jpg.xml", xml(xml_object(), filename=""))
+    put(tmp_path / "train.txt", "a\n")
+    put(tmp_path / "val.txt", "b.jpg\n")
+    write_voc(str(tmp_path))
+    assert boxes(tmp_path)[0][0] == "a.jpg" and boxes(tmp_path, "val")[0][0] == "b.jpg"
+
+
+def test_options_of_the_command_line(voc, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    put_image(voc / "JPEGImages" / "a.jpg", 20, 20, exif=exif)
+    put(voc / "Annotations" / "a.xml", xml(xml_object(), filename="a.jpg", size=(20, 20)))
+    put(voc / "Annotations" / "c.xml", "no XML")
+    main(["voc", str(voc), "--skip", "--pixels-from", "0", "--exif", "stored", "--max-pixels", "500"])
+    assert boxes(voc) == [("JPEGImages/a.jpg", "car", [3, 5, 9, 4])]
+    assert read(voc)["info"]["exif"] == "stored"
+    assert "have more than 500 pixels" in capsys.readouterr().err

@@ -97,7 +97,7 @@ def test_yolo_val_without_train_and_val_without_images(yolo, capsys):
     assert not (yolo / "annotations" / "instances_val2017.json").exists()
     for kind in ("images", "labels"):
         (yolo / kind / "train").rename(yolo / kind / "valid")
-    refused(write_yolo, yolo, "no images to train on")
+    refused(write_yolo, yolo, "nothing to train on")
 
 
 def test_yolo_a_linked_folder_of_images(yolo, tmp_path):
@@ -204,7 +204,8 @@ def test_yolo_an_image_with_two_label_files(yolo, capsys):
     write_yolo(str(yolo))
     assert [row[1:] for row in boxes(yolo)] == [("bus", [12, 6, 6, 8]), ("car", [0, 0, 30, 20])]
     said = capsys.readouterr().err
-    assert "2 images with several label files, of which one was taken ('labels/train/a.txt, not images/train/a" in said
+    assert said.splitlines()[0].endswith("2 label files of an image that has another one, left out "
+                                         "('backup/train/c.txt', 'images/train/a.txt')") and said.count(".txt") == 2
 
 
 def test_yolo_labels_of_another_part_are_not_taken(yolo):
@@ -235,6 +236,7 @@ def test_yaml_whose_validation_is_missing(yolo, capsys):
     write_yolo(str(yolo))
     said = capsys.readouterr().err
     assert "no images to evaluate on" in said and "1 image in neither train nor val, left out" in said
+    assert "data.yaml: val: '../valid/images' is not in" in said
 
 
 POINTS = "0.6 0.5 0.7 0.45 0.65 0.6"                                       # three points in the box 0.7 0.55 0.3 0.4
@@ -386,3 +388,49 @@ def test_yolo_data_yaml_of_a_folder_below(yolo, tmp_path):
     write_yolo(str(tmp_path))
     assert boxes(tmp_path) == boxes(tmp_path, "val") == [("yolo/images/train/a.png", "bus", [12, 6, 6, 8]),
                                                          ("yolo/images/train/c.png", "car", [0, 0, 30, 20])]
+
+
+def test_options_of_the_command_line(yolo, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    put_image(yolo / "images" / "train" / "a.png", 20, 30, exif=exif)
+    put(yolo / "labels" / "train" / "c.txt", "rubbish")
+    main(["yolo", str(yolo), "--skip", "--exif", "stored", "--max-pixels", "599"])
+    assert boxes(yolo) == [("images/train/a.png", "bus", [12, 6, 6, 8])]
+    assert read(yolo)["info"]["exif"] == "stored"
+    said = capsys.readouterr().err
+    assert "have more than 599 pixels" in said and "those of the stored image; --exif" in said
+
+
+def test_a_val_part_that_is_skipped_as_a_whole_is_no_file(yolo, capsys):
+    put(yolo / "labels" / "val" / "b.txt", "rubbish")
+    write_yolo(str(yolo), skip=True)
+    assert not (yolo / "annotations" / "instances_val2017.json").exists()
+    assert "no images to evaluate on" in capsys.readouterr().err
+
+
+def test_yaml_and_data_files_of_other_programs(yolo):
+    """DVC's params.yaml, what Ultralytics writes for a run, a binary file."""
+    put(yolo / "params.yaml", "train:\n  lr: 0.01\nval: true\n")
+    put(yolo / "runs" / "args.yaml", "train: x\nval: true\n")
+    put(yolo / "x.data", b"\xff\x00train")
+    write_yolo(str(yolo))
+    assert [row[1] for row in boxes(yolo)] == ["bus", "car"]
+    for name in ("a.data", "b.data"):
+        put(yolo / name, "train = images/train\n")
+    refused(write_yolo, yolo, "a.data, b.data")
+
+
+def test_the_path_of_data_yaml(yolo, tmp_path):
+    pytest.importorskip("yaml")
+    put(tmp_path / "data.yaml", "names: [car, bus]\npath: yolo\ntrain: images/train\nval: images/val")
+    put_image(tmp_path / "images" / "train" / "x.png")
+    write_yolo(str(tmp_path))
+    assert [row[0] for row in boxes(tmp_path)] == ["yolo/images/train/a.png", "yolo/images/train/c.png"]
+
+
+def test_a_label_that_is_called_like_a_list(yolo):
+    put_image(yolo / "train.png")
+    put(yolo / "train.txt", "0 0.5 0.5 1 1\n")
+    write_yolo(str(yolo))
+    assert len(boxes(yolo)) == 2
