@@ -15,9 +15,9 @@ from collections.abc import Iterator
 import numpy as np
 from tqdm import tqdm
 
-from formats.coco import (FORMS, KEYS, MADE_BY, MAX_PIXELS, NAMES, OPTIONAL, SHOWN, DataError, UndecodableImage,
-                          category_problems, clipped, content_problems, datasets, first_five, image_problems,
-                          line_about, load_json, mask_flaws, mask_problems, mask_warnings, no_usable_box, other_files,
+from formats.coco import (FORMS, KEYS, MAX_PIXELS, NAMES, OPTIONAL, SHOWN, DataError, UndecodableImage,
+                          category_problems, clipped, content_problems, converted_from, datasets, first_five,
+                          image_problems, line_about, load_json, mask_flaws, mask_problems, mask_warnings, no_usable_box, other_files,
                           small_problems, sorted_classes, stated_exif)
 from formats.conventions import extent, other_convention
 from formats.files import counted
@@ -86,7 +86,7 @@ def check_file(path: str, image_dir: str | None, evaluated: bool = False, exif: 
     sizes, labels = {row["id"]: (row["height"], row["width"]) for row in images}, {row["id"] for row in categories}
     annotations = [row for row in annotations if row["image_id"] in sizes and row["category_id"] in labels]
     classes = sorted_classes(categories)
-    if is_converted(content):
+    if converted_from(content):
         show_names(images, classes, annotations)
     if images:
         image_dir = image_dir or folder_of_images(path, images[0]["file_name"])
@@ -115,12 +115,6 @@ def sound(content, kind: str) -> list[dict]:
     return [row | {key: None for key, right in optional if not right(row.get(key))} for row in rows
             if type(row) is dict and all(key in row and right(row[key]) for key, right in forms)
             ] if isinstance(rows, list) else []
-
-
-def is_converted(content) -> bool:
-    """Whether data.py made this file from another format."""
-    info = content.get("info") if isinstance(content, dict) else None
-    return isinstance(info, dict) and str(info.get("description")).startswith(MADE_BY)
 
 
 def show_names(images: list[dict], classes: list[dict], annotations: list[dict]) -> None:

@@ -75,12 +75,22 @@ def datasets(data: str, train_json=None, train_images=None, val_json=None, val_i
              val_images or image_folder(data, root, "val")))
 
 
+def converted_from(content) -> str:
+    """The layout that data.py made this content from, "voc" or "yolo"; "" if it did not."""
+    info = content.get("info") if isinstance(content, dict) else None
+    made_by = str(info.get("description")) if isinstance(info, dict) else ""
+    return made_by.removeprefix(MADE_BY) if made_by.startswith(MADE_BY) else ""
+
+
 def other_files(*used: str) -> list[str]:
-    """The JSON files beside the annotation files `used` but those: in the folder of their data set or one below."""
-    roots = {os.path.dirname(path) for path in used}
-    roots = {os.path.dirname(root) if os.path.basename(root) == "annotations" else root for root in roots}
-    found = {path for root in roots for pattern in ("*.json", "*/*.json") for path in Path(root).glob(pattern)
-             if not path.relative_to(root).parts[0].startswith((".", "@", "__"))}
+    """The JSON files beside the annotation files `used`: in the folder of their data set or one below if these are in
+    its annotations/, else in their own folder."""
+    found = set()
+    for folder in {Path(path).parent for path in used}:
+        below = folder.name == "annotations"
+        root = folder.parent if below else folder
+        found |= {path for pattern in ["*.json", "*/*.json"][:1 + below] for path in root.glob(pattern)
+                  if not path.relative_to(root).parts[0].startswith((".", "@", "__"))}
     return sorted(str(path) for path in found - {Path(path) for path in used})
 
 
@@ -186,8 +196,7 @@ def load_json(path: str):
             content = json.load(file)
     except FileNotFoundError:
         found = other_files(path)
-        hint = (f"{first_five(found)} can be named with --train-json and --train-images, or --val-json and "
-                "--val-images; ") if found else ""
+        hint = f"found {first_five(found)} (train.py takes others with --train-json or --val-json); " if found else ""
         raise DataError(f"annotation file {path} is missing; {hint}{advice(path)}") from None
     except OSError as error:
         raise DataError(f"annotation file {path} cannot be read: {error.strerror}{hint_of(path)}") from None

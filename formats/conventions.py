@@ -13,11 +13,10 @@ from formats.segmentation import compressed, polygons
 # xyxy from the four columns of boxes (m, 4)
 READINGS = {"xywh": lambda a, b, c, d: (a, b, a + c, b + d),
             "xyxy (two corners)": lambda a, b, c, d: (a, b, c, d),
-            "cxcywh (the centre first)": lambda a, b, c, d: (a - c / 2, b - d / 2, a + c / 2, b + d / 2),
-            "yxyx (two corners, y first)": lambda a, b, c, d: (b, a, d, c)}
+            "cxcywh (the centre first)": lambda a, b, c, d: (a - c / 2, b - d / 2, a + c / 2, b + d / 2)}
 PERCENT = "percent of the image"
 UNITS = {"pixels": None, PERCENT: 100, "fractions of the image": 1}     # the image's side in this unit
-FEW, SHARE = 3, 0.2       # boxes that must contradict COCO's reading if only the image's edges do
+FEW, SHARE = 3, 0.5       # boxes that must contradict COCO's reading if only the image's edges do
 
 
 def other_convention(bbox: np.ndarray, sizes: np.ndarray, areas: np.ndarray,

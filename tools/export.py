@@ -9,13 +9,13 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from formats.coco import MADE_BY, CocoBoxes, DataError, first_five
+from formats.coco import CocoBoxes, DataError, converted_from, first_five
 from formats.files import replacing, warn
-from formats.pictures import ORIENTATION, is_turned, read_header
+from formats.pictures import TURNS, is_turned, read_header
 from tools.label import polygons
 
 YOLO, VOC = "labels-segment", "SegmentationObject"  # folders
@@ -45,9 +45,9 @@ def files_of(names: list[str], folder: str, left_out: str, suffix: str) -> list[
         if left_out in parts[:-1]:
             parts.remove(left_out)
         file = str(Path(folder, *parts).with_suffix(suffix))
-        other = image_of.setdefault(file, repr(name))
-        if other != repr(name):
-            raise DataError(f"{other} and {name!r} would both be {file}: rename an image")
+        if file in image_of:
+            raise DataError(f"{image_of[file]} and {name!r} would both be {file}: rename an image, or list it once")
+        image_of[file] = repr(name)
     return list(image_of)[1:]
 
 
@@ -60,8 +60,7 @@ def write_yolo_labels(annotations: CocoBoxes, content: dict, rles: list[dict | N
 
     names: of the images within their folder. Categories of `python data.py yolo` keep their numbers; others are counted
     from 0 in the order of their ids, and classes.txt names them."""
-    info = content.get("info")
-    converted = isinstance(info, dict) and info.get("description") == MADE_BY + "yolo"
+    converted = converted_from(content) == "yolo"
     numbers = [c["id"] if converted else i for i, c in enumerate(annotations.classes)]
     if not converted:
         write_text(out / YOLO / CLASSES, "".join(" ".join(c["name"].split()) + "\n" for c in annotations.classes))
@@ -117,9 +116,7 @@ def turned(rle: dict, turn: int) -> dict:
     """A mask turned as its image is by its EXIF orientation."""
     if turn == 1:
         return rle
-    mask = Image.fromarray(coco_mask.decode(rle))
-    mask.getexif()[ORIENTATION] = turn
-    return coco_mask.encode(np.asfortranarray(ImageOps.exif_transpose(mask)))
+    return coco_mask.encode(np.asfortranarray(Image.fromarray(coco_mask.decode(rle)).transpose(TURNS[turn])))
 
 
 def yolo_line(number: int, rle: dict) -> str:
