@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from formats.coco import (FORMS, KEYS, MAX_PIXELS, NAMES, OPTIONAL, SHOWN, DataError, UndecodableImage,
                           category_problems, clipped, content_problems, converted_from, datasets, first_five,
-                          image_problems, line_about, load_json, mask_flaws, mask_problems, mask_warnings, no_usable_box, other_files,
-                          small_problems, sorted_classes, stated_exif)
+                          image_problems, line_about, load_json, mask_flaws, mask_problems, mask_warnings,
+                          no_usable_box, other_files, small_problems, sorted_classes, stated_exif)
 from formats.conventions import extent, other_convention
 from formats.files import counted
 from formats.pictures import (folder_of_images, is_image, is_turned, read_header, remarks, undecodable_limit,
