@@ -7,6 +7,7 @@ either all images are training data, and there is no val file. All labels are re
 mistake in one of them leaves DIR as it was. All names are paths within DIR, with "/".
 """
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
@@ -18,8 +19,11 @@ from formats.coco import MADE_BY, STORED, DataError, UndecodableImage, first_fiv
 from formats.files import counted, warn
 from formats.pictures import Header, files_in, is_image, read_header
 
+# Names of folders and lists of the parts, and words that may be beside them, as in train_images; a test is left out.
 PARTS = {"train": ("train", "train2017", "training"), "val": ("val", "val2017", "valid", "validation", "validate"),
-         "test": ("test", "test2017", "testing")}    # names of folders and lists; the images of a test are left out
+         "test": ("test", "test2017", "testing")}
+BESIDE = {"images", "image", "imgs", "img", "labels", "label", "annotations", "set", "data", "split", "autosplit"}
+RESULTS = (("masks.json", "review.html"), ("predictions.json",), ("metrics.jsonl", "config.json"))   # of our programs
 
 
 class Labelled(NamedTuple):
@@ -86,15 +90,22 @@ class Report:
 
 # --------------------------------------------------------------------------------------- what is in the folder
 
-def names_in(root: Path) -> list[str]:
-    """All files of a folder but the annotation files of an earlier conversion. Raises DataError."""
+def names_in(report: Report) -> list[str]:
+    """All files of a folder but what our programs wrote: earlier annotation files, and folders of results, which hold
+    drawings. Raises DataError."""
+    root = report.root
     if not root.is_dir():
         raise DataError(f"folder {root} is missing")
     ours = [json_path(root, split) for split in ("train", "val")]
     for path in ours:
         if path.exists() and not is_ours(path):
             raise DataError(f"{path} exists and was not made by data.py voc or yolo; move it away")
-    return [path.relative_to(root).as_posix() for path in files_in(root) if path not in ours]
+    names = [path.relative_to(root).as_posix() for path in files_in(root) if path not in ours]
+    known = {*names}
+    results = {folder for folder in {folder_of(name) for name in names} if folder and any(
+        known >= {"/".join((*folder, file)) for file in files} for files in RESULTS)}
+    report.say("folder", "of results of predict.py or train.py, not read", map("/".join, sorted(results)))
+    return [name for name in names if not any(folder_of(name)[:len(folder)] == folder for folder in results)]
 
 
 def json_path(root: Path, split: str) -> Path:
@@ -112,13 +123,18 @@ def inventory(names: list[str], layout: str) -> str:
     found = ", ".join(f"{count} {suffix} in {folder}" for (suffix, folder), count in kinds.most_common(8)) or "nothing"
     suffixes = {suffix for suffix, _ in kinds}
     hints = {".xml": "python data.py voc DIR", ".txt": "python data.py yolo DIR",
-             ".json": "python train.py --train-json FILE --train-images DIR for a COCO file"}
+             ".json": "if it is COCO's, python train.py --train-json FILE --train-images DIR"}
     return f"; found: {found}" + "".join(f"; {suffix}: {hint}" for suffix, hint in hints.items()
                                          if suffix in suffixes and layout not in hint)
 
 
 def stem_of(name: str) -> str:
     return PurePosixPath(name).stem
+
+
+def folded(text: str) -> str:
+    """The text without differences of case, and of how letters with accents are composed."""
+    return unicodedata.normalize("NFC", text).casefold()
 
 
 def folder_of(name: str) -> tuple[str, ...]:
@@ -138,8 +154,12 @@ def parts_by_folder(folders: dict[str, tuple[str, ...]]) -> dict[str, list[str]]
 
 
 def part_of(folders: tuple[str, ...]) -> str:
-    """The part of the first folder that has the name of one, else ""."""
-    return next((part for folder in folders for part, known in PARTS.items() if folder.lower() in known), "")
+    """The part of the first folder that has the name of one, alone or beside words that say nothing, else ""."""
+    for words in (set(re.split(r"[ _-]+", folder.lower())) for folder in folders):
+        for part, known in PARTS.items():
+            if words & {*known} and words <= {*known, *BESIDE}:
+                return part
+    return ""
 
 
 class Tails:
@@ -148,7 +168,7 @@ class Tails:
     def __init__(self, names: Iterable[str]):
         self.names = {}
         for name in names:
-            parts = bare(name).split("/")
+            parts = folded(bare(name)).split("/")
             for start in range(len(parts)):
                 self.names.setdefault("/".join(parts[start:]), []).append(name)
 
@@ -156,7 +176,7 @@ class Tails:
         """The names that agree with the text in as many folders as possible: in one at least, where both have some."""
         parts, found = path_parts(bare(text)), []
         for start in range(len(parts)):
-            found = self.names.get("/".join(parts[start:]), [])
+            found = self.names.get(folded("/".join(parts[start:])), [])
             if 0 < start == len(parts) - 1:
                 found = [name for name in found if "/" not in name]
             if found:
@@ -204,20 +224,23 @@ def listed(root: Path, path: str, tails: Tails) -> list[str]:
     return list(found)
 
 
-def checked_splits(splits: dict[str, list[str]], names: Iterable[str], report: Report) -> dict[str, list[str]]:
-    """The splits, each name once. Says which `names` are in none of them, and which in both.
+def checked_splits(splits: dict[str, list[str]], names: Iterable[str], listed: bool,
+                   report: Report) -> dict[str, list[str]]:
+    """The splits, each name once. Says which `names` are in none of them, and which in both. listed: lists divide them.
 
     Raises DataError if there is no training image."""
     splits = {split: list(dict.fromkeys(part)) for split, part in splits.items()}
     train, val = set(splits.get("train", ())), set(splits.get("val", ()))
     rest = sorted({*names} - train - val)
-    understood = "folders that are understood: " + "; ".join(
+    tests = [name for name in rest if not listed and part_of(folder_of(name)) == "test"]
+    understood = "no list has them" if listed else "folders that are understood: " + "; ".join(
         f"{part}: {', '.join(known)}" for part, known in PARTS.items())
     if not train:
         where = sorted({"/".join(folder_of(name)) or "." for name in {*rest} | val})
         raise DataError(f"{report.root}: nothing to train on; {counted(len(val), report.noun)} to evaluate on, "
                         f"{len(rest)} in neither part; they are in {first_five(where) or 'no folder'}; {understood}")
-    report.say(report.noun, f"in neither train nor val, left out; {understood}", rest)
+    report.say(report.noun, "of the test part, left out", tests)
+    report.say(report.noun, f"in neither train nor val, left out; {understood}", sorted({*rest} - {*tests}))
     report.say(report.noun, "both in train and in val", sorted(train & val))
     if "val" not in splits:
         report.facts.append(f"no part to evaluate on, everything is training data; {understood}")
@@ -229,11 +252,12 @@ def checked_splits(splits: dict[str, list[str]], names: Iterable[str], report: R
 def read_text(path: Path) -> str:
     """Raises DataError."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        data = path.read_bytes()
+        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise DataError(f"{path} is not UTF-8: {error}") from None
+        raise DataError(f"{path} is not UTF-8 ({error}): save it as UTF-8") from None
 
 
 def header_in(root: Path, image: str) -> Header:

@@ -356,7 +356,7 @@ def left_out(files: list[str]) -> list[str]:
     """What is to be said of files that are no images, and of nothing else that is read: a line for each kind."""
     lines = []
     for camera, what in ((True, "of a format that Pillow cannot read, left out: convert to JPEG or PNG"),
-                         (False, "left out: no images that Pillow can read")):
+                         (False, "not used")):
         names = [repr(name) for name in files if is_camera_file(name) == camera]
         if names:
             lines.append(f"{len(names)} file{'s' * (len(names) > 1)} {what} ({first_five(names)})")

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 from formats.coco import MAX_PIXELS, UPRIGHT, DataError
 from formats.files import counted
-from formats.folders import (PARTS, Faults, Labelled, Report, Tails, as_number, checked_splits, folder_of, header_in,
+from formats.folders import (Faults, Labelled, Report, Tails, as_number, checked_splits, folded, folder_of, header_in,
                              images_among, inventory, listed, names_in, part_of, parts_by_folder, stem_of,
                              write_splits)
 from formats.pictures import left_out, remarks
@@ -36,7 +36,8 @@ def write_voc(root: str, pixels_from: int | None = None, exif: str = UPRIGHT, sk
     pixels_from: what edges count from (see `xywh`); None: read off the folder. exif: see pictures.is_turned. skip:
     leave out what cannot be converted, instead of refusing. Raises DataError."""
     root, headers = Path(root), {}
-    report, names = Report(root, skip, "XML file"), names_in(root)
+    report = Report(root, skip, "XML file")
+    names = names_in(report)
     stems = [name for name in names if name.lower().endswith(".xml")]
     images = [name for name in images_among(names) if not in_masks(name)]
     if not stems:
@@ -45,7 +46,7 @@ def write_voc(root: str, pixels_from: int | None = None, exif: str = UPRIGHT, sk
     image_of = images_of(files, images, report)
     splits, lists = voc_splits(root, names, {name: (*folder_of(name), *folder_of(image_of.get(name, "")))
                                              for name in stems})
-    splits = checked_splits(splits, stems, report)
+    splits = checked_splits(splits, stems, bool(lists), report)
     count_from = edges_from({name: files[name] for name in image_of}, pixels_from, report)
 
     def labelled(name: str) -> Labelled:
@@ -84,15 +85,16 @@ def images_of(files: dict[str, VocFile], images: list[str], report: Report) -> d
     """The image of each XML file. Faults are XML files without an image, with several, or with that of another XML."""
     by_name, by_stem, other, claims = {}, {}, [], {}
     for image in images:
-        by_name.setdefault(PurePosixPath(image).name, []).append(image)
-        by_stem.setdefault(stem_of(image), []).append(image)
+        by_name.setdefault(folded(PurePosixPath(image).name), []).append(image)
+        by_stem.setdefault(folded(stem_of(image)), []).append(image)
 
     def image_of(name: str) -> str:
-        filename, stem = files[name].filename, stem_of(name)
+        filename, stem = files[name].filename, folded(stem_of(name))
         own = by_stem.get(stem) or by_name.get(stem, [])            # some write photo.jpg.xml
-        named = by_name.get(filename) or by_stem.get(stem_of(filename), [])
-        found = nearest(name, own) or nearest(name, named)
-        found = [image for image in found if PurePosixPath(image).name == filename] or found
+        named = by_name.get(folded(filename)) or by_stem.get(folded(stem_of(filename)), [])
+        both = [image for image in own if PurePosixPath(image).name == filename]     # not the mask of that photograph
+        found = nearest(name, both) or nearest(name, own) or nearest(name, named)
+        found = [image for image in found if stem_of(image) == stem_of(name)] or found
         if not found:
             raise Faults(("XML files without an image of their stem or <filename>", f"{name} ({filename!r:.80})"))
         if len(found) > 1:
@@ -133,11 +135,13 @@ def voc_splits(root: Path, names: list[str], folders: dict[str, tuple[str, ...]]
     """The XML files of each split and the lists that say so: those in ImageSets/Main or in DIR; without any list the
     folders of XML files and images decide. Raises DataError if a line names no XML file."""
     lists = [name for name in names if name.endswith(".txt") and folder_of(name)[-2:] in ((), ("ImageSets", "Main"))]
-    tails, splits, used = Tails(folders), {}, []
+    splits, used = {}, []
     for split in ("train", "val"):
-        of_split = [name for name in lists if stem_of(name).lower() in PARTS[split]]
+        of_split = [name for name in lists if part_of((stem_of(name),)) == split]
         of_split = of_split or [name for name in lists if (split, stem_of(name)) == ("train", "trainval")]
         for name in of_split:
+            above = folder_of(name)[:-2]                             # of VOC2007/ImageSets/Main: VOC2007
+            tails = Tails(xml for xml in folders if folder_of(xml)[:len(above)] == above)
             splits.setdefault(split, []).extend(listed(root, name, tails))
         used += of_split
     return splits or parts_by_folder(folders), used

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from formats.coco import MAX_PIXELS, UPRIGHT, DataError, first_five, is_name
 from formats.files import counted, optional
-from formats.folders import (PARTS, Faults, Labelled, Report, Tails, as_number, checked_splits, folder_of, header_in,
-                             images_among, inventory, listed, names_in, parts_by_folder, read_text, stem_of, within,
-                             write_splits)
+from formats.folders import (Faults, Labelled, Report, Tails, as_number, checked_splits, folded, folder_of, header_in,
+                             images_among, inventory, listed, names_in, part_of, parts_by_folder, read_text, stem_of,
+                             within, write_splits)
 from formats.pictures import left_out, remarks
 
 OUTSIDE = 0.01      # rounded fractions may be slightly below 0 or above 1
-SAME = 2            # of nearness
+BESIDE, OTHER = 3, 4    # of nearness, the last two
 INSIDE = 0.02       # key points may be this far out of their box, in parts of the image's side
 
 
@@ -30,18 +30,24 @@ def write_yolo(root: str, exif: str = UPRIGHT, skip: bool = False, max_pixels: i
     exif: whether labels refer to the upright image or to the stored pixels. skip: leave out what cannot be converted,
     instead of refusing. Raises DataError; UserError if a YAML file is needed and PyYAML is not installed."""
     root, headers = Path(root), {}
-    report, names = Report(root, skip, "image"), names_in(root)
-    config_name, config = read_config(root, names)
-    classes, lists = class_names(root, names, config_name, config, report)
-    images, texts = images_among(names), [name for name in names if name.endswith(".txt") and name not in lists]
+    report = Report(root, skip, "image")
+    names = names_in(report)
+    configs = read_configs(root, names)
+    classes, lists = class_names(root, names, configs, report)
+    images, texts = images_among(names), [name for name in names if name.lower().endswith(".txt") and name not in lists]
     labels, others = label_files(images, texts)
     report.say("label file", "of an image that has another one, left out", others)
     if not labels:
-        raise DataError(f"{root}: no label file (.txt) belongs to an image{inventory(names, 'yolo')}")
-    splits, parts_from = yolo_splits(root, names, images, labels, config_name, config, report)
-    splits = checked_splits(splits, images, report)
+        sought = f"; sought for {images[0]!r}: " + " or ".join(map(repr, sought_for(images[0]))) if images else ""
+        raise DataError(f"{root}: no label file (.txt) belongs to an image{sought}{inventory(names, 'yolo')}")
+    splits, parts_from = listed_splits(root, names, images, labels, configs, report)
+    if not splits:
+        all_images, images = images, labelled_folders(images, labels)
+        report.say("image", "in folders without labels, left out", sorted({*all_images} - {*images}))
+        splits = parts_by_folder({image: folder_of(image) for image in images})
+    splits = checked_splits(splits, images, bool(parts_from), report)
     lines = report.read_all(sum(splits.values(), []), lambda image: read_lines(root, labels.get(image)))
-    with_points = key_points(config, [fields for of_image in lines.values() for _, fields in of_image], report)
+    with_points = key_points(configs, [fields for of_image in lines.values() for _, fields in of_image], report)
     for group in sharing(lines, labels):
         report.fault(group, ("images that share a label file", " and ".join(map(repr, group))))
 
@@ -63,7 +69,7 @@ def write_yolo(root: str, exif: str = UPRIGHT, skip: bool = False, max_pixels: i
     report.say("image", f"turned or mirrored by EXIF, whose labels were taken for those of the {exif} image; --exif "
                "decides otherwise", [image for image in headers if headers[image].orientation != 1])
     report.said += remarks({image: headers[image]._replace(orientation=1) for image in headers}, exif, max_pixels)
-    used = {*images, *labels.values(), *others, *lists, *parts_from, config_name}
+    used = {*images_among(names), *labels.values(), *others, *lists, *parts_from, *configs}
     report.say("text file", "without an image, left out", [name for name in texts if name not in used])
     report.said += left_out([name for name in names if name not in {*used, *texts}])
     if classes is None:
@@ -78,40 +84,55 @@ def write_yolo(root: str, exif: str = UPRIGHT, skip: bool = False, max_pixels: i
 def label_files(images: list[str], texts: list[str]) -> tuple[dict[str, str], list[str]]:
     """The label file of each image that has one, and the other label files of these images.
 
-    A folder without images may have the labels of one that differs in a name, as backup/ has those of photos/; `images`
-    and `labels` come first."""
+    Of all pairs of one name, in whatever case, the nearest count. A folder serves the nearest folders of images alone,
+    and one of another name than `labels` only those that no other serves: txt/ has the labels of photos/, but not if
+    labels/ has some. (It has no images, either: those may have lost theirs.)"""
     by_stem, with_images = {}, {folder_of(image) for image in images}
     for text in texts:
-        by_stem.setdefault(stem_of(text), []).append(text)
-    pairs = [(nearness(folder_of(image), folder_of(text)), image, text) for image in images
-             for text in by_stem.get(stem_of(image), []) + by_stem.get(Path(image).name, [])]
-    found, best = {}, {}
-    for rank, image, text in sorted(pairs):
-        if rank == SAME or rank and folder_of(text) not in with_images:
-            if best.setdefault(text, rank) == rank:              # else it is that of a nearer image
-                found.setdefault(image, text)
+        by_stem.setdefault(folded(stem_of(text)), []).append(text)
+    pairs = [(nearness(folder_of(image), folder_of(text)), stem_of(text) not in (stem_of(image), Path(image).name),
+              image, text) for image in images
+             for text in by_stem.get(folded(stem_of(image)), []) + by_stem.get(folded(Path(image).name), [])]
+    pairs = sorted(pair for pair in pairs if pair[0])
+    served = {folder_of(image) for rank, _, image, _ in pairs if rank < OTHER}
+    found, best, nearest = {}, {}, {}
+    for rank, other_case, image, text in pairs:
+        folder = folder_of(text)
+        if nearest.setdefault(folder, rank) < rank != BESIDE:
+            continue
+        if rank == OTHER and (folder_of(image) in served or folder in with_images):
+            continue
+        if best.setdefault(text, (rank, other_case)) == (rank, other_case):      # else it is that of a nearer image
+            found.setdefault(image, text)
     return found, sorted({*best} - {*found.values()})
 
 
 def nearness(image: tuple[str, ...], label: tuple[str, ...]) -> int:
-    """How well the folder of a label file suits that of an image: 1, images/ became labels/; SAME; 3 or 4, one name was
-    replaced, put in or left out, by `labels` or another; 0, it does not."""
-    if image == label:
-        return SAME
+    """How well the folder of a label file suits that of an image: 1, `images` in a name became `labels`, as in
+    train_images/ and train_labels/; 2, a name was replaced by `labels`, or that put in; BESIDE, they are one; OTHER,
+    another name was replaced, put in or left out; 0, it does not."""
     start = len(os.path.commonprefix([image, label]))
     end = len(os.path.commonprefix([image[start:][::-1], label[start:][::-1]]))
-    old, new = image[start:len(image) - end], label[start:len(label) - end]
-    if max(len(old), len(new)) > 1:
+    old, new = ("/".join(x[start:len(x) - end]).lower() for x in (image, label))
+    if image == label:
+        return BESIDE
+    if "/" in old + new or len({part_of(image), part_of(label)} - {""}) > 1:
         return 0
-    return 1 if (old, new) == (("images",), ("labels",)) else 3 if new == ("labels",) else 4
+    return 1 if new and new == old.replace("image", "label") else 2 if new == "labels" else OTHER
+
+
+def sought_for(image: str) -> list[str]:
+    """Where the label file of an image would be, for an error."""
+    folders, file = folder_of(image), f"{stem_of(image)}.txt"
+    swapped = [folder.replace("image", "label") for folder in folders]
+    return ["/".join((*each, file)) for each in dict.fromkeys([folders, tuple(swapped), (*folders, "labels")])]
 
 
 def labelled_folders(images: list[str], labels: dict[str, str]) -> list[str]:
     """The images of folders that have labels, or are named images or after a part: others may be anything."""
     with_labels = {folder_of(image) for image in labels}
-    known = {"images", *sum(PARTS.values(), ())}
-    return [image for image in images if folder_of(image) in with_labels
-            or known & {folder.lower() for folder in folder_of(image)}]
+    return [image for image in images if folder_of(image) in with_labels or part_of(folder_of(image))
+            or "images" in map(str.lower, folder_of(image))]
 
 
 def sharing(images: list[str], labels: dict[str, str]) -> list[list[str]]:
@@ -123,39 +144,38 @@ def sharing(images: list[str], labels: dict[str, str]) -> list[list[str]]:
     return [group for group in of_label.values() if len(group) > 1]
 
 
-def yolo_splits(root: Path, names: list[str], images: list[str], labels: dict[str, str], config_name: str,
-                config: dict, report: Report) -> tuple[dict[str, list[str]], list[str]]:
-    """The images of each split, as the config, lists in DIR or else folders say; the lists that were followed.
+def listed_splits(root: Path, names: list[str], images: list[str], labels: dict[str, str], configs: dict[str, dict],
+                  report: Report) -> tuple[dict[str, list[str]], list[str]]:
+    """The images of each split as the configs or lists in DIR say, and the files that do; empty if none does.
 
-    Raises DataError if an entry or a line names nothing in DIR."""
-    entries = {split: config.get(split) for split in ("train", "val")}
-    if not any(entries.values()):
-        lists = {stem_of(name).lower(): name for name in names if not folder_of(name) and name.endswith(".txt")
-                 and name not in labels.values()}
-        entries = {split: [lists[known] for known in PARTS[split] if known in lists] for split in entries}
-        config_name = "a list"
-    if not any(entries.values()):
-        return parts_by_folder({image: folder_of(image) for image in labelled_folders(images, labels)}), []
+    Raises DataError if what is to be trained on is not in DIR."""
+    entries = [(name, split, config[split]) for name, config in configs.items() for split in ("train", "val")
+               if config.get(split)]
+    if not entries:
+        lists = {name: part_of((stem_of(name),)) for name in names if not folder_of(name) and name.endswith(".txt")}
+        entries = [(name, part, name) for name, part in lists.items()
+                   if part in ("train", "val") and name not in labels.values()]
     tails, splits, used = Tails(images), {}, []
-    for split, entry in entries.items():
-        for text in [entry] if isinstance(entry, str) else entry or []:
-            base, below = (root / config_name).parent, f"{config.get('path', '')}/{text}"
-            path = within(base, below) or within(base, str(text)) or within(root, str(text))
-            missing = f"{config_name}: {split}: {str(text)!r:.80} is not in {root}"
-            if path is None and split == "train":
+    for name, split, entry in entries:
+        for text in map(str, entry if isinstance(entry, list) else [entry]):
+            base, below = (root / name).parent, f"{configs.get(name, {}).get('path', '')}/{text}"
+            path = within(base, below) or within(base, text) or within(root, text)
+            missing = f"{name}: {split}: {text!r:.80} is not in {root}"
+            splits.setdefault(split, [])
+            used.append(name)
+            if path is not None and path.is_file():
+                used.append(path.relative_to(root).as_posix())
+                splits[split] += listed(root, used[-1], tails)
+            elif path is not None:
+                folder = path.relative_to(root).parts
+                splits[split] += [image for image in images if folder_of(image)[:len(folder)] == folder]
+            elif split == "train":
                 raise DataError(f"{missing}; mend the line, or remove it and name folders train and val"
                                 + inventory(names, "yolo"))
-            splits.setdefault(split, [])
-            if path is None:
-                report.said.append(missing)
-                continue
-            name = path.relative_to(root).as_posix()
-            if path.is_file():
-                splits[split] += listed(root, name, tails)
-                used.append(name)
             else:
-                splits[split] += [image for image in images if path == root or image.startswith(name + "/")]
-    report.facts.append(f"parts as {config_name} says")
+                report.said.append(missing)
+    if used:
+        report.facts.append(f"parts as {first_five(list(dict.fromkeys(used)))} say")
     return splits, used
 
 
@@ -203,6 +223,9 @@ def yolo_box(fields: list[str]) -> tuple[float, float, float, float]:
     if len(fields) == 6:
         raise ValueError("lines whose 6th number is a confidence, so a model's detections; to train on them, remove it "
                          "(cut -d ' ' -f 1-5)", f"{fields[5]!r:.40}")
+    if len(fields) == 7 and re.fullmatch("[0-9]+", fields[6]):
+        raise ValueError("lines of a box, a confidence and the number of a track; to train on them, remove these (cut "
+                         "-d ' ' -f 1-5)", f"{' '.join(fields[5:])!r:.40}")
     if len(fields) < 5 or len(fields) % 2 == 0:
         raise ValueError("lines that are neither a box of 5 numbers nor a polygon of an odd count of 7 or more",
                          f"{len(fields)} numbers" if len(fields) > 1 else f"{fields[0]!r:.40}")
@@ -224,19 +247,19 @@ def yolo_box(fields: list[str]) -> tuple[float, float, float, float]:
 
 # ------------------------------------------------------------------------------------------------- key points
 
-def key_points(config: dict, lines: list[list[str]], report: Report) -> int | None:
+def key_points(configs: dict[str, dict], lines: list[list[str]], report: Report) -> int | None:
     """The count of numbers in a line that are a box and key points, not a polygon; None if there are none.
 
     data.yaml's kpt_shape says so. Without it: if all lines beyond 5 numbers have one count, every box lies in its image
     and has its points inside, and the numbers cannot be a polygon's."""
     long = [fields for fields in lines if len(fields) > 6]
     try:
-        points, dims = map(int, list(config["kpt_shape"]))
+        points, dims = map(int, list(next(config["kpt_shape"] for config in configs.values() if "kpt_shape" in config)))
         count = 5 + points * dims
         taken = sum(len(fields) == count for fields in long)
         report.said += [f"{counted(taken, 'line')} with key points, of which the box was taken"] * bool(taken)
         return count
-    except (KeyError, TypeError, ValueError):
+    except (StopIteration, TypeError, ValueError):
         counts = {len(fields) for fields in long}
     if len(counts) == 1:
         (count,) = counts
@@ -274,54 +297,52 @@ def are_key_points(lines: list[list[str]], dims: int) -> bool:
 
 # ------------------------------------------------------------------------------------------- names of classes
 
-def read_config(root: Path, names: list[str]) -> tuple[str, dict]:
-    """The name and content of data.yaml, of the only other YAML file with names, or of Darknet's .data file; else ("",
-    {}). Every scalar stays text: a class may be called 7, no or null. Raises DataError; UserError without PyYAML."""
+def read_configs(root: Path, names: list[str]) -> dict[str, dict]:
+    """The content of data.yaml, or of the YAML files with names at the top or else below, or of Darknet's .data files,
+    by name. Every scalar stays text: a class may be called 7, no or null.
+
+    Raises DataError; UserError without PyYAML."""
     yamls = {name: read_text(root / name) for name in names if name.endswith((".yaml", ".yml"))}
     yamls = {name: text for name, text in yamls.items()
              if re.search(r"^(names|kpt_shape)\s*:", text, re.MULTILINE)
              or Path(name).name == "data.yaml" and re.search(r"^(train|val)\s*:", text, re.MULTILINE)}
-    top = [name for name in yamls if not folder_of(name)]
-    files = ["data.yaml"] if "data.yaml" in yamls else top or list(yamls)
-    if len(files) > 1:
-        raise DataError(f"{root}: several files have names of classes ({first_five(files)}): rename the right one to "
-                        "data.yaml, or name its folder")
-    for name in files:
+    found = {}
+    for name in ["data.yaml"] if "data.yaml" in yamls else [name for name in yamls if not folder_of(name)] or yamls:
         yaml = optional("yaml", f"{root / name}, which lists the classes,")
         try:
             content = yaml.load(yamls[name], yaml.BaseLoader)
         except (yaml.YAMLError, RecursionError) as error:
             raise DataError(f"{root / name}: no names of classes: not YAML: {' '.join(str(error).split())}") from None
-        return name, content if isinstance(content, dict) else {"names": content}
-    darknet = {}
-    for name in [name for name in names if name.endswith(".data")]:
+        found[name] = content if isinstance(content, dict) else {"names": content}
+    for name in [] if found else [name for name in names if name.endswith(".data")]:
         text = (root / name).read_bytes()[:2**16].decode("utf-8", "ignore")
         entries = dict(re.findall(r"^\s*(train|valid)\s*=\s*(\S.*?)\s*$", text, re.MULTILINE))
-        darknet |= {name: {"train": entries.get("train"), "val": entries.get("valid")}} if entries else {}
-    if len(darknet) > 1:
-        raise DataError(f"{root}: several files name parts ({first_five(list(darknet))}): keep one")
-    return next(iter(darknet.items()), ("", {}))
+        found |= {name: {"train": entries.get("train"), "val": entries.get("valid")}} if entries else {}
+    return found
 
 
-def class_names(root: Path, names: list[str], config_name: str, config: dict,
+def class_names(root: Path, names: list[str], configs: dict[str, dict],
                 report: Report) -> tuple[dict[int, str] | None, list[str]]:
-    """Names by class number and the lists that were read: from the config, else from classes.txt or Darknet's .names in
-    whatever folder; None without any. Raises DataError."""
+    """Names by class number and the lists that were read: from the configs, else from classes.txt or Darknet's .names
+    in whatever folder; None without any. Raises DataError, also where two differ."""
     lists = [name for name in names if Path(name).name.lower() == "classes.txt"
              or name.endswith((".names", "_darknet.labels"))]
     texts = {name: [line.strip() for line in read_text(root / name).rstrip().split("\n")] for name in lists}
-    name, content = (config_name, config["names"]) if "names" in config else next(iter(texts.items()), (None, None))
-    if name is None:
-        return None, lists
-    try:
-        classes = checked_names(content)
-    except ValueError as error:
-        raise DataError(f"{root / name}: no names of classes: {error}") from None
-    differ = [other for other in texts if dict(enumerate(texts[other])) != classes]
-    if differ and "names" not in config:
-        raise DataError(f"{root / name} and {root / differ[0]} list different classes: remove the wrong one")
-    report.say("list", f"of other classes than {config_name}, which was followed", differ)
-    return classes, lists
+    sources = {name: config["names"] for name, config in configs.items() if "names" in config} or texts
+    found = {}
+    for name, content in sources.items():
+        try:
+            found[name] = checked_names(content)
+        except ValueError as error:
+            raise DataError(f"{root / name}: no names of classes: {error}") from None
+    first = next(iter(found), None)
+    other = next((name for name in found if found[name] != found[first]), None)
+    if other is not None:
+        raise DataError(f"{root / first} and {root / other} list different classes: remove the wrong one, or convert "
+                        "their folders one by one")
+    report.say("list", f"of other classes than {first}, which was followed",
+               [name for name in texts if dict(enumerate(texts[name])) != found[first]])
+    return found.get(first), lists
 
 
 def checked_names(names: object) -> dict[int, str]:

@@ -388,11 +388,11 @@ def test_other_files_are_named_with_what_to_do(tmp_path):
     camera, rest = left_out(others)
     assert camera.startswith("3 files of a format that Pillow cannot read") and "convert to JPEG or PNG" in camera
     assert "photo.HEIC" in camera and "raw.nef" in camera
-    assert rest.startswith("3 files left out: no images") and "notes.txt" in rest and "boxes.json" in rest
+    assert rest.startswith("3 files not used") and "notes.txt" in rest and "boxes.json" in rest
     given = [str(tmp_path / name) for name in ("suffixless", "really.heic", "photo.HEIC", "raw.nef", "notes.txt")]
     found, others = find_images(given, tmp_path / "out")          # given by name, a file's content counts
     assert [path for path, _ in found] == given[:2] and others == given[2:]
-    for path, what in ((given[2], "convert to JPEG or PNG"), (given[4], "1 file left out: no images")):
+    for path, what in ((given[2], "convert to JPEG or PNG"), (given[4], "1 file not used")):
         with pytest.raises(DataError, match="no images in ") as error:
             find_images([path], tmp_path / "out")
         assert what in str(error.value) and "\n" not in str(error.value)

@@ -266,3 +266,34 @@ def test_options_of_the_command_line(voc, capsys):
     assert boxes(voc) == [("JPEGImages/a.jpg", "car", [3, 5, 9, 4])]
     assert read(voc)["info"]["exif"] == "stored"
     assert "have more than 500 pixels" in capsys.readouterr().err
+
+
+def test_voc_masks_beside_the_xml_are_not_the_photographs(tmp_path):
+    """As in Oxford-IIIT Pet: annotations/trimaps is nearer to annotations/xmls than images."""
+    put_image(tmp_path / "images" / "1.jpg")
+    put_image(tmp_path / "annotations" / "trimaps" / "1.png")
+    put(tmp_path / "annotations" / "xmls" / "1.xml", xml(xml_object(), filename="1.jpg"))
+    write_voc(str(tmp_path))
+    assert [row[0] for row in boxes(tmp_path)] == ["images/1.jpg"]
+
+
+def test_voc_lists_of_two_years_with_the_same_stems(tmp_path):
+    for year in ("VOC2007", "VOC2012"):
+        for stem in ("1", "2"):
+            put_image(tmp_path / year / "JPEGImages" / f"{stem}.jpg")
+            put(tmp_path / year / "Annotations" / f"{stem}.xml", xml(xml_object(), filename=f"{stem}.jpg"))
+        put(tmp_path / year / "ImageSets" / "Main" / "train.txt", "1")
+        put(tmp_path / year / "ImageSets" / "Main" / "val.txt", "2")
+    write_voc(str(tmp_path))
+    assert [row[0] for row in boxes(tmp_path)] == [f"{year}/JPEGImages/1.jpg" for year in ("VOC2007", "VOC2012")]
+    assert [row[0] for row in boxes(tmp_path, "val")] == [f"{year}/JPEGImages/2.jpg" for year in ("VOC2007", "VOC2012")]
+
+
+def test_voc_names_that_differ_in_case(tmp_path):
+    for image, name in (("IMG_1.JPG", "img_1.xml"), ("u\u0308.jpg", "\u00fc.xml"), ("x.jpg", "x.xml"),
+                        ("X.jpg", "X.XML")):
+        put_image(tmp_path / image, format="JPEG")
+        put(tmp_path / name, xml(xml_object("car" if name != "X.XML" else "bus"), filename=""))
+    write_voc(str(tmp_path))
+    assert [row[1] for row in boxes(tmp_path) if row[0] in ("x.jpg", "X.jpg")] == ["bus", "car"]
+    assert len(boxes(tmp_path)) == 4

@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 from formats.coco import CocoBoxes, DataError, datasets
 from formats.commands import main
 from formats.pictures import check_sizes, read_image
+from formats.voc import write_voc
 from formats.yolo import write_yolo
 from label_folders import boxes, put, put_image, read, refused
 
@@ -62,8 +63,9 @@ def test_yolo_folders_of_the_splits(yolo, train_folder, val_folder, capsys):
     assert [row[0] for row in boxes(yolo)] == [f"images/{train_folder}/{name}.png" for name in "ac"]
     assert [row["file_name"] for row in read(yolo, "val")["images"]] == [f"images/{val_folder}/b.png"]
     error = capsys.readouterr().err
-    assert "2 images in neither train nor val, left out; folders that are understood: train: train," in error
-    assert "('images/dev/d.png', 'images/test/t.png')" in error
+    assert "1 image of the test part, left out ('images/test/t.png')" in error
+    assert "1 image in neither train nor val, left out; folders that are understood: train: train," in error
+    assert "('images/dev/d.png')" in error
     assert f"1 text file without an image, left out ('labels/{train_folder}/alone.txt')" in error
 
 
@@ -85,7 +87,7 @@ def test_yolo_splits_with_images_and_labels_inside(yolo, capsys):
     assert [row[:2] for row in boxes(yolo)] == [("train/images/a.png", "bus"), ("train/images/c.png", "car")]
     assert [row["file_name"] for row in read(yolo, "val")["images"]] == ["valid/images/b.png"]
     error = capsys.readouterr().err
-    assert "1 image in neither train nor val, left out; " in error and "('test/images/t.png')" in error
+    assert "1 image of the test part, left out ('test/images/t.png')" in error
     assert "alone.txt" in error
     train_files, val_files = datasets(str(yolo))
     assert len(CocoBoxes(*train_files)) == 2 and len(CocoBoxes(*val_files)) == 1
@@ -191,7 +193,8 @@ def test_yolo_what_is_not_used_is_said(yolo, capsys):
     write_yolo(str(yolo))
     lines = capsys.readouterr().err.splitlines()
     assert len(boxes(yolo)) == 2 and len(lines) == 5
-    for part in ("'images/train/phone.HEIC'", "'weights.pt'", "left out; folders", "without a label file"):
+    for part in ("'images/train/phone.HEIC'", "not used ('weights.pt')", "without a label file",
+                 "in folders without labels, left out ('runs/det"):
         assert sum(part in line for line in lines) == 1
     assert any("2 text files without an image, left out ('labels/train2/a.txt', 'old/labels/train/a.txt')" in line
                for line in lines)
@@ -204,8 +207,8 @@ def test_yolo_an_image_with_two_label_files(yolo, capsys):
     write_yolo(str(yolo))
     assert [row[1:] for row in boxes(yolo)] == [("bus", [12, 6, 6, 8]), ("car", [0, 0, 30, 20])]
     said = capsys.readouterr().err
-    assert said.splitlines()[0].endswith("2 label files of an image that has another one, left out "
-                                         "('backup/train/c.txt', 'images/train/a.txt')") and said.count(".txt") == 2
+    assert "1 label file of an image that has another one, left out ('images/train/a.txt')" in said
+    assert "1 text file without an image, left out ('backup/train/c.txt')" in said and said.count(".txt") == 2
 
 
 def test_yolo_labels_of_another_part_are_not_taken(yolo):
@@ -358,8 +361,8 @@ def test_order_of_the_files_with_names(yolo, capsys):
     os.remove(yolo / "data.yaml")
     put(yolo / "hyper.yaml", "lr: 0.1")
     assert names_of(yolo) == [(0, "x"), (1, "y")]
-    put(yolo / "more.yml", "names: [x, y]")
-    refused(write_yolo, yolo, "more.yml, other.yaml", "data.yaml")
+    put(yolo / "more.yml", "names: [x, z]")
+    refused(write_yolo, yolo, f"{yolo / 'more.yml'} and {yolo / 'other.yaml'} list different classes")
     put(yolo / "data.yaml", "train: images/train")
     assert names_of(yolo) == [(0, "eins"), (1, "zwei"), (2, "drei")]
     put(yolo / "labels" / "classes.txt", "eins\nzwo\n")
@@ -416,9 +419,6 @@ def test_yaml_and_data_files_of_other_programs(yolo):
     put(yolo / "x.data", b"\xff\x00train")
     write_yolo(str(yolo))
     assert [row[1] for row in boxes(yolo)] == ["bus", "car"]
-    for name in ("a.data", "b.data"):
-        put(yolo / name, "train = images/train\n")
-    refused(write_yolo, yolo, "a.data, b.data")
 
 
 def test_the_path_of_data_yaml(yolo, tmp_path):
@@ -434,3 +434,118 @@ def test_a_label_that_is_called_like_a_list(yolo):
     put(yolo / "train.txt", "0 0.5 0.5 1 1\n")
     write_yolo(str(yolo))
     assert len(boxes(yolo)) == 2
+
+
+def test_two_sets_side_by_side(tmp_path):
+    """As Roboflow exports them, with equal classes: each data.yaml speaks of its own folder."""
+    pytest.importorskip("yaml")
+    for name in ("setA", "setB"):
+        for part in ("train", "valid"):
+            put_image(tmp_path / name / part / "images" / "1.jpg")
+            put(tmp_path / name / part / "labels" / "1.txt", "0 0.5 0.5 1 1")
+        put(tmp_path / name / "data.yaml", "names: [car]\ntrain: ../train/images\nval: ../valid/images")
+    write_yolo(str(tmp_path))
+    assert [row[0] for row in boxes(tmp_path, "val")] == ["setA/valid/images/1.jpg", "setB/valid/images/1.jpg"]
+    assert len(boxes(tmp_path)) == 2
+    put(tmp_path / "setB" / "data.yaml", "names: [bus]\ntrain: ../train/images")
+    refused(write_yolo, tmp_path, "setA/data.yaml", "setB/data.yaml list different classes", "one by one")
+
+
+def test_pictures_among_the_labels_do_not_matter(yolo, capsys):
+    """Masks of the same names, a preview, a link that leads nowhere."""
+    for name in ("a", "preview"):
+        put_image(yolo / "labels" / "train" / f"{name}.png")
+    (yolo / "labels" / "train" / "gone.jpg").symlink_to(yolo / "nowhere.jpg")
+    before = [("images/train/a.png", "bus", [12, 6, 6, 8]), ("images/train/c.png", "car", [0, 0, 30, 20])]
+    (yolo / "images" / "val" / "b.png").rename(yolo / "b.png")
+    (yolo / "images" / "train").rename(yolo / "images" / "all")
+    (yolo / "labels" / "train").rename(yolo / "labels" / "all")
+    write_yolo(str(yolo))
+    assert boxes(yolo) == [(name.replace("train", "all"), *rest) for name, *rest in before]
+    assert "in folders without labels, left out ('b.png', 'labels/all/a.png'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("image, label, orphan", [
+    ("images_val/9.png", None, "labels_train/9.txt"), ("images/train/9.png", None, "labels_old/train/9.txt"),
+    ("images/train/9.png", None, "labels/train_old/9.txt"), ("depth_train/9.png", None, "labels_train/9.txt"),
+    ("images_train/a.png", "labels_train/a.txt", "labels_val/a.txt")])
+def test_labels_of_another_folder_are_not_taken(yolo, image, label, orphan, capsys):
+    """Where the right folder has none for an image, an orphan of a similar folder is no substitute."""
+    put_image(yolo / image)
+    put_image(yolo / "images_train" / "1.png")
+    put(yolo / "labels_train" / "1.txt", "0 0.5 0.5 1 1")
+    put(yolo / orphan, "1 0.5 0.5 1 1")
+    if label:
+        put(yolo / label, "0 0.5 0.5 0.2 0.4")
+    write_yolo(str(yolo))
+    of_image = [row for split in ("train", "val") for row in boxes(yolo, split) if row[0] == image]
+    assert of_image == ([(image, "car", [12, 6, 6, 8])] if label else [])
+    assert orphan in capsys.readouterr().err
+
+
+def test_names_that_differ_in_case_or_composition(tmp_path):
+    for image, label in (("IMG_1.JPG", "img_1.txt"), ("IMG_2.jpg", "IMG_2.TXT"), ("u\u0308.jpg", "\u00fc.txt"),
+                         ("x.jpg", "x.txt"), ("X.jpg", "X.txt")):
+        put_image(tmp_path / "images" / image, format="JPEG")
+        put(tmp_path / "labels" / label, "0 0.5 0.5 1 1" if image != "X.jpg" else "1 0.5 0.5 1 1")
+    write_yolo(str(tmp_path))
+    assert len(boxes(tmp_path)) == 5
+    assert [row[1] for row in boxes(tmp_path) if row[0] in ("images/x.jpg", "images/X.jpg")] == ["1", "0"]
+
+
+@pytest.mark.parametrize("train_folder, val_folder", [
+    ("train_images", "val_images"), ("images-train", "images-validation"), ("training set", "validation set")])
+def test_parts_beside_words_that_say_nothing(tmp_path, train_folder, val_folder):
+    for name in (train_folder, val_folder):
+        put_image(tmp_path / name / "1.jpg")
+        put(tmp_path / name / "1.txt", "0 0.5 0.5 1 1")
+    put_image(tmp_path / "train station" / "2.jpg")
+    put(tmp_path / "train station" / "2.txt", "0 0.5 0.5 1 1")
+    write_yolo(str(tmp_path))
+    assert [row[0] for row in boxes(tmp_path)] == [f"{train_folder}/1.jpg"]
+    assert [row[0] for row in boxes(tmp_path, "val")] == [f"{val_folder}/1.jpg"]
+
+
+def test_lists_of_ultralytics(yolo):
+    for part, name in (("train", "a"), ("val", "c"), ("test", "a")):
+        put(yolo / f"autosplit_{part}.txt", f"./images/train/{name}.png\n")
+    write_yolo(str(yolo))
+    assert [row[0] for row in boxes(yolo)] == ["images/train/a.png"]
+    assert [row[0] for row in boxes(yolo, "val")] == ["images/train/c.png"]
+
+
+def test_tracks_are_no_triangles(yolo):
+    put(yolo / "labels" / "train" / "a.txt", "0 0.25 0.5 0.3 0.5 0.93 1")
+    refused(write_yolo, yolo, "the number of a track", "a.txt, line 1: '0.93 1'")
+
+
+def test_labels_in_utf_16(yolo):
+    put(yolo / "labels" / "train" / "a.txt", "1 0.5 0.5 0.2 0.4\r\n".encode("utf-16"))
+    put(yolo / "classes.txt", "car\nbus\n".encode("utf-16"))
+    write_yolo(str(yolo))
+    assert boxes(yolo)[0] == ("images/train/a.png", "bus", [12, 6, 6, 8])
+
+
+def test_where_a_label_was_sought(tmp_path):
+    put_image(tmp_path / "images" / "cam" / "1.jpg")
+    put(tmp_path / "labels" / "1.txt", "0 0.5 0.5 1 1")
+    refused(write_yolo, tmp_path, "sought for 'images/cam/1.jpg': 'images/cam/1.txt' or 'labels/cam/1.txt' or "
+            "'images/cam/labels/1.txt'")
+
+
+def test_results_in_the_folder_are_not_read(yolo, voc, capsys):
+    """Drawings and polygons of predict.py, drawings of a run."""
+    for root, image in ((yolo, "images/train/a"), (voc, "JPEGImages/a")):
+        for name in ("masks.json", "review.html"):
+            put(root / "first-masks" / name, "{}")
+        put_image(root / "first-masks" / "pictures" / f"{image}.jpg")
+        put(root / "first-masks" / "labels-segment" / "a.txt", "0 0.1 0.1 0.5 0.5 0.9 0.1")
+        put_image(root / "first-masks" / "SegmentationObject" / "a.png")
+        for name in ("metrics.jsonl", "config.json"):
+            put(root / "runs" / "mine" / name, "{}")
+        put_image(root / "runs" / "mine" / "labels-0000002.png")
+    write_yolo(str(yolo))
+    write_voc(str(voc))
+    said = capsys.readouterr().err
+    assert said.count("2 folders of results of predict.py or train.py, not read ('first-masks', 'runs/mine')") == 2
+    assert said.count("\n") == 3 and len(boxes(yolo)) == len(boxes(voc)) == 2
