@@ -19,7 +19,7 @@ from formats.coco import (FORMS, KEYS, MAX_PIXELS, NAMES, OPTIONAL, SHOWN, DataE
                           category_problems, clipped, content_problems, converted_from, datasets, first_five,
                           image_problems, line_about, load_json, mask_flaws, mask_problems, mask_warnings,
                           no_usable_box, other_files, small_problems, sorted_classes, stated_exif)
-from formats.conventions import extent, other_convention
+from formats.conventions import differs, extent, other_convention
 from formats.files import counted
 from formats.pictures import (folder_of_images, is_image, is_turned, read_header, remarks, undecodable_limit,
                               usual_folders)
@@ -237,13 +237,18 @@ def mask_findings(path: str, annotations: list[dict], sizes: dict[int, tuple[int
     flawed = {i for bad in flaws.values() for i in bad}
     boxes = [i for i, row in enumerate(annotations) if not row.get("iscrowd") and i not in flawed]
     rows = [annotations[i] for i in boxes]
-    guess = rows and other_convention(
-        np.array([row["bbox"] for row in rows], np.float64), np.array([of_rows[i] for i in boxes]),
-        np.array([row.get("area") for row in rows], np.float64),
-        np.array([extent(row.get("segmentation"), of_rows[i]) for i, row in zip(boxes, rows)]))
+    bbox = np.array([row["bbox"] for row in rows], np.float64).reshape(-1, 4)
+    extents = np.array([extent(row.get("segmentation"), of_rows[i]) for i, row in zip(boxes, rows)]).reshape(-1, 4)
+    guess = rows and other_convention(bbox, np.array([of_rows[i] for i in boxes]),
+                                      np.array([row.get("area") for row in rows], np.float64), extents)
+    corners = np.concatenate([bbox[:, :2], bbox[:, :2] + bbox[:, 2:]], 1)
+    off = np.flatnonzero(differs(corners, extents, 0.25)).tolist()
     if guess:
         findings += [f"warning: {text}" for text in line_about(
             path, "boxes", rows, guess[1], f"look like {guess[0]}, not like COCO's xywh in pixels")]
+    elif len(off) > len(rows) / 2:
+        findings += [f"warning: {text}"
+                     for text in line_about(path, "boxes", rows, off, "are not those of their masks")]
     return findings
 
 

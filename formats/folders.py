@@ -243,7 +243,8 @@ def checked_splits(splits: dict[str, list[str]], names: Iterable[str], listed: b
     report.say(report.noun, f"in neither train nor val, left out; {understood}", sorted({*rest} - {*tests}))
     report.say(report.noun, "both in train and in val", sorted(train & val))
     if "val" not in splits:
-        report.facts.append(f"no part to evaluate on, everything is training data; {understood}")
+        report.facts.append("no part to evaluate on, everything is training data; it would be a list, or folders, "
+                            f"named {', '.join(PARTS['val'])}")
     return splits
 
 

@@ -130,9 +130,12 @@ def sought_for(image: str) -> list[str]:
 
 def labelled_folders(images: list[str], labels: dict[str, str]) -> list[str]:
     """The images of folders that have labels, or are named images or after a part: others may be anything."""
-    with_labels = {folder_of(image) for image in labels}
-    return [image for image in images if folder_of(image) in with_labels or part_of(folder_of(image))
-            or "images" in map(str.lower, folder_of(image))]
+    with_labels, found = {folder_of(image) for image in labels}, []
+    for image in images:
+        folders = list(map(str.lower, folder_of(image)))
+        named = "images" in folders or part_of(folder_of(image)) and "labels" not in folders
+        found += [image] * bool(folder_of(image) in with_labels or named)
+    return found
 
 
 def sharing(images: list[str], labels: dict[str, str]) -> list[list[str]]:

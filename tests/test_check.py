@@ -682,3 +682,16 @@ def test_findings_about_other_files_name_ids(tmp_path, check, info):
 def test_one_of_each(tmp_path, check):
     json_path, images = write_set(tmp_path, SIZES[:1], [annotation(1, 10, [1, 1, 9, 9])], (3,))
     assert check(json_path, "--images", images)[2] == [f"{json_path}: 1 image, 1 box, 1 class"]
+
+
+def test_boxes_that_are_not_those_of_their_masks(tmp_path, check):
+    """Of no convention that can be guessed, as y and x in the wrong order."""
+    def exchange(content):
+        for row in content["annotations"]:
+            x, y, w, h = row["bbox"]
+            row["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            row["bbox"] = [y, x, h, w]
+    rows = [annotation(i, 10 + i % 4, [10 + i, 3, 5, 9]) for i in range(12)]
+    json_path, images = write_set(tmp_path, sizes=[(40, 60)] * 4, annotations=rows, categories=(3,))
+    change(json_path, exchange)
+    only(check(json_path, "--images", images)[1], f"warning: {json_path}: 12 of 12 boxes are not those of their masks")

@@ -20,8 +20,8 @@ def test_voc_by_hand(voc, capsys):
     captured = capsys.readouterr()
     assert captured.out == (
         f"{voc}/annotations/instances_train2017.json: 3 images, 3 boxes, 3 classes\n"
-        f"{voc}: no part to evaluate on, everything is training data; folders that are understood: train: train, "
-        "train2017, training; val: val, val2017, valid, validation, validate; test: test, test2017, testing\n"
+        f"{voc}: no part to evaluate on, everything is training data; it would be a list, or folders, named val, "
+        "val2017, valid, validation, validate\n"
         f"{voc}: edges of boxes count from 1 in 3 files (nothing tells otherwise); --pixels-from decides otherwise: 1 "
         "counts pixels, as VOC does, 0 the lines between them, as labelImg and CVAT do\n")
     assert captured.err == f"warning: {voc}: 1 box marked difficult, learnt like the others ('Annotations/a.xml')\n"

@@ -455,6 +455,8 @@ def test_pictures_among_the_labels_do_not_matter(yolo, capsys):
     """Masks of the same names, a preview, a link that leads nowhere."""
     for name in ("a", "preview"):
         put_image(yolo / "labels" / "train" / f"{name}.png")
+    write_yolo(str(yolo))
+    assert "2 images in folders without labels, left out ('labels/train/a.png'" in capsys.readouterr().err
     (yolo / "labels" / "train" / "gone.jpg").symlink_to(yolo / "nowhere.jpg")
     before = [("images/train/a.png", "bus", [12, 6, 6, 8]), ("images/train/c.png", "car", [0, 0, 30, 20])]
     (yolo / "images" / "val" / "b.png").rename(yolo / "b.png")
