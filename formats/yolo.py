@@ -17,7 +17,7 @@ from formats.files import counted, optional
 from formats.folders import (Faults, Labelled, Report, Tails, as_number, checked_splits, folded, folder_of, header_in,
                              images_among, inventory, listed, names_in, part_of, parts_by_folder, read_text, stem_of,
                              within, write_splits)
-from formats.pictures import left_out, remarks
+from formats.pictures import Header, left_out, remarks
 
 OUTSIDE = 0.01      # rounded fractions may be slightly below 0 or above 1
 BESIDE, OTHER = 3, 4    # of nearness, the last two
@@ -59,16 +59,9 @@ def write_yolo(root: str, exif: str = UPRIGHT, skip: bool = False, max_pixels: i
     found = report.read_all([image for image in lines if image not in report.bad], labelled)
     report.refuse()
     splits = {split: [found[image] for image in part if image in found] for split, part in splits.items()}
-    without = [image for image in found if image not in labels]
-    report.say("image", "without a label file, so without objects", without)
-    report.say("image", "with an empty label file, so without objects",
-               [image for image in found if not found[image].boxes and image not in without])
-    report.say("polygon", "of which the box was taken", [image for image in found for _, fields in lines[image]
-                                                         if len(fields) > 6 and len(fields) != with_points])
-    # no size is stated here, so it never tells which image a label is drawn on
-    report.say("image", f"turned or mirrored by EXIF, whose labels were taken for those of the {exif} image; --exif "
-               "decides otherwise", [image for image in headers if headers[image].orientation != 1])
-    report.said += remarks({image: headers[image]._replace(orientation=1) for image in headers}, exif, max_pixels)
+    polygons = [image for image in found for _, fields in lines[image] if len(fields) > 6 and len(fields) != with_points]
+    say_of_images(report, found, labels, polygons)
+    say_of_exif(report, headers, exif, max_pixels)
     used = {*images_among(names), *labels.values(), *others, *lists, *parts_from, *configs}
     report.say("text file", "without an image, left out", [name for name in texts if name not in used])
     report.said += left_out([name for name in names if name not in {*used, *texts}])
@@ -77,6 +70,23 @@ def write_yolo(root: str, exif: str = UPRIGHT, skip: bool = False, max_pixels: i
         report.said.append("no data.yaml with names and no classes.txt: the classes are named after their numbers")
     write_splits("yolo", splits, {number: {"id": number, "name": classes[number]} for number in sorted(classes)}, exif,
                  report)
+
+
+def say_of_images(report: Report, found: dict[str, Labelled], labels: dict[str, str], polygons: list[str]) -> None:
+    """Images without objects and, an image for each, polygons."""
+    without = [image for image in found if image not in labels]
+    empty = [image for image in found if image in labels and not found[image].boxes]
+    report.say("image", "without a label file, so without objects", without)
+    report.say("image", "with an empty label file, so without objects", empty)
+    report.say("polygon", "of which the box was taken", polygons)
+
+
+def say_of_exif(report: Report, headers: dict[str, Header], exif: str, max_pixels: int) -> None:
+    """The remarks on images. No size is stated here, so it never tells which image a label is drawn on."""
+    turned = [image for image, header in headers.items() if header.orientation != 1]
+    report.say("image", f"turned or mirrored by EXIF, whose labels were taken for those of the {exif} image; --exif "
+               "decides otherwise", turned)
+    report.said += remarks({image: headers[image]._replace(orientation=1) for image in headers}, exif, max_pixels)
 
 
 # -------------------------------------------------------------------------------------------- files and parts
