@@ -59,7 +59,8 @@ def write_yolo(root: str, exif: str = UPRIGHT, skip: bool = False, max_pixels: i
     found = report.read_all([image for image in lines if image not in report.bad], labelled)
     report.refuse()
     splits = {split: [found[image] for image in part if image in found] for split, part in splits.items()}
-    polygons = [image for image in found for _, fields in lines[image] if len(fields) > 6 and len(fields) != with_points]
+    polygons = [image for image in found for _, fields in lines[image]
+                if len(fields) > 6 and len(fields) != with_points]
     say_of_images(report, found, labels, polygons)
     say_of_exif(report, headers, exif, max_pixels)
     used = {*images_among(names), *labels.values(), *others, *lists, *parts_from, *configs}
