@@ -15,7 +15,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from formats.coco import MADE_BY, STORED, DataError, UndecodableImage, first_five, is_ours, write_files
-from formats.files import counted, warn
+from formats.files import counted, printable, warn
 from formats.pictures import Header, files_in, is_image, read_header
 
 PARTS = {"train": ("train", "train2017", "training"), "val": ("val", "val2017", "valid", "validation", "validate"),
@@ -262,17 +262,17 @@ def write_splits(layout: str, splits: dict[str, list[Labelled]], classes: dict[s
                 for split, images in splits.items()}
     write_files(contents)
     for path, content in contents.items():
-        print(f"{path}: {counted(len(content['images']), 'image')}, {counted(len(content['annotations']), 'box')}, "
-              f"{counted(len(classes), 'class')}")
+        print(printable(f"{path}: {counted(len(content['images']), 'image')}, "
+                        f"{counted(len(content['annotations']), 'box')}, {counted(len(classes), 'class')}"))
     stale = target(root, "val")
     if "val" not in splits and stale.exists():
         try:
             stale.unlink()
         except OSError as error:
             raise DataError(f"cannot remove {stale} of an earlier conversion: {error.strerror}") from None
-        print(f"{stale}: removed, an earlier conversion wrote it")
+        print(printable(f"{stale}: removed, an earlier conversion wrote it"))
     for line in report.facts:
-        print(f"{root}: {line}")
+        print(printable(f"{root}: {line}"))
     for line in report.said:
         warn(f"{root}: {line}")
 

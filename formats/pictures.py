@@ -5,6 +5,7 @@ requires (`is_turned`), transparent parts become white, more than 8 bits are sca
 frames the first is taken. `remarks` says which images of a data set that concerns.
 """
 import contextlib
+import io
 import math
 import os
 import re
@@ -18,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 from formats.coco import (MAX_PIXELS, STORED, UPRIGHT, CocoBoxes, DataError, UndecodableImage, first_five,
                           image_folder)
-from formats.files import positive, warn
+from formats.files import positive, warn, write_whole
 
 # EXIF's tag, its values for images that are stored with rows and columns exchanged, and what turns each kind upright
 ORIENTATION, TRANSPOSED = 0x0112, (5, 6, 7, 8)
@@ -320,6 +321,15 @@ def from_array(source) -> Image.Image:
         raise ValueError("some values are NaN")
     values = values * np.uint8(255) if kind == "b" else values if values.dtype == np.uint8 else eight_bits(values)
     return as_rgb(Image.fromarray(values[..., 0] if values.shape[2] == 1 else values))
+
+
+def save_image(image: Image.Image, path: str | Path, format: str, **options) -> None:
+    """Write an image file, whole. It is encoded in memory: Pillow takes for success what a full disk cuts short.
+
+    Raises OSError."""
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    write_whole(path, buffer.getvalue())
 
 
 # ---------------------------------------------------------------------------------------------- finding
