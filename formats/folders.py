@@ -6,6 +6,7 @@ an image by its name, and the parts of the data set are told by lists, or by fol
 either all images are training data, and there is no val file. All labels are read before anything is written, so a
 mistake in one of them leaves DIR as it was. All names are paths within DIR, with "/".
 """
+import errno
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -15,7 +16,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from formats.coco import MADE_BY, STORED, DataError, UndecodableImage, first_five, is_ours, write_files
-from formats.files import counted, printable, warn
+from formats.files import check_ordinary, counted, printable, warn
 from formats.pictures import Header, files_in, is_image, read_header
 
 PARTS = {"train": ("train", "train2017", "training"), "val": ("val", "val2017", "valid", "validation", "validate"),
@@ -214,10 +215,18 @@ def checked_splits(splits: dict[str, list[str]], names: Iterable[str], report: R
 
 # ------------------------------------------------------------------------------------------------- reading
 
-def read_text(path: Path) -> str:
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The content of a file of `limit` bytes at most, more than a real one of its kind has. Raises OSError."""
+    check_ordinary(path)
+    if path.stat().st_size > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit >> 20} MiB", str(path))
+    return path.read_bytes()
+
+
+def read_text(path: Path, limit: int = 2**28) -> str:
     """Raises DataError."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_bytes(path, limit).decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:

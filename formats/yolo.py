@@ -19,6 +19,7 @@ from formats.folders import (PARTS, Faults, Labelled, Report, Tails, as_number, 
                              write_splits)
 from formats.pictures import left_out, remarks
 
+LARGEST = 2**20     # characters of data.yaml
 OUTSIDE = 0.01      # rounded fractions may be slightly below 0 or above 1
 SAME = 2            # of nearness
 INSIDE = 0.02       # key points may be this far out of their box, in parts of the image's side
@@ -142,9 +143,11 @@ def yolo_splits(root: Path, names: list[str], images: list[str], labels: dict[st
     tails, splits, used = Tails(images), {}, []
     for split, entry in entries.items():
         for text in [entry] if isinstance(entry, str) else entry or []:
-            path = within((root / config_name).parent, str(text)) or within(root, str(text))
+            if not isinstance(text, str):               # aliases of YAML: it may be exponentially large
+                raise DataError(f"{root / config_name}: {split}: expected a path, or a list of paths")
+            path = within((root / config_name).parent, text) or within(root, text)
             if path is None and split == "train":
-                raise DataError(f"{root / config_name}: {split}: {str(text)!r:.80} is not in {root}; mend the line, or "
+                raise DataError(f"{root / config_name}: {split}: {text!r:.80} is not in {root}; mend the line, or "
                                 f"remove it and name folders train and val{inventory(names)}")
             splits.setdefault(split, [])
             if path is None:
@@ -286,6 +289,8 @@ def read_config(root: Path, names: list[str]) -> tuple[str, dict]:
     for name in files:
         yaml = optional("yaml", f"{root / name}, which lists the classes,")
         try:
+            if len(yamls[name]) > LARGEST:
+                raise yaml.YAMLError(f"it has more than {LARGEST} characters")
             content = yaml.load(yamls[name], yaml.BaseLoader)
         except (yaml.YAMLError, RecursionError) as error:
             raise DataError(f"{root / name}: no names of classes: not YAML: {' '.join(str(error).split())}") from None
