@@ -411,13 +411,10 @@ def load_model(path: str | os.PathLike, weights: str | None = None) -> tuple[Con
 
 def restore(path: str | os.PathLike, state: dict, weights: str) -> CondInst:
     """The network of a checkpoint's `state` with its "teacher" or "student" weights. CheckpointError: not a match."""
-    try:
+    with checkpoint.fitting(f"{path}: the {weights}'s weights do not fit the model it names"):
         model = build_model(**state["model"])
         checkpoint.load_weights(model, state[weights])
-    except Exception as error:  # a file that was damaged or made by another version may hold anything
-        raise CheckpointError(f"{path}: the {weights}'s weights do not fit the model it names: "
-                              f"{checkpoint.first_line(error)}") from None
-    return model
+        return model
 
 
 def test_size(info: dict) -> tuple[int, int]:

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from data import Sample, readable_batches, resized_size, view
 from evaluate import coco_results
 from formats.coco import UPRIGHT, CocoBoxes, DataError, UndecodableImage, first_five
-from formats.files import CommandLine, one_line_errors, optional, replacing, warn
-from formats.pictures import check_sizes, find_images, left_out, load_image, readable_headers, remarks
+from formats.files import CommandLine, one_line_errors, optional, warn
+from formats.pictures import check_sizes, find_images, left_out, load_image, readable_headers, remarks, save_image
 from model import CondInst, default_threshold, load_model, predict_confident
 from refine import FIT_STEPS
 from tools.command_line import (AMP, RESCORE, go_together, image_words, input_size, model_options, not_negative,
@@ -96,8 +96,7 @@ class Drawings(Dataset):
             return ""  # the user has been warned already
         try:
             os.makedirs(os.path.dirname(out), exist_ok=True)
-            with replacing(out) as temporary:
-                draw_objects(image, objects, self.classes).save(temporary, "JPEG", quality=90)
+            save_image(draw_objects(image, objects, self.classes), out, "JPEG", quality=90)
         except OSError as error:
             return f"cannot write {out}: {error.strerror or error}"
         return ""

@@ -170,7 +170,8 @@ class Run:
             self.optimizer = torch.optim.AdamW(self.parameters, self.plan.lr, weight_decay=self.decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
         if state is not None:
-            self.resume(state)
+            with checkpoint.fitting(f"{self.out} holds a run that cannot go on"):
+                self.resume(state)
         for network in (self.model, self.teacher) if args.compile else ():
             if network is not None:
                 network.compile_convolutions()

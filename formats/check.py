@@ -3,8 +3,8 @@
 Each finding is one line: an `error:` would end training, a `warning:` changes what is learnt, a `note:` is worth
 knowing. The rules for a file are in coco.py, and all its `..._problems` are listed here. The sound entries are examined
 further: the headers of their images (nothing is decoded, so only training finds a file that is cut off after its
-header), their boxes and their classes. Names from a file are printed as Python literals: they may contain control
-characters.
+header), their boxes and their classes. Names from a file are printed as Python literals: they may contain blanks
+and quotes.
 """
 import contextlib
 import math
@@ -20,7 +20,7 @@ from formats.coco import (FORMS, KEYS, MAX_PIXELS, NAMES, OPTIONAL, SHOWN, DataE
                           image_problems, line_about, load_json, mask_flaws, mask_problems, mask_warnings,
                           no_usable_box, other_files, small_problems, sorted_classes, stated_exif)
 from formats.conventions import differs, extent, other_convention
-from formats.files import counted
+from formats.files import counted, printable
 from formats.pictures import (folder_of_images, is_image, is_turned, read_header, remarks, undecodable_limit,
                               usual_folders)
 
@@ -48,10 +48,10 @@ def check(paths: list[str], images: str | None = None, exif: str | None = None, 
             findings, lines, _, listed = check_file(path, images, **reading)
             findings += unlisted_images(listed)
         for finding in findings:
-            print(finding)
+            print(printable(finding))
         failed |= any(finding.startswith("error: ") for finding in findings)
         summaries += lines
-    print(*summaries, sep="\n")
+    print(*map(printable, summaries), sep="\n")
     return failed
 
 

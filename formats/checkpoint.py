@@ -11,12 +11,14 @@
     teacher     state dict: the teacher, or with --average the average; None without either
     optimizer, scaler   state dicts; in last.pt only, what a resume needs beyond the above
 
-Loading runs no code from the file. The checkpoints that BoxTeacher's authors and AdelaiDet released load as if they
-were ours (released.py).
+Loading looks at every part: a file that is damaged, that holds other types or that declares a network larger than its
+weights is refused, as are weights that are not finite. It runs no code from the file. The checkpoints that BoxTeacher's
+authors and AdelaiDet released load as if they were ours (released.py).
 """
+import contextlib
 import os
 import re
-import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -24,11 +26,16 @@ from torch import Tensor, nn
 
 from formats.files import UserError, replacing, warn
 from formats.pickled import read
-from formats.released import read_checkpoint
+from formats.released import check_finite, read_checkpoint
 
 FORMAT = "boxteacher-1"
-ENTRIES = {"model": dict, "classes": (list, type(None)), "method": str, "config": dict,
-           "iteration": (int, type(None)), "student": dict, "teacher": (dict, type(None))}
+PLAIN = (bool, int, float, str, None)
+FORMS = {"model": {str: (str, int, bool), "backbone": str, "num_classes": int, "channels": int, "frozen": bool},
+         "classes": ([{"id": int, "name": str}], None), "method": str, "config": {str: (*PLAIN, [PLAIN])},
+         "iteration": (int, None), "student": {str: Tensor}, "teacher": ({str: Tensor}, None)}
+FORMS_OF_A_RUN = {"optimizer": {"state": {int: {str: (Tensor, int, float, None)}},
+                                "param_groups": [{str: (*PLAIN, list, tuple)}]},
+                  "scaler": {str: (int, float)}, "iteration": int}
 RESUME_ONLY = ("optimizer", "scaler")
 
 
@@ -37,18 +44,42 @@ class CheckpointError(UserError):
 
 
 def save(state: dict, path: str | Path, previous: str | Path | None = None) -> None:
-    """Write `state` to `path`; the checkpoint that was there is kept as `previous`.
+    """Write `state` to `path`; the checkpoint that was there is kept as `previous`, unless it cannot be read.
 
     The data is on the disk before the name changes, and each name changes in one step: whenever the process is killed,
-    `path` or `previous` is a whole checkpoint.
+    `path` or `previous` is a whole checkpoint. Raises CheckpointError if it cannot be written; both stay as they were.
     """
-    with replacing(path) as temporary:
-        with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and zipfile.is_zipfile(path):  # a damaged one must not replace a good one
-            os.replace(path, previous)
+    try:
+        for left in leftovers(path):
+            os.remove(left)
+        with replacing(path) as temporary:
+            with open(temporary, "wb") as file:
+                torch.save({"format": FORMAT, **state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if previous is not None and is_whole_run(path):
+                os.replace(path, previous)
+        sync_folder(Path(path).parent)
+    except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports an OSError
+        cause = error.__context__ if isinstance(error, RuntimeError) and error.__context__ else error
+        raise CheckpointError(f"cannot write {path}, which stays as it was: {first_line(cause)}") from None
+
+
+def leftovers(path: str | Path) -> list[Path]:
+    """What killed processes left of their attempts to write `path`."""
+    folder, name = os.path.split(path)
+    return [file for file in Path(folder).glob("*.tmp")
+            if re.fullmatch(re.escape(name[:40]) + r"\.[0-9a-f]{16}\.tmp", file.name)]
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk, where its file system can."""
+    with contextlib.suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def load(path: str | Path, pixel_std: tuple | None = None) -> dict:
@@ -63,21 +94,102 @@ def load(path: str | Path, pixel_std: tuple | None = None) -> dict:
         raise CheckpointError(f"no checkpoint at {path}") from None
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable checkpoint: {first_line(error)}") from None
-    if isinstance(state, dict) and state.get("format") == FORMAT:
-        wrong = [key for key, kind in ENTRIES.items() if key not in state or not isinstance(state[key], kind)]
-        if wrong:
-            raise CheckpointError(f"{path} has the format of this project, but its {wrong[0]!r} is missing or damaged")
-        return state
-    if pixel_std is None:
+    own = isinstance(state, dict) and state.get("format") == FORMAT
+    if own:
+        check_forms(path, state, FORMS)
+    elif pixel_std is None:
         raise CheckpointError(f"{path} is no checkpoint of this project")
     try:
-        return read_checkpoint(state, pixel_std)
+        state = state if own else read_checkpoint(state, pixel_std)
+        check_network(state)
     except Exception as error:  # the file may be anything
         raise CheckpointError(f"{path} cannot be used: {first_line(error)}") from None
+    return state
+
+
+def load_run(path: str | Path) -> dict:
+    """Read a checkpoint with all that a run needs to go on. Raises CheckpointError."""
+    state = load(path)
+    if "optimizer" not in state:
+        raise CheckpointError(f"{path} holds weights alone, no run to go on with (they go to --init)")
+    check_forms(path, state, FORMS_OF_A_RUN)
+    chosen = state["config"].get("chosen_from")  # see recipe.py
+    if chosen and not (fits(chosen, [(int, float, str)]) and len(chosen) == 4 and type(chosen[3]) is str
+                       and all(type(number) is not str and number > 0 for number in chosen[:3])):
+        raise CheckpointError(f"{path} has the format of this project, but its 'config' is damaged")
+    try:
+        check_finite({f"the optimiser's {name} of parameter {number}": value
+                      for number, values in state["optimizer"]["state"].items() for name, value in values.items()
+                      if isinstance(value, Tensor)})
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from None
+    return state
+
+
+def is_whole_run(path: str | Path) -> bool:
+    try:
+        return bool(load_run(path))
+    except CheckpointError:
+        return False
+
+
+@contextlib.contextmanager
+def fitting(what: str) -> Iterator[None]:
+    """Whatever goes wrong in the block, for a file may be of another version, is a CheckpointError that begins with
+    `what`."""
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{what}: {first_line(error)}") from None
+
+
+def check_forms(path: str | Path, state: dict, forms: dict) -> None:
+    """Raises CheckpointError for an entry that is missing, or of another form."""
+    for key, form in forms.items():
+        if key not in state or not fits(state[key], form):
+            raise CheckpointError(f"{path} has the format of this project, but its {key!r} is missing or damaged")
+
+
+def fits(value, form) -> bool:
+    """Whether a value has a form: a type, None, one of several forms (a tuple), a list of values of one form, or a
+    dictionary: a name must be in it, with a value of that form; a type is that of all its keys, with that of their
+    values."""
+    if isinstance(form, tuple):
+        return any(fits(value, one) for one in form)
+    if isinstance(form, list):
+        return type(value) is list and all(fits(one, form[0]) for one in value)
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(
+            name in value and fits(value[name], one) if isinstance(name, str) else
+            all(type(key) is name and fits(item, one) for key, item in value.items()) for name, one in form.items())
+    return value is None if form is None else type(value) is form
+
+
+def check_network(state: dict) -> None:
+    """Raises ValueError for weights that are not finite, and for sizes that a network of so few weights cannot have:
+    memory for it is taken before they are compared."""
+    model, classes = state["model"], state["classes"]
+    sizes = [model["num_classes"], model["channels"], model.get("mask_channels", 16)]
+    held = sum(weight.numel() for weight in state["student"].values())
+    # so many are in a convolution of the FPN and in that of the classes
+    if min(sizes) < 1 or sizes[1] * (9 * sizes[1] + sizes[0]) > held or sizes[2] > max(16, held):
+        raise ValueError(f"its {held} weights are too few for {sizes[1]} channels, {sizes[0]} classes and {sizes[2]} "
+                         "channels of masks")
+    if classes is not None and len(classes) != sizes[0]:
+        raise ValueError(f"it names {len(classes)} of {sizes[0]} classes")
+    for key in ("test_min_size", "test_max_size"):
+        size = state["config"].get(key)
+        if size is not None and (type(size) is not int or not 0 < size < 2**15):
+            raise ValueError(f"its {key} is {size!r:.40}")
+    for part in ("student", "teacher"):
+        check_finite(state[part] or {})
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:240]
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:240]
 
 
 def load_latest(folder: str | Path) -> dict | None:
@@ -88,10 +200,7 @@ def load_latest(folder: str | Path) -> dict | None:
     found = [path for path in (Path(folder) / "last.pt", Path(folder) / "previous.pt") if path.exists()]
     for path in found:
         try:
-            state = load(path)
-            if "optimizer" not in state:
-                raise CheckpointError(f"{path} holds weights alone, no run to go on with (they go to --init)")
-            return state
+            return load_run(path)
         except CheckpointError as error:
             warn(f"{error}; trying the previous one")
     if found:

@@ -9,12 +9,11 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from formats.coco import DataError, write_files
-from formats.pictures import read_header
+from formats.pictures import opened, read_header
 
 # the eight classes that are scored as instances; category ids are Cityscapes' label ids
 CLASSES = [{"id": 24, "name": "person"}, {"id": 25, "name": "rider"}, {"id": 26, "name": "car"},
@@ -76,14 +75,15 @@ def paired_names(root: Path, split: str) -> list[str]:
 def read_map(path: Path, image_path: Path, size: tuple[int, int]) -> np.ndarray:
     """Instance ids (height, width), of the `size` of their image. Raises DataError."""
     try:
-        with Image.open(path) as image:
-            mode, ids = image.mode, np.asarray(image)
+        with opened(path) as image:
+            mode, stored = image.mode, image.size[::-1]
+            ids = np.asarray(image) if stored == size else None
     except Exception as error:
         raise DataError(f"instance map {path} cannot be read: {str(error) or type(error).__name__}") from None
     if mode != "L" and not mode.startswith("I"):
         raise DataError(f"instance map {path} has mode {mode}, not integers of 8 or 16 bits")
-    if ids.shape != size:
-        raise DataError(f"instance map {path} is {ids.shape[1]} x {ids.shape[0]} pixels (width x height), "
+    if stored != size:
+        raise DataError(f"instance map {path} is {stored[1]} x {stored[0]} pixels (width x height), "
                         f"its image {image_path} is {size[1]} x {size[0]}")
     highest = int(ids.max())
     if label_of(highest) > LAST_LABEL:

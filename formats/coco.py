@@ -16,7 +16,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from formats.files import UserError, replacing, warn
+from formats.files import UserError, check_ordinary, replacing, warn
 from formats.segmentation import SHORT, compressed, flaw, polygons
 
 # the 80 classes of COCO; their ids go up to 90, with gaps
@@ -107,6 +107,7 @@ def is_ours(path: str | os.PathLike) -> bool:
     """Whether `data.py voc` or `yolo` wrote this annotation file."""
     start = json.dumps({"info": {"description": MADE_BY}}).rstrip('"}')
     try:
+        check_ordinary(path)
         with open(path, encoding="utf-8") as file:
             return file.read(len(start)) == start
     except (OSError, ValueError):
@@ -192,6 +193,7 @@ def load_json(path: str):
 
     Raises DataError."""
     try:
+        check_ordinary(path)
         with open(path, encoding="utf-8-sig") as file:  # some editors put a byte order mark first
             content = json.load(file)
     except FileNotFoundError:
@@ -267,7 +269,7 @@ def image_problems(path: str, images: list[dict], image_dir: str) -> Iterator[st
     if missing:
         name = images[missing[0]]["file_name"]
         elsewhere = sorted(entry.name for entry in os.scandir(image_dir)
-                           if entry.is_dir() and os.path.exists(os.path.join(entry.path, name)))
+                           if os.path.isdir(entry) and os.path.exists(os.path.join(entry.path, name)))
         hint = f"; name {os.path.join(image_dir, elsewhere[0])} instead" if elsewhere else ""
         yield (f"{len(missing)} of {len(images)} images of {path} are missing in {image_dir}, "
                f"the first: {name!r} ({first_rows(images, missing)}){hint}")

@@ -1,8 +1,12 @@
-"""Errors of one line, files written whole, optional packages."""
+"""Errors of one line, text that is safe to print, files written whole, optional packages."""
 import argparse
 import contextlib
+import errno
 import importlib
 import os
+import re
+import secrets
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +20,17 @@ class UserError(Exception):
     """Something that a user can mend; the message is one line, which says how."""
 
     def __str__(self) -> str:
-        # A DataLoader's worker passes its error on as a whole traceback, whose last line is the message.
-        line = super().__str__().strip().split("\n")[-1]
-        return line.removeprefix(f"{type(self).__module__}.{type(self).__name__}: ")
+        text = super().__str__().strip()
+        if text.startswith("Caught "):  # a DataLoader's worker passes its error on as a whole traceback: the last line
+            text = text.split("\n")[-1].removeprefix(f"{type(self).__module__}.{type(self).__name__}: ")
+        return printable(text)
+
+
+def printable(text: object) -> str:
+    """The text with control characters as \\x1b or \\n, and so with every other character that moves the cursor, turns
+    the direction or is half a surrogate pair: names from files can neither command a terminal nor end a print."""
+    unsafe = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+    return re.sub(unsafe, lambda found: ascii(found[0])[1:-1], str(text))
 
 
 @contextlib.contextmanager
@@ -27,7 +39,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         sys.exit(1)
 
 
@@ -42,12 +54,12 @@ class CommandLine(argparse.ArgumentParser):
     """A parser whose errors are one line, too."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        self.exit(2, printable(f"error: {message} (see {self.prog} --help)") + "\n")
 
 
 def warn(message: str) -> None:
     if os.environ.get("RANK", "0") == "0":       # under torchrun every process reads the same files
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        print(printable(f"warning: {message}"), file=sys.stderr, flush=True)
 
 
 def counted(number: int, noun: str) -> str:
@@ -56,18 +68,44 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{ending}"
 
 
+def check_ordinary(path: str | Path) -> None:
+    """Raises OSError if there is something else than a file: reading a pipe or a device may wait for ever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "it is no ordinary file", str(path))
+
+
+def beside(path: str | Path) -> str:
+    """Makes a new, empty file beside `path` and returns its path, which nobody can foresee: what is there already, a
+    link too, is neither followed nor changed. Raises OSError."""
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f"{name[:40]}.{secrets.token_hex(8)}.tmp")
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    return temporary
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[str]:
-    """Yields a temporary path beside `path`, and renames it to `path` after the block, so that a file that exists is
-    whole. If the block fails, the temporary file is removed and `path` stays as it was."""
-    temporary = f"{path}.tmp"
+    """Yields the path of a new file beside `path`, and renames it to `path` after the block, so that a file that exists
+    is whole. If the block fails, the new file is removed and `path` stays as it was; an OSError then names `path`."""
+    temporary = None
     try:
+        temporary = beside(path)
         yield temporary
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
+    except BaseException as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+        # a full disk names no file
+        if isinstance(error, OSError) and error.errno and str(error.filename or ".tmp").endswith(".tmp"):
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
+
+
+def write_whole(path: str | Path, content: bytes) -> None:
+    """Writes a file, see `replacing`. Raises OSError."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(content)
 
 
 def optional(package: str, needed_by: str) -> ModuleType:

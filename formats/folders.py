@@ -6,6 +6,7 @@ an image by its name, and the parts of the data set are told by lists, or by fol
 either all images are training data, and there is no val file. All labels are read before anything is written, so a
 mistake in one of them leaves DIR as it was. All names are paths within DIR, with "/".
 """
+import errno
 import re
 import unicodedata
 from collections import Counter
@@ -16,7 +17,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from formats.coco import MADE_BY, STORED, DataError, UndecodableImage, first_five, is_ours, write_files
-from formats.files import counted, warn
+from formats.files import check_ordinary, counted, printable, warn
 from formats.pictures import Header, files_in, is_image, read_header
 
 # Names of folders and lists of the parts, and words that may be beside them, as in train_images; a test is left out.
@@ -250,11 +251,20 @@ def checked_splits(splits: dict[str, list[str]], names: Iterable[str], listed: b
 
 # ------------------------------------------------------------------------------------------------- reading
 
-def read_text(path: Path) -> str:
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The content of a file of `limit` bytes at most, more than a real one of its kind has. Raises OSError."""
+    check_ordinary(path)
+    if path.stat().st_size > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit >> 20} MiB", str(path))
+    return path.read_bytes()
+
+
+def read_text(path: Path, limit: int = 2**28) -> str:
     """Raises DataError."""
     try:
-        data = path.read_bytes()
-        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        data = read_bytes(path, limit)
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
@@ -302,17 +312,17 @@ def write_splits(layout: str, splits: dict[str, list[Labelled]], classes: dict[s
                 for split, images in splits.items()}
     write_files(contents)
     for path, content in contents.items():
-        print(f"{path}: {counted(len(content['images']), 'image')}, {counted(len(content['annotations']), 'box')}, "
-              f"{counted(len(classes), 'class')}")
+        print(printable(f"{path}: {counted(len(content['images']), 'image')}, "
+                        f"{counted(len(content['annotations']), 'box')}, {counted(len(classes), 'class')}"))
     stale = json_path(root, "val")
     if "val" not in splits and stale.exists():
         try:
             stale.unlink()
         except OSError as error:
             raise DataError(f"cannot remove {stale} of an earlier conversion: {error.strerror}") from None
-        print(f"{stale}: removed, an earlier conversion wrote it")
+        print(printable(f"{stale}: removed, an earlier conversion wrote it"))
     for line in report.facts:
-        print(f"{root}: {line}")
+        print(printable(f"{root}: {line}"))
     for line in report.said:
         warn(f"{root}: {line}")
 

@@ -5,9 +5,12 @@ requires (`is_turned`), transparent parts become white, more than 8 bits are sca
 frames the first is taken. `remarks` says which images of a data set that concerns.
 """
 import contextlib
+import functools
+import io
 import math
 import os
 import re
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from formats.coco import (MAX_PIXELS, STORED, UPRIGHT, CocoBoxes, DataError, UndecodableImage, first_five,
                           image_folder)
-from formats.files import positive, warn
+from formats.files import check_ordinary, positive, warn, write_whole
 
 # EXIF's tag, its values for images that are stored with rows and columns exchanged, and what turns each kind upright
 ORIENTATION, TRANSPOSED = 0x0112, (5, 6, 7, 8)
@@ -32,7 +35,9 @@ WIDTH, HEIGHT, PHOTOMETRIC, MAX_SAMPLE, ANY_MAX_SAMPLE, NO_DATA = 256, 257, 262,
 ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")       # Pillow's modes
 
 HIDDEN = ("@eaDir", "@__thumb", "#recycle", "__MACOSX")              # folders of thumbnails and of other systems
-NOT_PICTURES = ("BUFR", "GRIB", "HDF5", "MPEG")                      # recognised by Pillow, never decoded
+# recognised by Pillow, never decoded; for PostScript (EPS), which IPTC may contain, it starts another program
+NOT_PICTURES = ("BUFR", "GRIB", "HDF5", "MPEG", "EPS", "IPTC", "WMF")
+DEEPEST = 100                                                        # folders within folders
 CAMERA = ".heic .heif .hif .dng .cr2 .cr3 .nef .nrw .arw .raf .orf .rw2 .pef .srw .raw .jxl".split()
 WANTED = ("a path, a Pillow image, or an array or tensor (height, width), (height, width, 1, 3 or 4) or (1, 3 or 4, "
           "height, width) of bool, integers from 0, or floats from 0 to 1 or to 255")
@@ -79,15 +84,25 @@ class Header(NamedTuple):
 
 @contextlib.contextmanager
 def opened(path: str | Path) -> Iterator[Image.Image]:
-    """Pillow's image, not decoded yet, of any number of pixels: `load_image` has a limit of its own."""
+    """Pillow's image, not decoded yet, of any number of pixels: `load_image` has a limit of its own. Pillow's warnings,
+    about tags that nothing here follows, are not shown."""
+    check_ordinary(path)
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        with Image.open(path) as image:
-            if image.format == "TIFF" and is_camera_file(path):
-                raise ValueError("Pillow would read the preview of the raw image")
-            yield image
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=decoded_formats()) as image:
+                if image.format == "TIFF" and is_camera_file(path):
+                    raise ValueError("Pillow would read the preview of the raw image")
+                yield image
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+@functools.cache
+def decoded_formats() -> list[str]:
+    Image.init()
+    return [name for name in Image.ID if name not in NOT_PICTURES]
 
 
 def header_of(image: Image.Image) -> Header:
@@ -322,23 +337,55 @@ def from_array(source) -> Image.Image:
     return as_rgb(Image.fromarray(values[..., 0] if values.shape[2] == 1 else values))
 
 
+def save_image(image: Image.Image, path: str | Path, format: str, **options) -> None:
+    """Write an image file, whole. It is encoded in memory: Pillow takes for success what a full disk cuts short.
+
+    Raises OSError."""
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    write_whole(path, buffer.getvalue())
+
+
 # ---------------------------------------------------------------------------------------------- finding
 
 def files_in(folder: Path) -> list[Path]:
     """All files below a folder, sorted, without hidden ones. Links to folders are followed, but not to a folder above,
     and each folder is read once: by a link only if nothing else leads there."""
-    seen, found, waiting = set(map(str, Path(os.path.realpath(folder)).parents)), [], [folder]
+    seen, found, odd, waiting = set(map(str, Path(os.path.realpath(folder)).parents)), [], [], [(str(folder), 0)]
     while waiting:
-        for where, folders, names in os.walk(waiting.pop(0)):    # which does not follow links
-            real = os.path.realpath(where)
-            if real in seen:
-                folders.clear()
-                continue
-            seen.add(real)
-            folders[:] = sorted(name for name in folders if name[0] != "." and name not in HIDDEN)
-            waiting += [path for name in folders if os.path.islink(path := os.path.join(where, name))]
-            found += [Path(where) / name for name in names if name[0] != "."]
+        where, depth = waiting.pop(0)
+        real = os.path.realpath(where)
+        if real in seen:
+            continue
+        seen.add(real)
+        folders = []
+        with contextlib.suppress(OSError), os.scandir(where) as entries:     # one that may not be read is passed over
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                kind = kind_of(entry)
+                if entry.name[0] == "." or kind == "folder" and entry.name in HIDDEN:
+                    continue
+                if kind == "file":
+                    found.append(Path(entry.path))
+                elif kind is None or depth == DEEPEST:
+                    odd.append(repr(entry.path))
+                elif entry.is_symlink():
+                    waiting.append((entry.path, depth + 1))
+                else:
+                    folders.append((entry.path, depth + 1))
+        waiting[:0] = folders
+    if odd:
+        warn(f"{len(odd)} left out: no files, or folders more than {DEEPEST} deep ({first_five(odd)})")
     return sorted(found)
+
+
+def kind_of(entry: os.DirEntry) -> str | None:
+    """"folder", "file", which may be a link that leads to nothing or to itself, or None: a pipe, a socket, a device."""
+    with contextlib.suppress(OSError):
+        if entry.is_dir():
+            return "folder"
+        if not entry.is_file() and os.path.exists(entry.path):
+            return None
+    return "file"
 
 
 def is_image(path: str | Path) -> bool:
@@ -372,25 +419,30 @@ def find_images(paths: list[str], out: Path) -> tuple[list[tuple[str, str]], lis
     found, others = {}, []
     for path in paths:
         if os.path.isdir(path):
-            if Path(path).resolve() == out.resolve():
+            if resolved(path) == resolved(out):
                 raise DataError(f"{path} would be read and written: name another folder with --out")
             folder, files = path, files_in(Path(path))
         elif os.path.exists(path):
             folder, files = os.path.dirname(path), [Path(path)]
         else:
             raise DataError(f"{path} does not exist")
-        results = out.resolve() if Path(folder).resolve() in out.resolve().parents else None
+        results = resolved(out) if resolved(folder) in resolved(out).parents else None
         for file in files:
-            resolved, name = file.resolve(), file.relative_to(folder).as_posix()
-            if results in resolved.parents:
+            place, name = resolved(file), file.relative_to(folder).as_posix()
+            if results in place.parents:
                 continue
             if is_image(file) or path != folder and readable_headers([file]):
-                found.setdefault(resolved, (os.path.join(folder, name), name))
+                found.setdefault(place, (os.path.join(folder, name), name))
             else:
                 others.append(str(file))
     if not found:
         raise DataError("; ".join([f"no images in {', '.join(paths)}", *left_out(others)]))
     return list(found.values()), others
+
+
+def resolved(path: str | Path) -> Path:
+    """Without links; Path.resolve fails at one that leads to itself."""
+    return Path(os.path.realpath(path))
 
 
 def folder_of_images(json_path: str, first: str) -> str | None:

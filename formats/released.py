@@ -42,6 +42,13 @@ def tensors(state: dict) -> dict[str, Tensor]:
     return result
 
 
+def check_finite(weights: dict[str, Tensor]) -> None:
+    """Raises ValueError with the first of the weights that has NaN or infinite values."""
+    for name, weight in weights.items():
+        if not weight.sum().isfinite() and not weight.isfinite().all():     # the sum is faster, but may overflow
+            raise ValueError(f"{name} has values that are not finite")
+
+
 # --------------------------------------------------------------------------------------------------------- names
 
 # Their names (patterns) -> ours. In a checkpoint, names of DETECTRON2 or SWIN follow `backbone.bottom_up.`.
@@ -257,6 +264,7 @@ def read_backbone(name: str, source: str | Path, pixel_std: tuple) -> tuple[dict
     if "student" in content or any("fcos_head" in str(key) for key in weights):
         raise ValueError("it is a whole checkpoint, not a backbone: give it to --init")
     weights = tensors(weights)
+    check_finite(weights)
     if name not in IMAGENET:
         return weights, False, {}
 

@@ -24,6 +24,8 @@ from pycocotools import mask as rle
 from tqdm import tqdm
 
 from formats.coco import DataError
+from formats.files import write_whole
+from formats.pictures import save_image
 
 SPLITS = ("train", "val")
 SUPERSAMPLE = 4      # outlines are filled on a grid this much finer, for soft edges and masks exact to the pixel
@@ -79,7 +81,7 @@ def write_split(root: Path, split: str, count: int, size: int, seed: int) -> Non
         "images": images,
         "annotations": [{"id": k + 1, **annotation} for k, annotation in enumerate(annotations)],
     }
-    (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+    write_whole(root / "annotations" / f"instances_{split}2017.json", json.dumps(content).encode())
 
 
 def file_name(index: int) -> str:
@@ -89,7 +91,7 @@ def file_name(index: int) -> str:
 def write_image(folder: Path, seed: int, split: int, size: int, index: int) -> list[dict]:
     """Draw and write image `index`. Returns its annotations, without ids."""
     image, owner, labels = draw_image(np.random.default_rng([seed, split, index]), size)
-    Image.fromarray(image).save(folder / file_name(index), quality=95, subsampling=0)
+    save_image(Image.fromarray(image), folder / file_name(index), "JPEG", quality=95, subsampling=0)
     return [{"image_id": index + 1, **annotation} for annotation in annotate(owner, labels)]
 
 

@@ -16,9 +16,12 @@ from xml.etree import ElementTree
 from formats.coco import MAX_PIXELS, UPRIGHT, DataError
 from formats.files import counted
 from formats.folders import (Faults, Labelled, Report, Tails, as_number, checked_splits, folded, folder_of, header_in,
-                             images_among, inventory, listed, names_in, part_of, parts_by_folder, stem_of,
+                             images_among, inventory, listed, names_in, part_of, parts_by_folder, read_bytes, stem_of,
                              write_splits)
 from formats.pictures import left_out, remarks
+
+
+LARGEST = 2**23     # bytes of an XML file
 
 
 class VocFile(NamedTuple):
@@ -152,8 +155,13 @@ def voc_splits(root: Path, names: list[str], folders: dict[str, tuple[str, ...]]
 def read_xml(root: Path, name: str) -> VocFile:
     """Raises Faults."""
     try:
-        tree = ElementTree.parse(root / name).getroot()
-    except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:
+        content = read_bytes(root / name, LARGEST)
+        if b"<!ENTITY" in content.replace(b"\0", b""):     # zeros: UTF-16
+            raise ValueError("it declares entities, which may stand for any amount of text")
+        tree = ElementTree.fromstring(content)             # at once: in parts, a long text takes time by its square
+    except OSError as error:
+        raise Faults(("files that cannot be read", f"{name}: {error.strerror}")) from None
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise Faults(("files that are not XML", f"{name}: {error}")) from None
     if tree.tag != "annotation":
         raise Faults(("XML files that are not Pascal VOC's", f"{name}: its root is <{tree.tag!r:.40}>, not "

@@ -19,6 +19,7 @@ from formats.folders import (Faults, Labelled, Report, Tails, as_number, checked
                              within, write_splits)
 from formats.pictures import Header, left_out, remarks
 
+LARGEST = 2**20     # characters of data.yaml
 OUTSIDE = 0.01      # rounded fractions may be slightly below 0 or above 1
 BESIDE, OTHER = 3, 4    # of nearness, the last two
 INSIDE = 0.02       # key points may be this far out of their box, in parts of the image's side
@@ -171,7 +172,9 @@ def listed_splits(root: Path, names: list[str], images: list[str], labels: dict[
                    if part in ("train", "val") and name not in labels.values()]
     tails, splits, used = Tails(images), {}, []
     for name, split, entry in entries:
-        for text in map(str, entry if isinstance(entry, list) else [entry]):
+        for text in entry if isinstance(entry, list) else [entry]:
+            if not isinstance(text, str):               # aliases of YAML: it may be exponentially large
+                raise DataError(f"{root / name}: {split}: expected a path, or a list of paths")
             base, below = (root / name).parent, f"{configs.get(name, {}).get('path', '')}/{text}"
             path = within(base, below) or within(base, text) or within(root, text)
             missing = f"{name}: {split}: {text!r:.80} is not in {root}"
@@ -324,6 +327,8 @@ def read_configs(root: Path, names: list[str]) -> dict[str, dict]:
     for name in ["data.yaml"] if "data.yaml" in yamls else [name for name in yamls if not folder_of(name)] or yamls:
         yaml = optional("yaml", f"{root / name}, which lists the classes,")
         try:
+            if len(yamls[name]) > LARGEST:
+                raise yaml.YAMLError(f"it has more than {LARGEST} characters")
             content = yaml.load(yamls[name], yaml.BaseLoader)
         except (yaml.YAMLError, RecursionError) as error:
             raise DataError(f"{root / name}: no names of classes: not YAML: {' '.join(str(error).split())}") from None

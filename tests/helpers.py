@@ -293,6 +293,14 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
 
 # ------------------------------------------------------------------------------------------------ hostile files
 
+FOREIGN_LINES = b"".join(line + b"\n" for line in (  # in a metrics.jsonl
+    b"7", b"[]", b"null", b"no json", b"", b"{}", b'{"iter": null}', b'{"iter": "7"}', b'{"iter": true}',
+    b'{"iter": 1.5}',
+    b'{"iter": 0}', b'{"iter": 1, "loss": "x"}', b'{"iter": 1, "loss": NaN}', b'{"iter": 1, "loss": [1]}',
+    b'{"iter": 1, "loss": 1' + b"0" * 400 + b"}", b'{"iter": 1, "los', b'{"iter": 1, "los\xff": 2}',
+    b'{"iter": 1, "x": ' + b'{"x": ' * 5000 + b"1" + b"}" * 5001))
+
+
 class Code:
     """Unpickled without care, it makes a folder."""
 

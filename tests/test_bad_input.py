@@ -1,6 +1,7 @@
 """Each mistake in a data set ends in one line that names the file and the image or box."""
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,14 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import predict
 import train
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from formats.coco import CocoBoxes, DataError, UndecodableImage, datasets
+from formats.coco import CocoBoxes, DataError, UndecodableImage, datasets, is_ours
 from data import Readable, TestImages, TrainBatches
 from formats.commands import main
+from evaluate import print_tables
+from formats.folders import read_text
 from formats.pictures import check_sizes
+from formats.voc import LARGEST, read_xml, write_voc
+from formats.yolo import write_yolo
 from helpers import annotation, noise_image, write_set
 
 HELP = "cocodataset.org", "python data.py shapes datasets/shapes"
@@ -277,3 +283,75 @@ def test_command_line_of_the_shapes(tmp_path, capsys):
         with pytest.raises(SystemExit) as end:
             main(wrong)
         assert end.value.code == status
+
+
+# ------------------------------------------------------------------------------------------ hostile files
+
+def test_names_from_files_command_no_terminal_and_end_no_drawing(tmp_path, capsys):
+    """Of classes and images, from the check to the drawings and the review page."""
+    name = "cat\r\x1b[2J\n\x9b"
+    json_path, images = write_set(tmp_path)
+    content = json.loads(Path(json_path).read_text())
+    for row in content["categories"]:
+        row["name"] = name
+    content["images"][0]["file_name"] = "a\x1b[2J\r.png"
+    os.rename(os.path.join(images, "0.png"), os.path.join(images, "a\x1b[2J\r.png"))
+    Path(json_path).write_text(json.dumps(content))
+    main(["check", json_path, "--images", images])
+    predict.main(["--boxes", json_path, "--images", images, "--out", str(tmp_path / "out"), "--workers", "0"])
+    os.truncate(os.path.join(images, "a\x1b[2J\r.png"), 10)
+    check_sizes(CocoBoxes(json_path, images))
+    print_tables({"bbox": {}, "segm": None, "per_class": {name: {"bbox": 1.0, "segm": None}}})
+    page = (tmp_path / "out/review.html").read_text()
+    assert len(list((tmp_path / "out/pictures").iterdir())) == 3 and r"cat\r\x1b[2J\n\x9b" in page
+    for text in (*capsys.readouterr(), page):
+        assert text and not re.search(r"[^\n -~\u0100-\uffff]", text), text
+
+
+@pytest.mark.parametrize("content, part", [
+    (b"<annotation>" + b"x" * LARGEST, "more than 8 MiB"),
+    (b"<!DOCTYPE a [<!ENTITY b 'x'>]><annotation>&b;</annotation>", "declares entities"),
+    ("<!DOCTYPE a [<!ENTITY b 'x'>]><annotation>&b;</annotation>".encode("utf-16"), "declares entities"),
+    (b"<annotation>" + b"<a>" * 10 ** 5 + b"</a>" * 10 ** 5 + b"</annotation>", None), (b"<a>" * 10 ** 5, "not XML")])
+def test_xml_that_is_too_much(voc, content, part):
+    path = voc / "Annotations/a.xml"
+    path.write_bytes(content)
+    if part is None:
+        main(["voc", str(voc)])
+    else:
+        with pytest.raises(DataError, match=part) as error:
+            write_voc(str(voc))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text, part", [
+    ("train: images/train\nnames: [" + "a" * 2 ** 20 + "]\n", "more than 1048576 characters"),
+    ("names: [a, b]\na0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60))
+     + "train: *a59\n", "expected a path"),
+    ("names: " + "[" * 10 ** 4, "not YAML")])
+def test_yaml_that_is_too_much(yolo, text, part):
+    pytest.importorskip("yaml")
+    (yolo / "data.yaml").write_text(text)
+    with pytest.raises(DataError, match=part) as error:
+        write_yolo(str(yolo))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_texts_that_are_no_files_are_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for read in (read_text, lambda path: read_xml(tmp_path, path.name), lambda path: CocoBoxes(path, tmp_path)):
+        with pytest.raises(DataError, match="no ordinary file"):
+            read(tmp_path / "pipe")
+    assert not is_ours(tmp_path / "pipe")
+
+
+def test_json_that_is_too_deep_is_one_line(tmp_path):
+    (tmp_path / "a.json").write_text('{"images": ' + "[" * 10 ** 6)
+    with pytest.raises(DataError, match="not JSON"):
+        CocoBoxes(tmp_path / "a.json", tmp_path)
+
+
+def test_five_hundred_hostile_files_are_read_or_refused_in_one_line(tmp_path):
+    done = subprocess.run([sys.executable, Path(__file__).with_name("fuzz.py"), "500", "0", tmp_path],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("500 files"), done.stderr[-2000:]

@@ -38,8 +38,10 @@ def state_of(iteration: int = 5, teacher: bool = True, classes=CLASSES, channels
 
 def tiny(iteration: int, **more) -> dict:
     """The smallest checkpoint of a run."""
-    return {"model": {}, "classes": [], "method": "boxinst", "config": {}, "iteration": iteration, "student": {},
-            "teacher": None, "optimizer": {}, **more}
+    spec = {"backbone": "r18-slim", "num_classes": 1, "channels": 1, "frozen": False}
+    return {"model": spec, "classes": CLASSES[:1], "method": "boxinst", "config": {}, "iteration": iteration,
+            "student": {"a": torch.zeros(10)}, "teacher": None, "optimizer": {"state": {}, "param_groups": []},
+            "scaler": {}, **more}
 
 
 # ------------------------------------------------------------------------------------------------------ files
@@ -67,8 +69,18 @@ def unusable_files(folder: Path) -> dict[str, str]:
     torch.save([1, 2, 3], folder / "list.pt")
     torch.save({"format": checkpoint.FORMAT}, folder / "empty.pt")
     save(tiny(1) | {"teacher": "mine"}, folder / "text_as_teacher.pt")
-    save(state_of() | {"student": {}, "teacher": None}, folder / "no_weights.pt")
-    save(tiny(1) | {"model": {"backbone": "r51", "num_classes": 3}}, folder / "unknown.pt")
+    state = state_of()
+    save(state | {"student": {}, "teacher": None}, folder / "no_weights.pt")
+    save(state | {"model": state["model"] | {"backbone": "r51"}}, folder / "unknown.pt")
+    save(tiny(1) | {"model": {"backbone": "r18"}}, folder / "half_a_model.pt")
+    for key, value in (("channels", 8192), ("num_classes", 10 ** 9), ("mask_channels", 10 ** 9), ("channels", -1)):
+        save(state | {"classes": None, "model": state["model"] | {key: value}}, folder / f"{key}{value}.pt")
+    save(state | {"classes": CLASSES[:1]}, folder / "class.pt")
+    save(state | {"config": {"test_max_size": 10 ** 9}}, folder / "size.pt")
+    for name in ("student", "teacher"):
+        weights = {key: weight.clone() for key, weight in state[name].items()}
+        weights["fpn.p6.bias"][3] = float("nan" if name == "student" else "inf")
+        save(state | {name: weights}, folder / f"{name}.pt")
     (folder / "folder.pt").mkdir()
     damaged = {f"cut{share}.pt": "truncated" if share else "it is empty" for share in (0, 1, 50, 99)}
     return damaged | {"missing.pt": "no checkpoint at", "text.pt": "not a readable",
@@ -77,7 +89,13 @@ def unusable_files(folder: Path) -> dict[str, str]:
                       "list.pt": "no checkpoint of this project", "folder.pt": "it is a folder",
                       "empty.pt": "its 'model' is missing or damaged",
                       "text_as_teacher.pt": "its 'teacher' is missing or damaged",
-                      "no_weights.pt": "student's weights do not fit", "unknown.pt": "do not fit the model it names"}
+                      "no_weights.pt": "0 weights are too few", "unknown.pt": "do not fit the model it names",
+                      "half_a_model.pt": "its 'model' is missing or damaged", "channels8192.pt": "are too few for 8192",
+                      "num_classes1000000000.pt": "are too few", "mask_channels1000000000.pt": "are too few",
+                      "channels-1.pt": "are too few", "class.pt": "it names 1 of 2 classes",
+                      "size.pt": "its test_max_size is 1000000000",
+                      "student.pt": "fpn.p6.bias has values that are not finite",
+                      "teacher.pt": "fpn.p6.bias has values that are not finite"}
 
 
 def test_other_files_are_refused_in_one_line_and_run_no_code(tmp_path):
@@ -99,14 +117,79 @@ def test_latest_falls_back_to_the_previous_one_and_says_so(tmp_path, capsys):
     assert load_latest(tmp_path)["iteration"] == 1
     warning = capsys.readouterr().err
     assert warning.startswith("warning: ") and str(last) in warning and warning.count("\n") == 1
-    save(tiny(3), last, previous)                          # the damaged one is not kept
+    save(tiny(3, x=torch.zeros(9999)), last, previous)    # the damaged one is not kept
     assert load(last)["iteration"] == 3 and load(previous)["iteration"] == 1
+    for number, damage in enumerate((
+            flipped, lambda path: save(state_of(4), path),
+            lambda path: save(tiny(4, student={"a": torch.full((10,), torch.nan)}), path),
+            lambda path: save(tiny(4, optimizer={"state": {0: {"x": torch.tensor(torch.inf)}}, "param_groups": []}),
+                              path),
+            lambda path: save(tiny(4) | {"scaler": None}, path))):
+        damage(last)
+        assert load_latest(tmp_path)["iteration"] == 1, number
+        assert capsys.readouterr().err.count("trying the previous one") == 1
+        save(tiny(3, x=torch.zeros(9999)), last, previous)
+        assert load(last)["iteration"] == 3 and load(previous)["iteration"] == 1, number
     last.unlink()                                                   # killed between the two renames
     assert load_latest(tmp_path)["iteration"] == 1
     os.truncate(previous, 10)
     with pytest.raises(CheckpointError, match="no readable checkpoint in .* --fresh") as error:
         load_latest(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def flipped(path: Path, byte: int | None = None, bit: int = 0) -> None:
+    """Change one bit of a file, by default amid its numbers."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if byte is None else byte] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_is_noticed_wherever_it_matters(tmp_path):
+    path, seeds = tmp_path / "a.pt", random.Random(0)
+    state, refused = tiny(1, x=torch.arange(4000)), 0
+    for _ in range(100):
+        save(state, path)
+        flipped(path, seeds.randrange(path.stat().st_size), seeds.randrange(8))
+        try:
+            assert torch.equal(load(path)["x"], state["x"])
+        except CheckpointError as error:
+            refused += "\n" not in str(error) and str(path) in str(error)
+    assert refused >= 90                                            # others lie in padding and dates
+
+
+VALUES = [None, True, -1, float("nan"), "text", b"x", [1], {"a": 1}, {1: {2: 3}}, (1, 2), [[[{}]]],
+          [{"id": "1", "name": 2}], torch.zeros(2), {"a": torch.zeros(0)}]
+
+
+def test_every_field_may_be_anything(tmp_path):
+    """Each entry, and each entry of the entries, replaced or left out: loaded, or refused in one line."""
+    config = {"optimizer": "sgd", "chosen_from": [9, 0.5, 1.0, "cpu"], "test_min_size": 64, "min_size": [64]}
+    state, path, refused = {"format": checkpoint.FORMAT, **tiny(1, config=config)}, tmp_path / "last.pt", 0
+    changes = [state | {key: value} for key in state for value in VALUES]
+    changes += [state | {key: state[key] | {inner: value}} for key in ("model", "config", "optimizer")
+                for inner in state[key] for value in VALUES]
+    changes += [{key: value for key, value in state.items() if key != left_out} for left_out in state]
+    for change in changes:
+        torch.save(change, path)
+        for use in (load_model, lambda _: load_latest(tmp_path)):
+            try:
+                use(path)
+            except CheckpointError as error:
+                refused += 1
+                assert "\n" not in str(error), change
+    assert refused > 1.5 * len(changes)
+
+
+def test_a_run_of_other_options_is_one_line(drawn, tmp_path, capsys):
+    run, _ = new_run(drawn, tmp_path)
+    run.save()
+    state = load(tmp_path / "last.pt")
+    for change in ({"config": {}}, {"student": state["student"] | {"head.scales": torch.ones(4)}},
+                   {"optimizer": {"state": {}, "param_groups": []}}):
+        save(state | change, tmp_path / "last.pt")
+        assert command(*only_training(drawn), *SMALL, "--out", tmp_path) == 1
+        assert f"{tmp_path} holds a run that cannot go on" in one_line_error(capsys)
 
 
 def test_a_foreign_checkpoint_is_not_resumed(tmp_path, capsys):
@@ -128,6 +211,34 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="cannot write .*unexpected pos"):
         convert(load(tmp_path / "a.pt"), str(tmp_path / "b.pt"))
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_good_checkpoint(tmp_path):
+    last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
+    for iteration in (1, 2):
+        save(tiny(iteration), last, previous)
+    code = ("import resource, signal, sys, torch; from test_checkpoint import save, tiny\n"
+            "from formats.files import one_line_errors\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+            "with one_line_errors(): save(tiny(3, x=torch.zeros(10 ** 5)), sys.argv[1], sys.argv[2])")
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(train.__file__).parent)])
+    done = subprocess.run([sys.executable, "-c", code, last, previous], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": paths})
+    assert done.returncode == 1 and done.stderr == (
+        f"error: cannot write {last}, which stays as it was: File too large\n")
+    assert load_latest(tmp_path)["iteration"] == 2 and load(previous)["iteration"] == 1
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_leftovers_of_a_killed_process_go_and_files_of_others_stay(tmp_path):
+    others = ["mine.tmp", "last.pt.tmp", "last.pt.0123456789abcdefg.tmp", "other.pt.0123456789abcdef.tmp"]
+    for name in (*others, "last.pt.0123456789abcdef.tmp"):
+        (tmp_path / name).write_text("mine")
+    save(tiny(1), tmp_path / "last.pt", tmp_path / "previous.pt")
+    convert(load(tmp_path / "last.pt"), str(tmp_path / "mine"))
+    assert {path.name for path in tmp_path.iterdir()} == {*others, "last.pt", "mine"}
+    assert all((tmp_path / name).read_text() == "mine" for name in others)
 
 
 def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint(tmp_path, capsys):

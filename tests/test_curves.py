@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import LOSSES
+from helpers import FOREIGN_LINES, LOSSES
 from tools import curves
 import evaluate
 from formats.files import UserError
-from tools.curves import HEIGHT, LEFT, LEGEND, TOP, WIDTH, draw_curves, read_metrics, series, ticks
+from tools.curves import HEIGHT, LEFT, LEGEND, TOP, WIDTH, draw_curves, figures_of, series, ticks
 
 
 @pytest.mark.parametrize("low, high, expected", [
@@ -29,24 +29,25 @@ def evaluation(iteration: int, box: float, mask: float | None) -> dict:
     return {"iter": iteration, "eval": {"bbox": {"AP": box}, "segm": None if mask is None else {"AP": mask}}}
 
 
-def test_reading_metrics(tmp_path):
+def test_reading_metrics(tmp_path, capsys):
     run = write_run(tmp_path / "run", [{"iter": 10, "loss": 2.0, "label_iou": None}, evaluation(10, 7, None),
-                                       {"iter": 20, "loss": None, "label_iou": 0.5}, evaluation(20, 9, 8)],
-                    '{"iter": 30, "lo')
-    lines = read_metrics(run)
-    assert len(lines) == 4  # the process is still writing the fifth
+                                       {"iter": 20, "loss": None, "label_iou": 0.5}, evaluation(20, 9, 8)])
+    lines = figures_of(run)
     assert series(lines, "loss") == [(10, 2.0)] and series(lines, "label_iou") == [(20, 0.5)]
-    assert series(lines, ("segm", "AP")) == [(20, 8)] and series(lines, ("bbox", "AP")) == [(10, 7), (20, 9)]
-    assert series(lines, "loss_cls") == []
-    broken = write_run(tmp_path / "broken", [{"iter": 1}], "no json\n{}\n")
-    half = write_run(tmp_path / "half", [{"iter": 1}], '{"iter": 3, "eval": {"bbox": {"AP": 1}')
-    assert read_metrics(half) == [{"iter": 1}]
-    foreign = write_run(tmp_path / "foreign", [{"x": 1}, {"iter": 1}])
-    for wrong, message in ((foreign, "line 1 is not one"),
-                           (str(tmp_path / "none"), "none/metrics.jsonl: No such file"),
-                           (broken, "line 2 is not one of a run's log")):
-        with pytest.raises(UserError, match=message):
-            read_metrics(wrong)
+    assert series(lines, "eval/segm/AP") == [(20, 8)] and series(lines, "eval/bbox/AP") == [(10, 7), (20, 9)]
+    assert series(lines, "loss_cls") == [] and capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="none/metrics.jsonl: No such file"):
+        figures_of(str(tmp_path / "none"))
+
+
+def test_foreign_lines_are_left_out_with_a_warning(tmp_path, capsys):
+    run = write_run(tmp_path / "run", [{"iter": 100, "loss_cls": 1.0}])
+    with open(tmp_path / "run/metrics.jsonl", "ab") as file:
+        file.write(FOREIGN_LINES + b'{"iter": 400, "loss_cls": 0.0}\n{"iter": 500, "lo')
+    draw_curves([run], str(tmp_path / "x.png"))
+    assert capsys.readouterr().err == (f"warning: {run}/metrics.jsonl: {FOREIGN_LINES.count(b'%c' % 10) + 1} lines not "
+                                       "of a run's log, left out\n")
+    assert figures_of(run) == [{"iter": 100, "loss_cls": 1.0}, {"iter": 400, "loss_cls": 0.0}]
 
 
 def colour_at(image: np.ndarray, x: float, y: float) -> tuple:

@@ -14,7 +14,8 @@ from PIL import Image
 
 from formats.checkpoint import load
 from formats.coco import CocoBoxes
-from helpers import SMALL, command, copy_set, metrics, new_run, one_line_error, only_training, same
+from helpers import (FOREIGN_LINES, SMALL, command, copy_set, metrics, new_run, one_line_error, only_training,
+                     same)
 from masks import encode
 from model import Instances
 from teacher import PseudoLabels
@@ -58,6 +59,15 @@ def test_lines_past_the_checkpoint_are_dropped(tmp_path):
     one = Log(tmp_path, 100, iteration=20)
     one.evaluation(20, {"segm": {"AP": 7.0}})
     assert metrics(tmp_path) == [*map(json.loads, lines[:2]), {"iter": 20, "eval": {"segm": {"AP": 7.0}}}]
+
+
+def test_foreign_lines_are_dropped_with_a_warning(tmp_path, capsys):
+    path, line = tmp_path / "metrics.jsonl", b'{"iter": 1, "loss": null, "eval": {"segm": null}}\n'
+    path.write_bytes(FOREIGN_LINES + line + FOREIGN_LINES)
+    Log(tmp_path, 100, iteration=20)
+    count = 2 * FOREIGN_LINES.count(b"\n")
+    assert capsys.readouterr().err == f"warning: {path}: {count} lines not of a run's log, left out\n"
+    assert path.read_bytes() == line
 
 
 def test_only_the_first_process_writes(tmp_path):
@@ -279,7 +289,7 @@ def test_an_image_that_cannot_be_read_is_left_out(drawn, tmp_path, capsys):
 
 def test_a_sheet_that_cannot_be_written_is_a_warning(drawn, tmp_path, capsys):
     out = tmp_path / "out"
-    (out / "labels-0000002.png.tmp").mkdir(parents=True)
+    (out / "labels-0000002.png").mkdir(parents=True)
     assert command(*only_training(drawn), "--out", out, *SMALL, "--iters", 3, "--eval-every", 1) == 0
     warning = capsys.readouterr().err
     assert warning.startswith(f"warning: {out / 'labels-0000002.png'} was not written: ") and warning.count("\n") == 1

@@ -1,5 +1,7 @@
 """formats/pickled.py: a foreign file gives arrays and plain types; nothing in it is run."""
+import os
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -90,3 +92,62 @@ def test_a_pickle_cannot_claim_sizes_or_types(tmp_path):
                       array((-1, 0), np.dtype("f8"), b""), array((2,), np.dtype("f8"), "text"), Bytes()):
             with pytest.raises(ValueError):
                 reread(wrong)
+
+
+def twice(kind) -> bytes:
+    """A pickle of 60 lists or tuples, each with the one before in it twice: 2 ** 60 parts."""
+    one = kind()
+    for _ in range(60):
+        one = kind([one, one])
+    return pickle.dumps(one, 2)
+
+
+EXPLODING = {
+    "shared": twice(list),
+    "filled when others hold them": b"\x80\2" + b"".join(b"]q%c0" % i for i in range(61)) + b"".join(
+        b"h%c(h%ch%ce0" % (i, i + 1, i + 1) for i in range(60)) + b"h\0.",
+    "a key": b"\x80\2}" + twice(tuple)[2:-1] + b"K\1s.",                  # hashed when it is read
+    "many arrays of one text": b"(" + pickle.dumps(bytes(2 ** 20), 4)[:-1] + b"0" + b"".join(
+        b"cnumpy.core.numeric\n_frombuffer\nh\0cnumpy\ndtype\nX\2\0\0\0u1\x85RJ\0\0\x10\0\x85X\1\0\0\0C(tR"
+        for _ in range(400)) + b"l."}
+
+
+@pytest.mark.parametrize("content", EXPLODING.values(), ids=EXPLODING)
+def test_a_pickle_that_explodes_is_refused_before_it_is_built(tmp_path, content):
+    (tmp_path / "a.pkl").write_bytes(content)
+    with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
+        archive.writestr("a/data.pkl", content)
+    for name in ("a.pkl", "a.pth"):
+        with pytest.raises(ValueError, match="much more memory than its size"):
+            read(tmp_path / name)
+
+
+def test_a_zip_that_unpacks_to_much_is_refused(tmp_path):
+    torch.save({"a": torch.zeros(10 ** 6)}, tmp_path / "good.pth")
+    for name, method in (("a.pth", zipfile.ZIP_DEFLATED), ("b.pth", zipfile.ZIP_STORED)):
+        with zipfile.ZipFile(tmp_path / "good.pth") as good, zipfile.ZipFile(tmp_path / name, "w", method) as archive:
+            for entry in good.namelist():
+                archive.writestr(entry, good.read(entry))
+    assert (tmp_path / "a.pth").stat().st_size < 10 ** 5
+    with pytest.raises(ValueError, match="much more memory than its size"):
+        read(tmp_path / "a.pth")
+    assert len(read(tmp_path / "b.pth")["a"]) == 10 ** 6
+
+
+def test_a_tensor_has_as_many_numbers_as_its_file(tmp_path):
+    """One number may stand for all of a tensor, and two tensors may share theirs."""
+    one = torch.zeros(1000)
+    for old in (False, True):
+        torch.save({"a": one, "b": one, "c": one[:10]}, tmp_path / "a.pth", _use_new_zipfile_serialization=not old)
+        assert set(read(tmp_path / "a.pth")) == {"a", "b", "c"}
+        for large in ([torch.zeros(1).expand(10 ** 12)], {"a": (one.expand(100, 1000),)}):
+            torch.save(large, tmp_path / "a.pth", _use_new_zipfile_serialization=not old)
+            with pytest.raises(ValueError, match="much more memory than its size"):
+                read(tmp_path / "a.pth")
+
+
+def test_what_is_no_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "a.pth")
+    for path in (tmp_path / "a.pth", "/dev/zero"):
+        with pytest.raises(OSError, match="no ordinary file"):
+            read(path)

@@ -1,7 +1,10 @@
 """pictures.py: images decoded, turned and found."""
 import json
 import os
+import shutil
+import socket
 import struct
+import subprocess
 import zlib
 from pathlib import Path
 
@@ -12,8 +15,8 @@ from PIL import Image, ImageFile
 
 from formats.coco import STORED, UPRIGHT, CocoBoxes, DataError, UndecodableImage, datasets
 from formats.commands import main
-from formats.pictures import (as_image, check_sizes, files_in, find_images, header_of, left_out, load_image,
-                              read_header, read_image, remarks)
+from formats.pictures import (as_image, check_sizes, decoded_formats, files_in, find_images, header_of, left_out,
+                              load_image, read_header, read_image, remarks)
 from helpers import noise_image, write_set
 from predict import Images
 
@@ -401,3 +404,78 @@ def test_other_files_are_named_with_what_to_do(tmp_path):
             load_image(path)
     with pytest.raises(UndecodableImage, match="none.png cannot be decoded: No such file or directory$"):
         load_image(str(tmp_path / "none.png"))
+
+
+# ------------------------------------------------------------------------------------------ hostile files
+
+@pytest.mark.parametrize("name, head", [("a.jpg", b""), ("a.png", b""), ("a.eps", b""), ("b.png", b"\x1c\x02\x00")])
+def test_an_image_that_is_a_program_is_not_run(tmp_path, monkeypatch, name, head):
+    """PostScript under any name: Pillow would start Ghostscript."""
+    started = []
+    monkeypatch.setattr(subprocess, "check_call", lambda *command, **_: started.append(command))
+    path = tmp_path / name
+    path.write_bytes(head + b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 30\n%%EndComments\n%%EOF\n")
+    for read in (load_image, read_header):
+        with pytest.raises(UndecodableImage, match="no image that Pillow can read"):
+            read(str(path))
+    assert not started and not {"EPS", "IPTC"} & set(decoded_formats()) and {"JPEG", "PNG"} < set(decoded_formats())
+    with pytest.raises(DataError, match="no images"):
+        find_images([str(path.rename(tmp_path / "a.eps"))], tmp_path / "out")
+
+
+def test_pipes_sockets_and_devices_are_not_opened(tmp_path, capsys):
+    noise_image(0, 8, 8).save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(str(tmp_path / "socket.png"))
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    (tmp_path / "pipe").symlink_to("pipe.jpg")
+    found, others = find_images([str(tmp_path)], tmp_path / "out")
+    assert [name for _, name in found] == ["a.png"] and others == []
+    assert capsys.readouterr().err == "warning: 4 left out: no files, or folders more than 100 deep ({})\n".format(
+        ", ".join(repr(str(tmp_path / name)) for name in ("device.png", "pipe", "pipe.jpg", "socket.png")))
+    for path in (tmp_path / "pipe.jpg", "/dev/zero"):
+        for read in (load_image, read_header):
+            with pytest.raises(UndecodableImage, match="no ordinary file"):
+                read(str(path))
+    with pytest.raises(DataError, match="no ordinary file"):
+        CocoBoxes(str(tmp_path / "pipe.jpg"), str(tmp_path))
+
+
+def test_links_to_themselves_and_deep_folders_are_left_out(tmp_path, capsys):
+    noise_image(0, 8, 8).save(tmp_path / "a.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "loop").symlink_to("loop")
+    here = os.getcwd()
+    try:
+        os.chdir(tmp_path)
+        for _ in range(1200):                               # a path of all of them is too long for the system
+            os.mkdir("d")
+            os.chdir("d")
+        found, others = find_images([str(tmp_path)], tmp_path / "loop")
+        for _ in range(1200):
+            os.chdir("..")
+            os.rmdir("d")
+    finally:
+        os.chdir(here)
+    assert [name for _, name in found] == ["a.png", "loop.png"] and others == [str(tmp_path / "loop")]
+    assert "1 left out" in (text := capsys.readouterr().err) and text.count("\n") == 1
+    with pytest.raises(UndecodableImage, match="levels of symbolic links"):
+        load_image(found[1][0])
+
+
+def test_pillows_warnings_are_not_shown(tmp_path):
+    """Under pytest every warning is an error."""
+    tiff, palette, exif = (str(tmp_path / name) for name in ("a.tif", "a.png", "a.jpg"))
+    noise_image(0, 8, 8).save(tiff, tiffinfo={270: "text"})
+    content = Path(tiff).read_bytes()
+    entry = content.index(struct.pack("<HHI", 270, 2, 5))
+    Path(tiff).write_bytes(content[:entry + 4] + struct.pack("<I", 10 ** 6) + content[entry + 8:])   # truncated
+    noise_image(0, 8, 8).quantize().save(palette, transparency=bytes(range(9)))
+    noise_image(0, 8, 8).save(exif, exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01")
+    for path in (tiff, palette, exif):
+        assert read_header(path).size == (8, 8)
+        assert load_image(path).size == (8, 8)
+    with pytest.warns(UserWarning), Image.open(tiff) as image:
+        image.load()
+        image.getexif()

@@ -7,10 +7,11 @@ import argparse
 import os
 from pathlib import Path
 
-from formats.checkpoint import FORMAT, RESUME_ONLY, CheckpointError, first_line, load, save
-from formats.files import CommandLine, one_line_errors
+from formats.checkpoint import FORMAT, RESUME_ONLY, CheckpointError, load, save
+from formats.files import CommandLine, one_line_errors, printable
 from formats.released import summary
 from model import PIXEL_STD, rescores, restore, test_size
+from tools.command_line import output_file
 
 
 def describe(path: str | Path, state: dict) -> str:
@@ -18,7 +19,7 @@ def describe(path: str | Path, state: dict) -> str:
     spec, released = state["model"], "dropped" in state
     origin = "BoxTeacher, as its authors released it" if state["teacher"] else "AdelaiDet"
     reports = "sqrt(detection score x mask quality)" if rescores(state["method"]) else "the detection score"
-    backbone = spec["backbone"] + ", stride in the first 1x1 convolution" * spec.get("stride_in_1x1", False)
+    backbone = spec["backbone"] + ", stride in the first 1x1 convolution" * bool(spec.get("stride_in_1x1"))
     if released:
         backbone += ", made for BGR pixels less their mean: the first convolution now reads ours"
     present = [part for part in ("teacher", "student") if state[part] is not None]
@@ -36,15 +37,12 @@ def describe(path: str | Path, state: dict) -> str:
              "test size": "{}, at most {} pixels".format(*test_size(state)),
              "resume": "yes, as last.pt of a run" if "optimizer" in state else "no, weights only",
              "dropped": ("\n" + " " * 11).join(summary(state.get("dropped", {}))) or "nothing"}
-    return "\n".join(f"{name:11}{fact}" for name, fact in facts.items())
+    return "\n".join(f"{name:11}{fact if name == 'dropped' else printable(fact)}" for name, fact in facts.items())
 
 
 def convert(state: dict, path: str) -> None:
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        save({key: value for key, value in state.items() if key not in ("dropped", *RESUME_ONLY)}, path)
-    except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports a full disk
-        raise CheckpointError(f"cannot write {path}: {first_line(error)}") from None
+    output_file(path)
+    save({key: value for key, value in state.items() if key not in ("dropped", *RESUME_ONLY)}, path)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from formats.cityscapes import CLASSES, IMAGE, INSTANCE_MAP
 from formats.coco import CocoBoxes, DataError
-from formats.files import UserError, optional
+from formats.files import UserError, optional, write_whole
+from formats.pictures import save_image
 from tools import command_line
 
 
@@ -79,10 +80,10 @@ def export(results: list[dict], annotations: CocoBoxes, folder: str) -> None:
         path, lines = prediction_of(annotations.path(i), folder), []
         for k, result in enumerate(by_image[int(annotations.image_ids[i])]):
             mask = f"masks/{os.path.basename(path).removesuffix('.txt')}_{k}.png"
-            Image.fromarray(coco_mask.decode(result["segmentation"]).astype(bool)).save(os.path.join(folder, mask))
+            save_image(Image.fromarray(coco_mask.decode(result["segmentation"]).astype(bool)),
+                       os.path.join(folder, mask), "PNG")
             lines.append(f"{mask} {result['category_id']} {result['score']}\n")
-        with open(path, "w", encoding="utf-8") as file:
-            file.writelines(lines)
+        write_whole(path, "".join(lines).encode())
 
 
 def official_ap(scripts: ModuleType, annotations: CocoBoxes, folder: str) -> dict:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from formats.coco import MAX_PIXELS
-from formats.files import UserError, positive, replacing
+from formats.files import UserError, beside, positive, printable, replacing
 from formats.pictures import image_options
 from model import rescores, test_size
 
@@ -122,9 +122,7 @@ def output_file(path: str | None) -> None:
         if os.path.isdir(path):
             raise IsADirectoryError("it is a folder")
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path + ".tmp", "w"):
-            pass
-        os.remove(path + ".tmp")
+        os.remove(beside(path))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
@@ -138,7 +136,8 @@ def write_json(path: str | None, content: list | dict) -> None:
 
 def print_table(title: str, columns: Sequence[str], rows: dict[str, Sequence[float | None]]) -> None:
     """Print rows of figures below their columns, "-" for None."""
-    width = max(map(len, ["class AP", title, *rows]))
+    rows = [(printable(name)[:60], figures) for name, figures in rows.items()]
+    width = max(map(len, ["class AP", title, *(name for name, _ in rows)]))
     print(f"{title:{width}}" + "".join(f"{column:>7}" for column in columns))
-    for name, figures in rows.items():
+    for name, figures in rows:
         print(f"{name:{width}}" + "".join(f"{'-':>7}" if x is None else f"{x:7.1f}" for x in figures))

@@ -6,17 +6,18 @@ The curves are read from the metrics.jsonl of each run. There is a panel for eac
 colour for each run. AP is that of train.py's evaluations: rescored by the masks for BoxTeacher, of the averaged weights
 if the run averages. tools/quality.py and tools/growth.py draw on `axes` too.
 """
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from formats.files import UserError, replacing
+from formats.files import UserError, printable
+from formats.pictures import save_image
+from tools.log import read_metrics
 
-# title, and the key of a line of metrics.jsonl; a pair is a key of the line's evaluation
-PANELS = (("mask AP", ("segm", "AP")), ("box AP", ("bbox", "AP")), ("IoU of pseudo masks", "label_iou"),
+# title, and the name among the scalars of a line of metrics.jsonl
+PANELS = (("mask AP", "eval/segm/AP"), ("box AP", "eval/bbox/AP"), ("IoU of pseudo masks", "label_iou"),
           ("IoU of the student's masks", "student_iou"), ("class loss", "loss_cls"), ("box loss", "loss_box"),
           ("centerness loss", "loss_centerness"), ("projection loss", "loss_projection"),
           ("pairwise loss", "loss_pairwise"), ("mask loss", "loss_mask"), ("pixel loss", "loss_pixel"),
@@ -30,57 +31,43 @@ LEGEND = 24                               # height of a line of the legend
 
 
 def draw_curves(runs: list[str], path: str) -> None:
-    """Write the PNG. Raises UserError for more runs than COLOURS, an unreadable metrics.jsonl, or nothing to draw."""
+    """Write the PNG. Raises UserError for more runs than COLOURS, no metrics.jsonl, or nothing to draw."""
     if len(runs) > len(COLOURS):
         raise UserError(f"{len(runs)} runs are too many to tell apart in one figure: name at most {len(COLOURS)}")
-    lines = [read_metrics(run) for run in runs]
+    lines = [figures_of(run) for run in runs]
     panels = [(title, [series(of_run, key) for of_run in lines]) for title, key in PANELS]
     panels = [(title, curves) for title, curves in panels if any(curves)]
     if not panels:
         raise UserError(f"{', '.join(runs)}: no iterations were logged yet")
     columns, font, large = min(PER_LINE, len(panels)), ImageFont.load_default(size=12), ImageFont.load_default(size=14)
     cell = LEFT + WIDTH + RIGHT, TOP + HEIGHT + BOTTOM
-    top = LEGEND * len(runs) + 8
-    width = max(columns * cell[0], LEFT + 50 + math.ceil(max(large.getlength(run) for run in runs)))
+    top, names = LEGEND * len(runs) + 8, [printable(run) for run in runs]
+    width = max(columns * cell[0], LEFT + 50 + math.ceil(max(map(large.getlength, names))))
     canvas = Image.new("RGB", (width, top + math.ceil(len(panels) / columns) * cell[1]), "white")
     draw = ImageDraw.Draw(canvas)
-    for k, run in enumerate(runs):
+    for k, name in enumerate(names):
         y = LEGEND * k + LEGEND // 2 + 4
         draw.line([(LEFT, y), (LEFT + 26, y)], COLOURS[k], 3)
-        draw.text((LEFT + 34, y), run, INK, large, "lm")
+        draw.text((LEFT + 34, y), name, INK, large, "lm")
     last = max(x for _, curves in panels for curve in curves for x, _ in curve)
     for k, (title, curves) in enumerate(panels):
         left, y = (k % columns) * cell[0] + LEFT, top + (k // columns) * cell[1] + TOP
         draw_panel(canvas, left, y, title, curves, last, font)
-    with replacing(path) as temporary:
-        canvas.save(temporary, format="PNG")
+    save_image(canvas, path, "PNG")
 
 
-def read_metrics(run: str) -> list[dict]:
-    """The lines of a run's metrics.jsonl, without a last one that is not finished yet. Raises UserError."""
-    path, lines = Path(run) / "metrics.jsonl", []
+def figures_of(run: str) -> list[dict[str, float]]:
+    """The scalars of each line of a run's metrics.jsonl. Raises UserError."""
+    path = Path(run) / "metrics.jsonl"
     try:
-        rows = path.read_text(encoding="utf-8").splitlines()
+        return [figures for _, figures in read_metrics(path)]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; name the folder of a run") from None
-    for number, row in enumerate(rows, 1):
-        try:
-            line = json.loads(row)
-            series([line], "iter"), series([line], ("segm", "AP"))  # fail for anything but a line of a log
-            lines.append(line)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            if number < len(rows):
-                raise UserError(f"{path}: line {number} is not one of a run's log") from None
-    return lines
 
 
-def series(lines: list[dict], key: str | tuple[str, str]) -> list[tuple[int, float]]:
+def series(lines: list[dict], key: str) -> list[tuple[int, float]]:
     """(iteration, value) of each line with this key."""
-    if isinstance(key, str):
-        points = [(line["iter"], line.get(key)) for line in lines]
-    else:
-        points = [(line["iter"], (line["eval"][key[0]] or {}).get(key[1])) for line in lines if "eval" in line]
-    return [(x, y) for x, y in points if y is not None]
+    return [(line["iter"], line[key]) for line in lines if key in line]
 
 
 def draw_panel(canvas: Image.Image, left: int, top: int, title: str, curves: list[list[tuple[int, float]]],

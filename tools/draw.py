@@ -21,8 +21,8 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from data import pixels, view
 from formats.coco import CocoBoxes
-from formats.files import replacing
-from formats.pictures import read_image
+from formats.files import printable
+from formats.pictures import read_image, save_image
 from model import Instances, confident
 
 COLOURS = [(230, 60, 60), (60, 150, 240), (70, 190, 80), (250, 170, 30), (170, 90, 220), (40, 200, 200),
@@ -57,7 +57,7 @@ def draw_instances(image: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor 
             image[:, y, x] = outline_mask(image[:, y, x], mask[y, x], colour, width)
     if names == []:
         return image.clone()
-    texts = [names[label] if names else str(label) for label in labels.tolist()]
+    texts = [printable(names[label])[:100] if names else str(label) for label in labels.tolist()]
     if scores is not None:
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, scores.tolist())]
     return write_texts(image, boxes, texts, colours)
@@ -260,9 +260,8 @@ def sheet(rows: list[SheetRow], path: str, names: list[str] | None = None, thres
             for column, (panel, title, text) in enumerate(zip(image, titles, [*notes, *[""] * columns])):
                 x = GAP + place * (columns * cell + 4 * GAP) + column * cell
                 if line is lines[0]:
-                    draw.text((x + PANEL // 2, HEADER // 2), title, fill="white", font=font, anchor="mm")
-                draw.text((x + PANEL // 2, y + note // 2), text, fill="white", font=font, anchor="mm")
+                    draw.text((x + PANEL // 2, HEADER // 2), printable(title), fill="white", font=font, anchor="mm")
+                draw.text((x + PANEL // 2, y + note // 2), printable(text), fill="white", font=font, anchor="mm")
                 canvas.paste(panel, (x + (PANEL - panel.width) // 2, y + note + (height - panel.height) // 2))
         y += note + height + GAP
-    with replacing(path) as temporary:
-        canvas.save(temporary, format="JPEG" if path.lower().endswith((".jpg", ".jpeg")) else "PNG", quality=85)
+    save_image(canvas, path, "JPEG" if path.lower().endswith((".jpg", ".jpeg")) else "PNG", quality=85)

@@ -14,8 +14,8 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from formats.coco import CocoBoxes, DataError, converted_from, first_five
-from formats.files import replacing, warn
-from formats.pictures import TURNS, is_turned, read_header
+from formats.files import warn, write_whole
+from formats.pictures import TURNS, is_turned, read_header, save_image
 from tools.label import polygons
 
 YOLO, VOC = "labels-segment", "SegmentationObject"  # folders
@@ -98,8 +98,7 @@ def yolo_places(image_dir: str, names: list[str]) -> dict[Path, Path]:
 
 def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
+    write_whole(path, text.encode())
 
 
 def orientation(annotations: CocoBoxes, i: int) -> int:
@@ -162,8 +161,7 @@ def write_voc_objects(annotations: CocoBoxes, content: dict, rles: list[dict | N
         if image.mode == "L":
             image.putpalette(PALETTE)
         (out / file).parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out / file) as temporary:
-            image.save(temporary, "PNG")
+        save_image(image, out / file, "PNG")
     many = [repr(name) for name, image_id in zip(names, annotations.image_ids.tolist())
             if len(objects.get(image_id, [])) > MOST_OBJECTS]
     if many:

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from formats.files import UserError, replacing
+from formats.files import UserError
+from formats.pictures import save_image
 from tools.curves import COLOURS, INK, axes, ticks
 
 BENCHMARK = Path(__file__).resolve().parents[1] / "benchmark.py"
@@ -103,5 +104,4 @@ def draw_growth(growth: dict, path: str) -> None:
             draw.line(points, COLOURS[line], 2)
             for x, y in points:
                 draw.ellipse((x - 3, y - 3, x + 3, y + 3), COLOURS[line])
-    with replacing(path) as temporary:
-        canvas.save(temporary, format="PNG")
+    save_image(canvas, path, "PNG")

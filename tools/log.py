@@ -5,6 +5,7 @@
 
 Only the first process writes, and nothing here changes what is learnt.
 """
+import contextlib
 import datetime
 import json
 import math
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from data import Batch, Choices, TrainBatches, canvas_of, collate
 from formats.coco import CocoBoxes, DataError
-from formats.files import optional, replacing, warn
+from formats.files import counted, optional, warn, write_whole
 from masks import decode, paste_masks
 from model import CondInst, Instances
 from teacher import pseudo_label
@@ -32,12 +33,19 @@ IMAGES = 8  # on a sheet
 # ---------------------------------------------------------------------------------------------------- figures
 
 
-def logged_iteration(line: str) -> float:
-    """The iteration of a line of metrics.jsonl; infinite if the process was killed while it wrote the line."""
-    try:
-        return json.loads(line)["iter"]
-    except ValueError:
-        return math.inf
+def read_metrics(path: Path) -> list[tuple[str, dict[str, float]]]:
+    """The lines of a metrics.jsonl, each with its `scalars`. Others, such as half a line that a full disk left, are
+    dropped with a warning. Raises OSError."""
+    rows, lines = path.read_bytes().splitlines(), []
+    for row in rows:
+        with contextlib.suppress(ValueError, KeyError, AttributeError, RecursionError):
+            figures = scalars(json.loads(row.decode()))
+            numbers = all(type(x) in (int, float) and abs(x) < 1e30 for x in figures.values())
+            if numbers and type(figures["iter"]) is int and figures["iter"] > 0:
+                lines.append((row.decode(), figures))
+    if len(lines) < len(rows):
+        warn(f"{path}: {counted(len(rows) - len(lines), 'line')} not of a run's log, left out")
+    return lines
 
 
 def summary_writer() -> type:
@@ -69,11 +77,10 @@ class Log:
         self.path, self.iterations, self.world_size = out / "metrics.jsonl", iterations, world_size
         self.bar = self.file = self.writer = None
         if rank == 0:
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in lines if logged_iteration(line) <= iteration]
-            with replacing(self.path) as temporary:
-                Path(temporary).write_text("".join(line + "\n" for line in kept))
-            self.file = self.path.open("a", buffering=1)
+            lines = read_metrics(self.path) if self.path.exists() else []
+            kept = [line for line, figures in lines if figures["iter"] <= iteration]
+            write_whole(self.path, "".join(line + "\n" for line in kept).encode())
+            self.file = self.path.open("a", buffering=1, encoding="utf-8")
             if tensorboard:  # event files are never rewritten: purge_step tells their reader what to drop
                 self.writer = summary_writer()(str(out / "tensorboard"), purge_step=iteration + 1)
             self.bar = tqdm(total=iterations, initial=iteration, disable=None, smoothing=0.1, unit="it")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from boxteacher import Step
 from data import Batch
-from formats.files import replacing
+from formats.pictures import save_image
 from masks import box_masks, cells
 from model import Predictions, detect
 from teacher import SCORES, PseudoLabels, match
@@ -160,8 +160,7 @@ def scatter(table: np.ndarray, scores: dict, path: str) -> None:
         draw.text((middle, TOP - 14), correlations, INK, small, "mm")
     xy = [place(k, table[:, k], table[:, -1]) for k in range(len(scores))]
     canvas.paste(DOT, mask=dots(np.concatenate(xy), *canvas.size, opacity(len(table))))
-    with replacing(path) as temporary:
-        canvas.save(temporary, format="PNG")
+    save_image(canvas, path, "PNG")
 
 
 def place(panel: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:

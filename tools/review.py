@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 from torchvision.utils import draw_bounding_boxes
 
 from formats.coco import CocoBoxes, UndecodableImage
-from formats.files import replacing
+from formats.files import printable, write_whole
 from formats.pictures import read_image
 from tools.draw import fill_mask, outline_mask
 from tools.label import COLOURS, BoxMasks
@@ -92,13 +92,13 @@ def write_review(annotations: CocoBoxes, labels: BoxMasks, ids: list, links: lis
     rest = [described(k) for k in order[len(shown):max(low, len(shown))][:LISTED].tolist()]
     lines = "\n".join(f"<li>{one['score']:.2f} {one['name']}, box {one['id']}, {one['file']}</li>" for one in rest)
     rest = f"<h1>Left out as well</h1>\n<ol>\n{lines}\n</ol>\n" if rest else ""
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.write(PAGE.format(summary=summary, figures="\n".join(figures), rest=rest))
+    write_whole(path, PAGE.format(summary=summary, figures="\n".join(figures), rest=rest).encode())
 
 
 def escaped(text) -> str:
-    """Text without markup; half a surrogate pair, which UTF-8 cannot hold, becomes a question mark."""
-    return html.escape(str(text).encode("utf-8", "replace").decode("utf-8"))
+    """Text without markup and control characters; half a surrogate pair, which UTF-8 cannot hold, becomes a question
+    mark."""
+    return html.escape(printable(str(text).encode("utf-8", "replace").decode("utf-8")))
 
 
 def cut_outs(annotations: CocoBoxes, labels: BoxMasks, boxes: list[int], image_of: list[int]) -> dict[int, str]:
