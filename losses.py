@@ -31,16 +31,15 @@ OFFSETS = ((0, 2), (2, 0), (2, 2), (2, -2))
 
 
 def mean_over_processes(count: Tensor, minimum: float = 1.0) -> Tensor:
-    """The mean of a count over all processes, at least `minimum`: a process divides its own sum by it.
+    """The mean over all processes of a count whose total is at least `minimum`: a process divides its own sum by it.
 
-    DDP averages gradients over processes, so sum / mean(count) becomes total sum / total count. (A total below the
-    number of processes counts as that number, as in the authors' code.)
+    DDP averages gradients over processes, so sum / mean(count) becomes total sum / total count, however many they are.
     """
-    mean = count.detach().float().clone()
+    total, processes = count.detach().float().clone(), 1
     if dist.is_initialized():
-        dist.all_reduce(mean)
-        mean /= dist.get_world_size()
-    return mean.clamp(min=minimum)
+        dist.all_reduce(total)
+        processes = dist.get_world_size()
+    return total.clamp(min=minimum) / processes
 
 
 # --------------------------------------------------------------------------------------- L_det (FCOS Sec. 3)

@@ -1,12 +1,18 @@
-"""boxteacher.py: which view of an image each part of the method reads, what its arguments change."""
+"""boxteacher.py: which view of an image each part of the method reads, what its arguments change, that a batch may be
+split among processes."""
+from unittest.mock import patch
+
 import pytest
 import torch
+import torch.distributed as dist
 
 import boxteacher
 from boxteacher import RAMPED, boxteacher_losses, condinst_losses, total_loss
 from data import Batch
-from model import build_model
+from helpers import given_parameters, make_batch, relative_error
+from model import STRIDES, Predictions, build_model, make_locations
 from teacher import PseudoLabels
+from tools.quality import measure
 
 SIZE = (64, 96)  # (height, width)
 
@@ -91,3 +97,70 @@ def test_the_pixel_loss_is_a_parameter(student, batch, monkeypatch):
 def test_the_ramp_scales_what_misleads_at_first():
     losses = dict.fromkeys(("loss_cls", "loss_projection", *RAMPED), torch.tensor(1.0))
     assert float(total_loss(losses, 0.25)) == 2 + 3 * 0.25
+
+
+# ----------------------------------------------------------------------------------- one batch, several processes
+
+
+def random_batch(generator: torch.Generator, count: int) -> tuple[Batch, list, PseudoLabels]:
+    """Images with 0 to 3 boxes, mostly none; what a student predicts on them, as leaves; pseudo masks of some boxes."""
+    def random(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    boxes = [random(max(int(random(1) * 7) - 3, 0), 2, 2).sort(1).values.flatten(1) * 64 for _ in range(count)]
+    colours = (random(count, 3, 16, 16) > 0.5).byte().repeat_interleave(4, 2).repeat_interleave(4, 3) * 99
+    batch = make_batch([b.tolist() for b in boxes], (64, 64), (64, 64), (64, 64))._replace(
+        images=colours, masks=[random(len(b), 16, 16) > 0.5 for b in boxes])
+    locations = make_locations([(-(-64 // s),) * 2 for s in STRIDES], batch.images.device)
+    shapes = (3,), (4,), (), (233,)
+    leaves = [random(count, len(locations.xy), *shape) for shape in shapes] + [random(count, 16, 8, 8)]
+    total = sum(map(len, boxes))
+    scores = random(total) * (random(total) > 0.5)
+    return batch, [x.requires_grad_() for x in leaves], PseudoLabels(random(total, 16, 16), scores)
+
+
+def losses_on(images: slice, batch: Batch, leaves: list, pseudo: PseudoLabels) -> tuple[dict, dict]:
+    """Every loss of all methods on some images of a random batch, and the counts that are logged."""
+    class_logits, ltrb, centerness, parameters, features = (x[images] for x in leaves)
+    locations = make_locations([(-(-64 // s),) * 2 for s in STRIDES], class_logits.device)
+    predictions = Predictions(class_logits, ltrb, centerness, mask_features=features, locations=locations,
+                              **given_parameters(parameters, (64, 64)))
+    share = batch._replace(**{name: getattr(batch, name)[images] for name in (
+        "images", "sizes", "original_sizes", "image_ids", "boxes", "labels", "masks")})
+    first, end = (sum(map(len, batch.boxes[:i])) for i in (images.start, images.stop))
+    with patch.object(boxteacher, "pseudo_label", lambda *_: PseudoLabels(*(x[first:end] for x in pseudo))):
+        step = boxteacher_losses(lambda *_: predictions, "teacher", share)
+    return step.losses | condinst_losses(lambda *_: predictions, share).losses, measure(step, share)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_losses_do_not_depend_on_the_number_of_processes(seed, monkeypatch):
+    """However a batch is split: the mean of its processes' losses, and its gradient, which DDP averages, are those of
+    one process. all_reduce is played: a first run of each process notes its counts, which a second one gets summed."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, leaves, pseudo = random_batch(generator, 4)
+    expected, counts = losses_on(slice(0, 4), batch, leaves, pseudo)
+    gradients = torch.autograd.grad(sum(expected.values()), leaves)
+    for processes in (2, 3, 4):
+        cuts = [0, *sorted((torch.randperm(3, generator=generator)[:processes - 1] + 1).tolist()), 4]
+        shares, noted = [slice(*cut) for cut in zip(cuts, cuts[1:])], []
+        monkeypatch.setattr(dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(dist, "get_world_size", lambda: processes)
+        for share in shares:
+            noted.append([])
+            monkeypatch.setattr(dist, "all_reduce", lambda count: noted[-1].append(count.clone()))
+            losses_on(share, batch, leaves, pseudo)
+        assert len({len(counts) for counts in noted}) == 1  # or they would wait for each other for ever
+        found = []
+        for share in shares:
+            totals = iter([torch.stack(counts).sum(0) for counts in zip(*noted)])
+            monkeypatch.setattr(dist, "all_reduce", lambda count: count.copy_(next(totals)))
+            found.append(losses_on(share, batch, leaves, pseudo))
+        monkeypatch.undo()
+        means = {name: sum(losses[name] for losses, _ in found) / processes for name in expected}
+        for name, loss in expected.items():
+            assert relative_error(means[name], loss) < 1e-5, (name, processes)
+        for ours, gradient in zip(torch.autograd.grad(sum(means.values()), leaves), gradients):
+            assert relative_error(ours, gradient) < 1e-4, processes
+        for name, count in counts.items():
+            assert relative_error(sum(x[name] for _, x in found), count) < 1e-5, name
