@@ -144,13 +144,13 @@ class MaskGrid(NamedTuple):
     image: Tensor   # (G,) the image of each box
 
 
-def mask_grid(batch: Batch, height: int, width: int) -> MaskGrid:
-    """The grid of masks (K, height, width) of a batch."""
+def mask_grid(batch: Batch, chosen: Tensor, height: int, width: int) -> MaskGrid:
+    """The grid of masks (K, height, width) of a batch, for the G boxes that `chosen` (G,) picks of all its boxes."""
     boxes = torch.cat(batch.boxes)
     counts = torch.tensor([len(b) for b in batch.boxes])
     image = torch.arange(len(counts)).repeat_interleave(counts).to(boxes.device)
-    return MaskGrid(box_masks(boxes, height, width),
-                    valid_cells(batch.sizes, batch.original_sizes, height, width, boxes.device), image)
+    return MaskGrid(box_masks(boxes[chosen], height, width),
+                    valid_cells(batch.sizes, batch.original_sizes, height, width, boxes.device), image[chosen])
 
 
 def valid_cells(sizes: list[tuple[int, int]], original_sizes: list[tuple[int, int]], height: int, width: int,

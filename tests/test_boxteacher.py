@@ -1,5 +1,5 @@
 """boxteacher.py: which view of an image each part of the method reads, what its arguments change, that a batch may be
-split among processes."""
+split among processes, and what crowded images cost."""
 from unittest.mock import patch
 
 import pytest
@@ -9,9 +9,12 @@ import torch.distributed as dist
 import boxteacher
 from boxteacher import RAMPED, boxteacher_losses, condinst_losses, total_loss
 from data import Batch
-from helpers import given_parameters, make_batch, relative_error
+from helpers import given_parameters, make_batch, random_predictions, relative_error
+from losses import (affinity_pairs, box_supervised_losses, color_pairs, disagreement, mask_grid,
+                    mask_supervised_losses)
 from model import STRIDES, Predictions, build_model, make_locations
 from teacher import PseudoLabels
+from tools.measuring import tensor_peak
 from tools.quality import measure
 
 SIZE = (64, 96)  # (height, width)
@@ -40,7 +43,7 @@ def student():
 def pseudo_mask(*_) -> PseudoLabels:
     masks = torch.zeros(1, 16, 24)
     masks[0, 4:10, 4:14] = 0.9
-    return PseudoLabels(masks, torch.tensor([0.8]))
+    return PseudoLabels(masks, torch.tensor([0]), torch.tensor([0.8]))
 
 
 def seen_by(network, losses) -> torch.Tensor:
@@ -102,33 +105,41 @@ def test_the_ramp_scales_what_misleads_at_first():
 # ----------------------------------------------------------------------------------- one batch, several processes
 
 
-def random_batch(generator: torch.Generator, count: int) -> tuple[Batch, list, PseudoLabels]:
-    """Images with 0 to 3 boxes, mostly none; what a student predicts on them, as leaves; pseudo masks of some boxes."""
+def random_batch(generator: torch.Generator, count: int, most: int = 3) -> tuple[Batch, list, PseudoLabels]:
+    """Images with 0 to `most` boxes, half of them without; what a student predicts on them, as leaves; pseudo masks."""
     def random(*shape: int) -> torch.Tensor:
         return torch.rand(*shape, generator=generator)
 
-    boxes = [random(max(int(random(1) * 7) - 3, 0), 2, 2).sort(1).values.flatten(1) * 64 for _ in range(count)]
+    counts = [max(int(random(1) * (2 * most + 1)) - most, 0) for _ in range(count)]
+    boxes = [random(n, 2, 2).sort(1).values.flatten(1) * 64 for n in counts]
     colours = (random(count, 3, 16, 16) > 0.5).byte().repeat_interleave(4, 2).repeat_interleave(4, 3) * 99
     batch = make_batch([b.tolist() for b in boxes], (64, 64), (64, 64), (64, 64))._replace(
         images=colours, masks=[random(len(b), 16, 16) > 0.5 for b in boxes])
     locations = make_locations([(-(-64 // s),) * 2 for s in STRIDES], batch.images.device)
-    shapes = (3,), (4,), (), (233,)
-    leaves = [random(count, len(locations.xy), *shape) for shape in shapes] + [random(count, 16, 8, 8)]
-    total = sum(map(len, boxes))
+    leaves = [random(count, len(locations.xy), *shape) for shape in ((3,), (4,), (), (233,))]
+    leaves[3], features, total = leaves[3] - 0.5, random(count, 16, 8, 8) - 0.5, sum(map(len, boxes))
     scores = random(total) * (random(total) > 0.5)
-    return batch, [x.requires_grad_() for x in leaves], PseudoLabels(random(total, 16, 16), scores)
+    given = scores.nonzero()[:, 0]
+    pseudo = PseudoLabels(random(len(given), 16, 16), given, scores)
+    return batch, [x.requires_grad_() for x in (*leaves, features)], pseudo
+
+
+def predictions_on(images: slice, leaves: list) -> Predictions:
+    class_logits, ltrb, centerness, parameters, features = (x[images] for x in leaves)
+    locations = make_locations([(-(-64 // s),) * 2 for s in STRIDES], class_logits.device)
+    return Predictions(class_logits, ltrb, centerness, mask_features=features, locations=locations,
+                       **given_parameters(parameters, (64, 64)))
 
 
 def losses_on(images: slice, batch: Batch, leaves: list, pseudo: PseudoLabels) -> tuple[dict, dict]:
     """Every loss of all methods on some images of a random batch, and the counts that are logged."""
-    class_logits, ltrb, centerness, parameters, features = (x[images] for x in leaves)
-    locations = make_locations([(-(-64 // s),) * 2 for s in STRIDES], class_logits.device)
-    predictions = Predictions(class_logits, ltrb, centerness, mask_features=features, locations=locations,
-                              **given_parameters(parameters, (64, 64)))
+    predictions = predictions_on(images, leaves)
     share = batch._replace(**{name: getattr(batch, name)[images] for name in (
         "images", "sizes", "original_sizes", "image_ids", "boxes", "labels", "masks")})
     first, end = (sum(map(len, batch.boxes[:i])) for i in (images.start, images.stop))
-    with patch.object(boxteacher, "pseudo_label", lambda *_: PseudoLabels(*(x[first:end] for x in pseudo))):
+    here = (pseudo.box >= first) & (pseudo.box < end)
+    own = PseudoLabels(pseudo.masks[here], pseudo.box[here] - first, pseudo.scores[first:end])
+    with patch.object(boxteacher, "pseudo_label", lambda *_: own):
         step = boxteacher_losses(lambda *_: predictions, "teacher", share)
     return step.losses | condinst_losses(lambda *_: predictions, share).losses, measure(step, share)
 
@@ -164,3 +175,38 @@ def test_losses_do_not_depend_on_the_number_of_processes(seed, monkeypatch):
             assert relative_error(ours, gradient) < 1e-4, processes
         for name, count in counts.items():
             assert relative_error(sum(x[name] for _, x in found), count) < 1e-5, name
+
+
+# ------------------------------------------------------------------------------------------------ crowded images
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_masks_of_boxes_that_learn_none_are_not_missed(seed):
+    """To the bit, losses and gradients are those with the masks and pairs of all boxes."""
+    batch, leaves, pseudo = random_batch(torch.Generator().manual_seed(seed), 8, 60)
+    predictions, every = predictions_on(slice(0, 8), leaves), torch.arange(len(pseudo.scores))
+    with patch.object(boxteacher, "pseudo_label", lambda *_: pseudo):
+        ours, _, logits, box, _ = boxteacher_losses(lambda *_: predictions, "teacher", batch)
+    assert 10 < len(box.unique()) < len(every) - 10
+    grid, costs = mask_grid(batch, every, *logits.shape[-2:]), disagreement(logits)
+    masks, scores = pseudo.of(every)
+    noisy = mask_supervised_losses(logits, costs, masks, scores, affinity_pairs(masks, grid), box)
+    plain = {name: ours[name] for name in ("loss_cls", "loss_box", "loss_centerness")} | box_supervised_losses(
+        logits, costs, grid.inside, color_pairs(batch.images, grid), box)
+    plain |= {"loss_pixel": 0.5 * noisy["loss_pixel"], "loss_affinity": 0.1 * noisy["loss_affinity"]}
+    assert ours.keys() == plain.keys() and all(torch.equal(ours[name], plain[name]) for name in ours)
+    found, expected = (torch.autograd.grad(sum(losses.values()), leaves, retain_graph=True) for losses in (ours, plain))
+    assert all(torch.equal(*pair) for pair in zip(found, expected))
+
+
+def test_thousands_of_boxes_fit_into_memory():
+    """3,000 boxes take 12 MiB for one byte of each of their cells; a step needs less than that in addition."""
+    size = (256, 256)
+    predictions, generator = random_predictions(*size), torch.Generator().manual_seed(0)
+    boxes = torch.rand(3000, 2, 2, generator=generator).sort(1).values.flatten(1) * 256
+    peaks = []
+    for count in (100, 3000):
+        batch = make_batch([boxes[:count].tolist()], size, size, size)
+        work = lambda: measure(boxteacher_losses(lambda *_: predictions, lambda *_: predictions, batch), batch)
+        peaks.append(tensor_peak(work, torch.device("cpu")))
+    assert peaks[1] < peaks[0] + 12
