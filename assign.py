@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model import Locations, Predictions
+from model import STRIDES, Locations, Predictions
 
 LEVEL_RANGES = ((-1, 64), (64, 128), (128, 256), (256, 512), (512, float("inf")))  # largest of ltrb, pixels
 CENTER_RADIUS = 1.5  # strides
@@ -38,27 +38,49 @@ def image_targets(locations: Locations, boxes: Tensor, labels: Tensor, num_class
     """fcos_targets of one image; `first` is the number of its first box within the batch.
 
     A location is a candidate for a box if (1) it lies strictly inside the box, within 1.5 strides of its centre,
-    and (2) its largest distance to a side is in the range of its level. Of several boxes the smallest wins.
+    and (2) its largest distance to a side is in the range of its level. Of several boxes the smallest wins, of equal
+    ones the first.
     """
-    xy, stride = locations.xy, locations.stride
+    xy, stride, level = locations
     if len(boxes) == 0:
-        nothing = torch.full_like(locations.level, -1)
+        nothing = torch.full_like(level, -1)
         return torch.full_like(nothing, num_classes), xy.new_zeros(len(xy), 4), nothing
 
-    (x, y), (x0, y0, x1, y1) = xy[:, None].unbind(2), boxes.unbind(1)                           # (L, 1), (G,)
-    center_x, center_y, reach = (x0 + x1) / 2, (y0 + y1) / 2, CENTER_RADIUS * stride[:, None]
+    smallest_first = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).argsort(stable=True)
+    boxes, labels = boxes[smallest_first], labels[smallest_first]
+    at, box = near_centers(locations, boxes)                                         # N pairs: two (N,)
+    (x, y), (x0, y0, x1, y1), reach = xy[at].T, boxes[box].T, CENTER_RADIUS * stride[at]
+    center_x, center_y = (x0 + x1) / 2, (y0 + y1) / 2
     inside = ((x > torch.maximum(x0, center_x - reach)) & (x < torch.minimum(x1, center_x + reach))
               & (y > torch.maximum(y0, center_y - reach)) & (y < torch.minimum(y1, center_y + reach)))
-    farthest = torch.maximum(torch.maximum(x - x0, x1 - x), torch.maximum(y - y0, y1 - y))      # (L, G)
-    low, high = xy.new_tensor(LEVEL_RANGES)[locations.level, :, None].unbind(1)                 # (L, 1)
-    in_range = (farthest >= low) & (farthest <= high)
+    farthest = torch.maximum(torch.maximum(x - x0, x1 - x), torch.maximum(y - y0, y1 - y))
+    low, high = xy.new_tensor(LEVEL_RANGES)[level[at]].T
+    candidate = inside & (farthest >= low) & (farthest <= high)
 
-    area = torch.where(inside & in_range, (x1 - x0) * (y1 - y0), torch.inf)                     # (L, G)
-    smallest, box = area.min(1)
-    positive = smallest < torch.inf
+    box_at = torch.full_like(level, len(boxes)).scatter_reduce(0, at[candidate], box[candidate], "amin")    # (L,)
+    positive = box_at < len(boxes)
+    box = box_at.clamp(max=len(boxes) - 1)
     ltrb = torch.cat([xy - boxes[box, :2], boxes[box, 2:] - xy], 1) / stride[:, None]
     return (torch.where(positive, labels[box], num_classes), ltrb * positive[:, None],
-            torch.where(positive, box + first, -1))
+            torch.where(positive, smallest_first[box] + first, -1))
+
+
+def near_centers(locations: Locations, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs of a location and a box (G, 4): on each level, the 3 x 3 cells around the box's centre that its map has.
+
+    No other cell is within 1.5 strides of the centre, so there is no need to compare all locations with all boxes:
+    10,000 boxes take 0.03 s instead of 2.9 (docs/speed.md).
+    """
+    stride = boxes.new_tensor(STRIDES)[:, None]                                      # (5, 1)
+    ends = locations.level.bincount().cumsum(0)                                      # (5,) of each level in locations
+    width, height = (locations.xy[ends - 1] / stride + 0.5).long().T[..., None]      # (5, 1) cells, from the last one
+    center = (boxes[:, None, :2] + boxes[:, None, 2:]) / 2
+    nearest = ((center - stride / 2) / stride).round().long()                        # (G, 5, 2) column and row
+    around = torch.arange(-1, 2, device=boxes.device)
+    x, y = (nearest[:, :, None] + torch.cartesian_prod(around, around)).unbind(3)    # (G, 5, 9)
+    on_map = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    at = ends[:, None] - width * height + y * width + x
+    return at[on_map], on_map.nonzero()[:, 0]
 
 
 @torch.no_grad()

@@ -31,16 +31,15 @@ OFFSETS = ((0, 2), (2, 0), (2, 2), (2, -2))
 
 
 def mean_over_processes(count: Tensor, minimum: float = 1.0) -> Tensor:
-    """The mean of a count over all processes, at least `minimum`: a process divides its own sum by it.
+    """The mean over all processes of a count whose total is at least `minimum`: a process divides its own sum by it.
 
-    DDP averages gradients over processes, so sum / mean(count) becomes total sum / total count. (A total below the
-    number of processes counts as that number, as in the authors' code.)
+    DDP averages gradients over processes, so sum / mean(count) becomes total sum / total count, however many they are.
     """
-    mean = count.detach().float().clone()
+    total, processes = count.detach().float().clone(), 1
     if dist.is_initialized():
-        dist.all_reduce(mean)
-        mean /= dist.get_world_size()
-    return mean.clamp(min=minimum)
+        dist.all_reduce(total)
+        processes = dist.get_world_size()
+    return total.clamp(min=minimum) / processes
 
 
 # --------------------------------------------------------------------------------------- L_det (FCOS Sec. 3)
@@ -145,13 +144,13 @@ class MaskGrid(NamedTuple):
     image: Tensor   # (G,) the image of each box
 
 
-def mask_grid(batch: Batch, height: int, width: int) -> MaskGrid:
-    """The grid of masks (K, height, width) of a batch."""
+def mask_grid(batch: Batch, chosen: Tensor, height: int, width: int) -> MaskGrid:
+    """The grid of masks (K, height, width) of a batch, for the G boxes that `chosen` (G,) picks of all its boxes."""
     boxes = torch.cat(batch.boxes)
     counts = torch.tensor([len(b) for b in batch.boxes])
     image = torch.arange(len(counts)).repeat_interleave(counts).to(boxes.device)
-    return MaskGrid(box_masks(boxes, height, width),
-                    valid_cells(batch.sizes, batch.original_sizes, height, width, boxes.device), image)
+    return MaskGrid(box_masks(boxes[chosen], height, width),
+                    valid_cells(batch.sizes, batch.original_sizes, height, width, boxes.device), image[chosen])
 
 
 def valid_cells(sizes: list[tuple[int, int]], original_sizes: list[tuple[int, int]], height: int, width: int,

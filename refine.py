@@ -21,7 +21,7 @@ from torchvision.ops import roi_align
 from assign import LEVEL_RANGES, image_targets
 from losses import projection_loss, rgb_to_lab
 from masks import encode
-from model import SIZES_OF_INTEREST, Locations, Predictions, mask_heads
+from model import SIZES_OF_INTEREST, Predictions, mask_heads
 
 POINTS = 32       # of a window, along each side; even
 MARGIN = 0.2      # of the sides of a box, around it
@@ -167,8 +167,8 @@ def box_heads(image: Predictions, boxes: Tensor, classes: Tensor | None, count: 
     """
     xy, _, level = image.locations
     probability, centerness = image.class_logits[0].sigmoid(), image.centerness[0].sigmoid()
-    owner, count = owners(image.locations, boxes), min(count, len(xy))
-    numbers = torch.arange(len(boxes), device=boxes.device)
+    numbers, count = torch.arange(len(boxes), device=boxes.device), min(count, len(xy))
+    owner = image_targets(image.locations, boxes, torch.zeros_like(numbers), 1)[2]              # (L,)
     locations, weights = [owner.new_zeros(0, count)], [boxes.new_zeros(0, count)]
     for some in chunks(len(boxes)):
         of = probability.amax(1).expand(len(boxes[some]), -1)                                   # (g, L)
@@ -185,13 +185,6 @@ def box_heads(image: Predictions, boxes: Tensor, classes: Tensor | None, count: 
         locations.append(chosen)
         weights.append(weight / weight.sum(1, keepdim=True))
     return torch.cat(locations), torch.cat(weights)
-
-
-def owners(locations: Locations, boxes: Tensor) -> Tensor:
-    """The number of the box that FCOS would train at each location (L,), or -1."""
-    labels, part = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device), 2 ** 20 // max(len(boxes), 1) + 1
-    parts = zip(*(x.split(part) for x in locations))  # thousands of boxes in an image must fit into memory
-    return torch.cat([image_targets(Locations(*some), boxes, labels, 1)[2] for some in parts])
 
 
 # ------------------------------------------------------------------------------------------- colours and edges

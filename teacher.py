@@ -19,10 +19,18 @@ from model import CondInst, Detections, Predictions, detect, mask_logits
 
 
 class PseudoLabels(NamedTuple):
-    """A mask for each of the G boxes of a batch, on the stride-4 grid of the student's images."""
+    """Masks of the M boxes of a batch that have one, on the stride-4 grid of the student's images; G boxes in all."""
 
-    masks: Tensor   # (G, h, w) probabilities, 0 outside the box
-    scores: Tensor  # (G,) how far to trust it; 0: this box has none
+    masks: Tensor   # (M, h, w) probabilities, 0 outside the box
+    box: Tensor     # (M,) the box of each mask, an index in torch.cat(batch.boxes)
+    scores: Tensor  # (G,) how far to trust a box's mask; 0: it has none
+
+    def of(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Masks (N, h, w), 0 for a box without one, and scores (N,) of some of the G boxes, given by index (N,)."""
+        masks = self.masks.new_zeros(len(boxes), *self.masks.shape[1:])
+        n, m = (boxes[:, None] == self.box).nonzero(as_tuple=True)
+        masks[n] = self.masks[m]
+        return masks, self.scores[boxes]
 
 
 class Match(NamedTuple):
@@ -68,17 +76,18 @@ def pseudo_label(teacher: CondInst, batch: Batch, score: str = "mask-aware") -> 
     """Pseudo masks for batch.boxes from the teacher's view of the images. score: one of SCORES, or "released"."""
     predictions = teacher(batch.teacher_images, batch.teacher_sizes)
     height, width = batch.images.shape[-2] // 4, batch.images.shape[-1] // 4
-    masks, scores = [], []
+    masks, box, first = [], [], 0
+    scores = batch.boxes[0].new_zeros(sum(map(len, batch.boxes)))
     for b, (boxes, size, teacher_size) in enumerate(zip(batch.boxes, batch.sizes, batch.teacher_sizes)):
         image = predictions.of_image(b)
         matched = match(image, detect(image), boxes, size, teacher_size, (height, width), score)
-        given = matched.assigned >= 0  # the other boxes keep mask 0 and weight 0: box losses alone
-        mask, weight = boxes.new_zeros(len(boxes), height, width), boxes.new_zeros(len(boxes))
-        mask[given] = matched.masks[matched.assigned[given]]
-        weight[given] = matched.scores[matched.assigned[given]]
-        masks.append(mask * box_masks(boxes, height, width))
-        scores.append(weight)
-    return PseudoLabels(torch.cat(masks), torch.cat(scores))
+        assigned = matched.assigned.to(boxes.device)
+        given = (assigned >= 0).nonzero()[:, 0]  # the other boxes have no mask and score 0: box losses alone
+        masks.append(matched.masks[assigned[given]] * box_masks(boxes[given], height, width))
+        box.append(first + given)
+        scores[first + given] = matched.scores[assigned[given]]
+        first += len(boxes)
+    return PseudoLabels(torch.cat(masks), torch.cat(box), scores)
 
 
 def match(image: Predictions, found: Detections, boxes: Tensor, size: tuple[int, int], teacher_size: tuple[int, int],

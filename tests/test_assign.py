@@ -6,9 +6,10 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from assign import assign_masks, fcos_targets, select_instances
+from assign import LEVEL_RANGES, assign_masks, fcos_targets, image_targets, select_instances
 from helpers import check
 from model import STRIDES, make_locations
+from tools.measuring import tensor_peak
 
 CPU = torch.device("cpu")
 
@@ -82,6 +83,44 @@ def random_boxes(count: int, height: int, width: int, seed: int) -> torch.Tensor
     corners = torch.rand(2, count, 2, generator=torch.Generator().manual_seed(seed))
     a, b = corners * torch.tensor([width, height])
     return torch.cat([torch.minimum(a, b), torch.maximum(a, b) + 1], 1)
+
+
+def plain_targets(locations, boxes: torch.Tensor, labels: torch.Tensor, num_classes: int):
+    """image_targets as FCOS states it: all L locations against all G boxes at once."""
+    (x, y), (x0, y0, x1, y1) = locations.xy[:, None].unbind(2), boxes.unbind(1)                  # (L, 1), (G,)
+    center_x, center_y, reach = (x0 + x1) / 2, (y0 + y1) / 2, 1.5 * locations.stride[:, None]
+    inside = ((x > torch.maximum(x0, center_x - reach)) & (x < torch.minimum(x1, center_x + reach))
+              & (y > torch.maximum(y0, center_y - reach)) & (y < torch.minimum(y1, center_y + reach)))
+    farthest = torch.stack([x - x0, x1 - x, y - y0, y1 - y]).amax(0)                            # (L, G)
+    low, high = torch.tensor(LEVEL_RANGES)[locations.level, :, None].unbind(1)
+    area = torch.where(inside & (farthest >= low) & (farthest <= high), (x1 - x0) * (y1 - y0), torch.inf)
+    smallest, box = area.min(1)
+    positive = smallest < torch.inf
+    ltrb = torch.cat([locations.xy - boxes[box, :2], boxes[box, 2:] - locations.xy], 1) / locations.stride[:, None]
+    return torch.where(positive, labels[box], num_classes), ltrb * positive[:, None], torch.where(positive, box, -1)
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (64, 608), (480, 640), (800, 1344)])
+@pytest.mark.parametrize("grid", [0, 0.5, 4, 16, 64])
+def test_targets_are_those_of_all_locations_against_all_boxes(height, width, grid):
+    """To the bit, with equal boxes too. On a grid, locations lie at the very edge of boxes and of their centres."""
+    locations, generator = locations_of(height, width), torch.Generator().manual_seed(height)
+    for count in (1, 4, 200):
+        boxes = torch.rand(count, 2, 2, generator=generator) * torch.tensor([width, height])
+        if grid:
+            boxes = (boxes / grid).round() * grid
+        boxes = torch.cat([boxes.amin(1), boxes.amax(1)], 1)
+        boxes[count // 2:] = boxes[:count - count // 2].flip(0)
+        labels = torch.randint(0, 9, (count,), generator=generator)
+        for ours, plain in zip(image_targets(locations, boxes, labels, 9), plain_targets(locations, boxes, labels, 9)):
+            assert torch.equal(ours, plain) and ours.dtype == plain.dtype
+
+
+def test_targets_of_thousands_of_boxes_fit_into_memory():
+    """All locations against all of them would be 13 million pairs: 51 MiB for a single float of each."""
+    locations, boxes = locations_of(256, 320), random_boxes(8000, 256, 320, 0)
+    work = lambda: image_targets(locations, boxes, torch.zeros(8000, dtype=torch.int64), 1)
+    assert tensor_peak(work, CPU) < 40 and (work()[2] >= 0).sum() > 1000
 
 
 @pytest.mark.parametrize("seed", range(3))

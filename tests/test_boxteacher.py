@@ -1,12 +1,21 @@
-"""boxteacher.py: which view of an image each part of the method reads, what its arguments change."""
+"""boxteacher.py: which view of an image each part of the method reads, what its arguments change, that a batch may be
+split among processes, and what crowded images cost."""
+from unittest.mock import patch
+
 import pytest
 import torch
+import torch.distributed as dist
 
 import boxteacher
 from boxteacher import RAMPED, boxteacher_losses, condinst_losses, total_loss
 from data import Batch
-from model import build_model
+from helpers import given_parameters, make_batch, random_predictions, relative_error
+from losses import (affinity_pairs, box_supervised_losses, color_pairs, disagreement, mask_grid,
+                    mask_supervised_losses)
+from model import STRIDES, Predictions, build_model, make_locations
 from teacher import PseudoLabels
+from tools.measuring import tensor_peak
+from tools.quality import measure
 
 SIZE = (64, 96)  # (height, width)
 
@@ -34,7 +43,7 @@ def student():
 def pseudo_mask(*_) -> PseudoLabels:
     masks = torch.zeros(1, 16, 24)
     masks[0, 4:10, 4:14] = 0.9
-    return PseudoLabels(masks, torch.tensor([0.8]))
+    return PseudoLabels(masks, torch.tensor([0]), torch.tensor([0.8]))
 
 
 def seen_by(network, losses) -> torch.Tensor:
@@ -91,3 +100,113 @@ def test_the_pixel_loss_is_a_parameter(student, batch, monkeypatch):
 def test_the_ramp_scales_what_misleads_at_first():
     losses = dict.fromkeys(("loss_cls", "loss_projection", *RAMPED), torch.tensor(1.0))
     assert float(total_loss(losses, 0.25)) == 2 + 3 * 0.25
+
+
+# ----------------------------------------------------------------------------------- one batch, several processes
+
+
+def random_batch(generator: torch.Generator, count: int, most: int = 3) -> tuple[Batch, list, PseudoLabels]:
+    """Images with 0 to `most` boxes, half of them without; what a student predicts on them, as leaves; pseudo masks."""
+    def random(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    counts = [max(int(random(1) * (2 * most + 1)) - most, 0) for _ in range(count)]
+    boxes = [random(n, 2, 2).sort(1).values.flatten(1) * 64 for n in counts]
+    colours = (random(count, 3, 16, 16) > 0.5).byte().repeat_interleave(4, 2).repeat_interleave(4, 3) * 99
+    batch = make_batch([b.tolist() for b in boxes], (64, 64), (64, 64), (64, 64))._replace(
+        images=colours, masks=[random(len(b), 16, 16) > 0.5 for b in boxes])
+    locations = make_locations([(-(-64 // s),) * 2 for s in STRIDES], batch.images.device)
+    leaves = [random(count, len(locations.xy), *shape) for shape in ((3,), (4,), (), (233,))]
+    leaves[3], features, total = leaves[3] - 0.5, random(count, 16, 8, 8) - 0.5, sum(map(len, boxes))
+    scores = random(total) * (random(total) > 0.5)
+    given = scores.nonzero()[:, 0]
+    pseudo = PseudoLabels(random(len(given), 16, 16), given, scores)
+    return batch, [x.requires_grad_() for x in (*leaves, features)], pseudo
+
+
+def predictions_on(images: slice, leaves: list) -> Predictions:
+    class_logits, ltrb, centerness, parameters, features = (x[images] for x in leaves)
+    locations = make_locations([(-(-64 // s),) * 2 for s in STRIDES], class_logits.device)
+    return Predictions(class_logits, ltrb, centerness, mask_features=features, locations=locations,
+                       **given_parameters(parameters, (64, 64)))
+
+
+def losses_on(images: slice, batch: Batch, leaves: list, pseudo: PseudoLabels) -> tuple[dict, dict]:
+    """Every loss of all methods on some images of a random batch, and the counts that are logged."""
+    predictions = predictions_on(images, leaves)
+    share = batch._replace(**{name: getattr(batch, name)[images] for name in (
+        "images", "sizes", "original_sizes", "image_ids", "boxes", "labels", "masks")})
+    first, end = (sum(map(len, batch.boxes[:i])) for i in (images.start, images.stop))
+    here = (pseudo.box >= first) & (pseudo.box < end)
+    own = PseudoLabels(pseudo.masks[here], pseudo.box[here] - first, pseudo.scores[first:end])
+    with patch.object(boxteacher, "pseudo_label", lambda *_: own):
+        step = boxteacher_losses(lambda *_: predictions, "teacher", share)
+    return step.losses | condinst_losses(lambda *_: predictions, share).losses, measure(step, share)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_losses_do_not_depend_on_the_number_of_processes(seed, monkeypatch):
+    """However a batch is split: the mean of its processes' losses, and its gradient, which DDP averages, are those of
+    one process. all_reduce is played: a first run of each process notes its counts, which a second one gets summed."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, leaves, pseudo = random_batch(generator, 4)
+    expected, counts = losses_on(slice(0, 4), batch, leaves, pseudo)
+    gradients = torch.autograd.grad(sum(expected.values()), leaves)
+    for processes in (2, 3, 4):
+        cuts = [0, *sorted((torch.randperm(3, generator=generator)[:processes - 1] + 1).tolist()), 4]
+        shares, noted = [slice(*cut) for cut in zip(cuts, cuts[1:])], []
+        monkeypatch.setattr(dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(dist, "get_world_size", lambda: processes)
+        for share in shares:
+            noted.append([])
+            monkeypatch.setattr(dist, "all_reduce", lambda count: noted[-1].append(count.clone()))
+            losses_on(share, batch, leaves, pseudo)
+        assert len({len(counts) for counts in noted}) == 1  # or they would wait for each other for ever
+        found = []
+        for share in shares:
+            totals = iter([torch.stack(counts).sum(0) for counts in zip(*noted)])
+            monkeypatch.setattr(dist, "all_reduce", lambda count: count.copy_(next(totals)))
+            found.append(losses_on(share, batch, leaves, pseudo))
+        monkeypatch.undo()
+        means = {name: sum(losses[name] for losses, _ in found) / processes for name in expected}
+        for name, loss in expected.items():
+            assert relative_error(means[name], loss) < 1e-5, (name, processes)
+        for ours, gradient in zip(torch.autograd.grad(sum(means.values()), leaves), gradients):
+            assert relative_error(ours, gradient) < 1e-4, processes
+        for name, count in counts.items():
+            assert relative_error(sum(x[name] for _, x in found), count) < 1e-5, name
+
+
+# ------------------------------------------------------------------------------------------------ crowded images
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_masks_of_boxes_that_learn_none_are_not_missed(seed):
+    """To the bit, losses and gradients are those with the masks and pairs of all boxes."""
+    batch, leaves, pseudo = random_batch(torch.Generator().manual_seed(seed), 8, 60)
+    predictions, every = predictions_on(slice(0, 8), leaves), torch.arange(len(pseudo.scores))
+    with patch.object(boxteacher, "pseudo_label", lambda *_: pseudo):
+        ours, _, logits, box, _ = boxteacher_losses(lambda *_: predictions, "teacher", batch)
+    assert 10 < len(box.unique()) < len(every) - 10
+    grid, costs = mask_grid(batch, every, *logits.shape[-2:]), disagreement(logits)
+    masks, scores = pseudo.of(every)
+    noisy = mask_supervised_losses(logits, costs, masks, scores, affinity_pairs(masks, grid), box)
+    plain = {name: ours[name] for name in ("loss_cls", "loss_box", "loss_centerness")} | box_supervised_losses(
+        logits, costs, grid.inside, color_pairs(batch.images, grid), box)
+    plain |= {"loss_pixel": 0.5 * noisy["loss_pixel"], "loss_affinity": 0.1 * noisy["loss_affinity"]}
+    assert ours.keys() == plain.keys() and all(torch.equal(ours[name], plain[name]) for name in ours)
+    found, expected = (torch.autograd.grad(sum(losses.values()), leaves, retain_graph=True) for losses in (ours, plain))
+    assert all(torch.equal(*pair) for pair in zip(found, expected))
+
+
+def test_thousands_of_boxes_fit_into_memory():
+    """3,000 boxes take 12 MiB for one byte of each of their cells; a step needs less than that in addition."""
+    size = (256, 256)
+    predictions, generator = random_predictions(*size), torch.Generator().manual_seed(0)
+    boxes = torch.rand(3000, 2, 2, generator=generator).sort(1).values.flatten(1) * 256
+    peaks = []
+    for count in (100, 3000):
+        batch = make_batch([boxes[:count].tolist()], size, size, size)
+        work = lambda: measure(boxteacher_losses(lambda *_: predictions, lambda *_: predictions, batch), batch)
+        peaks.append(tensor_peak(work, torch.device("cpu")))
+    assert peaks[1] < peaks[0] + 12

@@ -190,7 +190,7 @@ def test_masks_are_drawn_where_they_are(drawn, tmp_path, monkeypatch):
                      tuple(batch.teacher_sizes)))
         masks = torch.zeros(1, 16, 16)
         masks[0, 4:12, 4:8] = 0.9 if given else 0
-        return PseudoLabels(masks, torch.tensor([given]))
+        return PseudoLabels(masks, torch.tensor([0]), torch.tensor([given]))
 
     run, _ = new_run(drawn, tmp_path, "--amp", "bf16", "--augment", "strong", "--min-size", "32", "64", "128",
                      "--teacher-min-size", "96", "--teacher-max-size", "96")

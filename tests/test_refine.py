@@ -15,7 +15,7 @@ from helpers import random_predictions
 from losses import projection_loss
 from masks import decode
 from model import Predictions, mask_logits
-from refine import (POINTS, box_coordinates, box_heads, color_masks, ellipse, fitted_masks, inside_box, owners,
+from refine import (POINTS, box_coordinates, box_heads, color_masks, ellipse, fitted_masks, inside_box,
                     pixel_masks, reach_sides, rounded)
 from tools.label import ColorMasks, label_without_model
 
@@ -226,16 +226,6 @@ def test_the_heads_of_a_box_are_those_that_fcos_trains():
     free = (owner < 0) & (image.locations.level == 0)
     nearest = (image.locations.xy - 31.5).norm(dim=1).masked_fill(~free, 1e9).argmin()
     assert nearest == locations[2, 0]
-
-
-def test_owners_in_parts_are_fcos_targets():
-    """With this many boxes the locations are processed in parts; of equal boxes the first is the owner."""
-    image, boxes = random_predictions(96, 128), torch.rand(50, 4, generator=torch.Generator().manual_seed(1))
-    boxes = torch.cat([boxes[:, :2] * 60, boxes[:, :2] * 60 + 10 + boxes[:, 2:] * 30], 1)
-    whole = image_targets(image.locations, boxes, torch.zeros(50, dtype=torch.int64), 1)[2]
-    assert torch.equal(owners(image.locations, boxes), whole) and len(whole.unique()) > 10
-    many = owners(image.locations, boxes.repeat(2 ** 9, 1))
-    assert 2 ** 20 // (50 * 2 ** 9) < len(whole) // 4 and torch.equal(torch.where(many < 0, many, many % 50), whole)
 
 
 # ------------------------------------------------------------------------------------- predict.py without a checkpoint

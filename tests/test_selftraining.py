@@ -126,8 +126,8 @@ def test_quality_by_hand():
     logits = torch.full((3, 16, 16), 5.0)            # instances say "everywhere": cut to the box, IoU 1/2 of box 0
     logits[1, :, 2:] = -5                            # its second: 2 of 4 columns, IoU 1/2
     logits[2] = -5                                   # nothing of box 1
-    pseudo = PseudoLabels(truth.float() * 0.9, torch.tensor([0.5, 0.0, 0.7]))
-    pseudo.masks[2, :4] = 0.2                        # half of box 2
+    pseudo = PseudoLabels(truth[[2, 0]].float() * 0.9, torch.tensor([2, 0]), torch.tensor([0.5, 0.0, 0.7]))
+    pseudo.masks[0, :4] = 0.2                        # half of box 2
     quality = mask_quality(logits, torch.tensor([0, 0, 1]), truth, boxes, pseudo)
     assert {name: float(x) for name, x in quality.items()} == {
         "student_iou": 0.5, "student_boxes": 1, "label_iou": 1.5}

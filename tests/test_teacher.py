@@ -199,7 +199,10 @@ def test_unassigned_boxes_get_nothing():
     predictions = made_up([instances], padded)
     labels = pseudo_label(lambda *_: predictions, make_batch(boxes, padded, padded, padded))
     assert (labels.scores > 0).tolist() == [True, False, False]
-    assert labels.masks[0].any() and not labels.masks[1:].any()
+    assert labels.box.tolist() == [0] and len(labels.masks) == 1
+    masks, scores = labels.of(torch.tensor([2, 0]))
+    assert torch.equal(masks[1], labels.masks[0]) and masks[1].any() and not masks[0].any()
+    assert torch.equal(scores, labels.scores[[2, 0]])
 
 
 def test_predictions_beyond_the_image_are_clipped_before_they_are_matched():
@@ -228,7 +231,7 @@ def test_no_prediction_at_all(score):
     padded = (96, 128)
     batch = make_batch([[[10.0, 10, 60, 60]]], padded, padded, padded)
     labels = pseudo_label(lambda *_: made_up([[]], padded), batch, score)
-    assert labels.scores.tolist() == [0] and not labels.masks.any()
+    assert labels.scores.tolist() == [0] and len(labels.masks) == len(labels.box) == 0
 
 
 def test_the_best_mask_by_the_score_wins():
@@ -281,6 +284,7 @@ def test_label_needs_no_gradient_and_averages_no_buffer():
     before = [p.clone() for p in teacher.parameters()]
     running = teacher.mask_branch.tower[0][1].running_mean.clone()
     labels = pseudo_label(teacher, batch)
-    assert labels.masks.shape == (1, 24, 32) and not any(x.requires_grad for x in labels)
+    assert labels.masks.shape == (len(labels.box), 24, 32) and labels.scores.shape == (1,)
+    assert not any(x.requires_grad for x in labels)
     assert all(torch.equal(p, b) for p, b in zip(teacher.parameters(), before))
     assert not torch.equal(teacher.mask_branch.tower[0][1].running_mean, running)

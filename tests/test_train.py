@@ -566,17 +566,17 @@ def largest_difference(one: list[dict], two: list[dict]) -> float:
 
 
 def test_two_processes_are_one_process_with_the_same_batch(drawn, warm, tmp_path):
-    """From scratch (batch norm over both), with pseudo masks, and for all methods with no box on one."""
+    """From scratch (batch norm over both), with pseudo masks, and for all methods with no box on one, and on both."""
     def change(content):
-        content["images"] = content["images"][:2]
+        content["images"] = content["images"][:4]
         content["annotations"] = [a for a in content["annotations"] if a["image_id"] == 1]
 
-    half = copy_set(drawn, tmp_path / "half", change)  # of two images one is empty: a process has no box
+    lone = copy_set(drawn, tmp_path / "lone", change)  # of two batches of two images one has boxes, in one image
     runs = {"scratch": [*only_training(drawn), *SMALL, "--iters", 5],
             "warm": [*only_training(drawn), *SMALL, "--iters", 5, "--init", warm,
                      "--accumulate", 2, "--batch-size", 8]}
     for method in LOSSES:
-        runs[method] = [*only_training(half), *SMALL, "--iters", 3, "--init", warm, "--method", method,
+        runs[method] = [*only_training(lone), *SMALL, "--iters", 3, "--init", warm, "--method", method,
                         "--batch-size", 2]
     for name, options in runs.items():
         assert command(*options, "--out", tmp_path / "one" / name) == 0
@@ -592,5 +592,6 @@ def test_two_processes_are_one_process_with_the_same_batch(drawn, warm, tmp_path
         print(f"{name}: one and two processes differ by {difference:.2e} of a loss")
         assert difference < 1e-3, name
     assert losses_of(tmp_path / "one/warm")[0]["pseudo_masks"] > 0
+    assert {line["boxes"] > 0 for line in losses_of(tmp_path / "one/boxinst")} == {True, False}
     assert (tmp_path / "two/warm/labels-0000005.png").exists()
     assert [line["skipped_steps"] for line in losses_of(tmp_path / "two/nan")] == [0, 1, 0, 0]

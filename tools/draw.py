@@ -6,6 +6,7 @@ run; on a sheet a prediction takes the colour of the object that it overlaps.
 """
 import colorsys
 from collections.abc import Iterable, Sequence
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from data import pixels, view
 from formats.coco import CocoBoxes
 from formats.files import printable
 from formats.pictures import read_image, save_image
+from masks import decode
 from model import Instances, confident
 
 COLOURS = [(230, 60, 60), (60, 150, 240), (70, 190, 80), (250, 170, 30), (170, 90, 220), (40, 200, 200),
@@ -149,7 +151,7 @@ def matching_colours(boxes: Tensor, found: Tensor) -> list[int]:
     """
     if not len(boxes) or not len(found):
         return list(range(len(boxes), len(boxes) + len(found)))
-    best, index = box_iou(found, boxes).max(dim=1)
+    best, index = (torch.cat(x) for x in zip(*(box_iou(some, boxes).max(dim=1) for some in found.split(100))))
     return [i if b > 0.5 else len(boxes) + n for n, (b, i) in enumerate(zip(best.tolist(), index.tolist()))]
 
 
@@ -226,13 +228,14 @@ def panels(row: SheetRow, names: list[str] | None, threshold: float) -> list[Ima
 
 def draw_found(image: Tensor, boxes: Tensor, found: Instances, scale: float, names: list[str] | None) -> Tensor:
     """Predictions over an image that is already resized by `scale`, with its objects' boxes (G, 4)."""
-    found_boxes, masks = found.boxes * scale, found.masks
-    colours, filled = torch.tensor(matching_colours(boxes, found_boxes)).long(), masks.flatten(1).any(1)
+    found_boxes, filled = found.boxes * scale, torch.tensor([coco_mask.area(rle) > 0 for rle in found.rles]).bool()
+    masks = decode(list(compress(found.rles, filled)), found.size)
+    colours = torch.tensor(matching_colours(boxes, found_boxes)).long()
     if not filled.all():  # an instance without a mask is a plain box: the room for names is left to the others
         image = draw_bounding_boxes(image, found_boxes[~filled].round(), width=2,
                                     colors=[colour_of(c) for c in colours[~filled].tolist()])
     return draw_instances(image, found_boxes[filled], found.labels[filled], found.scores[filled],
-                          resized_masks(masks[filled], image.shape[1:]), names, colours[filled].tolist())
+                          resized_masks(masks, image.shape[1:]), names, colours[filled].tolist())
 
 
 def sheet(rows: list[SheetRow], path: str, names: list[str] | None = None, threshold: float = 0.6,

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data import Batch, Choices, TrainBatches, canvas_of, collate
 from formats.coco import CocoBoxes, DataError
 from formats.files import counted, optional, warn, write_whole
-from masks import decode, paste_masks
+from masks import decode, encode, paste_masks
 from model import CondInst, Instances
 from teacher import pseudo_label
 from tools.draw import SheetRow, sheet
@@ -159,7 +159,10 @@ def draw_sheet(path: Path, title: str, model: CondInst, annotations: CocoBoxes, 
         for batch in clean_views(annotations, sheet_images(annotations), min_sizes, max_size, teacher_size):
             pseudo = pseudo_label(model, batch.to(device), score)
             (size,), (boxes,), (labels,) = batch.sizes, batch.boxes, batch.labels
-            found = Instances(boxes, pseudo.scores.float().cpu(), labels, enlarged(pseudo.masks, size), size)
+            rles = [encode(np.zeros((0, 0), bool), 0, 0, size)] * len(boxes)
+            for g, rle in zip(pseudo.box.tolist(), enlarged(pseudo.masks, size)):
+                rles[g] = rle
+            found = Instances(boxes, pseudo.scores.float().cpu(), labels, rles, size)
             truth = None if batch.masks is None else decode(enlarged(batch.masks[0].float(), size), size)
             rows.append(SheetRow(batch.images[0, :, :size[0], :size[1]], boxes, labels, [found], truth))
         if rows:

@@ -65,13 +65,13 @@ def mask_quality(logits: Tensor, box: Tensor, truth: Tensor, boxes: Tensor,
     mean IoU of the masks of its instances, cut to the box as the teacher's are. With a teacher, the student's count
     only for boxes that have a pseudo mask, so that the two can be compared.
     """
-    inside, zero = box_masks(boxes, *logits.shape[-2:]), logits.new_zeros(len(boxes))
+    inside, zero = box_masks(boxes[box], *logits.shape[-2:]), logits.new_zeros(len(boxes))
     instances = zero.index_add(0, box, logits.new_ones(len(box)))
-    student = zero.index_add(0, box, mask_iou((logits > 0) & inside[box], truth[box])) / instances.clamp(min=1)
+    student = zero.index_add(0, box, mask_iou((logits > 0) & inside, truth[box])) / instances.clamp(min=1)
     seen = instances > 0 if pseudo is None else (instances > 0) & (pseudo.scores > 0)
     quality = {"student_iou": (student * seen).sum(), "student_boxes": seen.sum()}
     if pseudo is not None:
-        quality["label_iou"] = (mask_iou(pseudo.masks > 0.5, truth) * (pseudo.scores > 0)).sum()
+        quality["label_iou"] = (mask_iou(pseudo.masks > 0.5, truth[pseudo.box]) * (pseudo.scores[pseudo.box] > 0)).sum()
     return quality
 
 
