@@ -21,13 +21,18 @@ class UserError(Exception):
         return line.removeprefix(f"{type(self).__module__}.{type(self).__name__}: ")
 
 
+class SaidElsewhere(UserError):
+    """Ends this process because another one of the same run fails, which says why."""
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """For a program's main: a UserError or OSError ends it with one line on stderr and exit status 1."""
     try:
         yield
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not isinstance(error, SaidElsewhere):
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 
 
