@@ -46,9 +46,9 @@ from model import PIXEL_STD, CondInst, build_model, rescores
 from recipe import RECIPES, choose, learning_rate, make_plan, parse_arguments, ramp_factor
 from tools.command_line import image_words, pick_amp
 from tools.log import Log, draw_sheet, evaluated_at, summary_writer
-from tools.processes import (Patient, StopSignals, agreed, ending_loaders, from_first, gathered, ignore_signals,
-                             lasting_output, loaded, lock, open_folder, same_command, same_data, same_everywhere,
-                             start_distributed, together)
+from tools.processes import (Patient, StopSignals, agreed, check_first, ending_loaders, from_first, gathered,
+                             ignore_signals, lasting_output, loaded, lock, open_folder, same_command, same_data,
+                             same_everywhere, start_distributed, together)
 from tools.quality import measure
 
 # the DDP option that copies the buffers of process 0 to the others in each forward pass; torch 2.14 renamed it
@@ -492,6 +492,7 @@ def main(argv: list[str] | None = None) -> None:
         with together("all processes to read the annotations"):
             annotations, validation = open_data(args, rank)
         same_data(annotations, validation)
+        check_first(args.out)
         with together("process 0 to prepare the run"):
             locked = rank == 0 and os.path.isdir(args.out)
             if locked:

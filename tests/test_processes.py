@@ -27,8 +27,8 @@ from formats.coco import DataError
 from formats.files import SaidElsewhere, UserError
 from helpers import SMALL, Looker, command, copy_set, losses_of, metrics, one_line_error, only_training
 from tools import processes
-from tools.processes import (Lasting, Patient, StopSignals, from_first, gathered, lasting_output, loaded, lock,
-                             open_folder, same_command, same_everywhere, together)
+from tools.processes import (Lasting, Patient, StopSignals, check_first, from_first, gathered, lasting_output, loaded,
+                             lock, open_folder, same_command, same_everywhere, together)
 
 
 def in_child(work) -> int:
@@ -49,7 +49,7 @@ def in_child(work) -> int:
 # -------------------------------------------------------------------------------------- what processes agree on
 
 
-def disagree(rank: int, port: int, answers) -> None:
+def disagree(rank: int, port: int, folder: Path, answers) -> None:
     """One of two processes: what it catches goes to `answers`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
@@ -87,7 +87,8 @@ def disagree(rank: int, port: int, answers) -> None:
 
     for work in (lambda: fail_on(), lambda: fail_on(0), lambda: fail_on(1), lambda: fail_on(0, 1), nested,
                  lambda: same_everywhere({"size": 3, "order": [1, 2]}),
-                 lambda: same_everywhere({"size": 3, "order": [1, rank]}), over_images):
+                 lambda: same_everywhere({"size": 3, "order": [1, rank]}), lambda: check_first(folder / str(rank)),
+                 lambda: check_first(folder / str(1 - rank)), over_images):
         caught_from(work)
     caught.append([from_first({"state": torch.full((2,), rank)}, "a test")["state"].tolist(), gathered(rank, "a test")])
     answers[rank] = caught
@@ -95,14 +96,16 @@ def disagree(rank: int, port: int, answers) -> None:
     dist.destroy_process_group()
 
 
-def test_what_is_wrong_on_one_process_ends_all_and_one_says_it():
+def test_what_is_wrong_on_one_process_ends_all_and_one_says_it(tmp_path):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0/last.pt").touch()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
     with context.Manager() as manager:
         answers = manager.dict()
-        both = [context.Process(target=disagree, args=(rank, port, answers)) for rank in (0, 1)]
+        both = [context.Process(target=disagree, args=(rank, port, tmp_path, answers)) for rank in (0, 1)]
         for process in both:
             process.start()
         for process in both:
@@ -110,12 +113,14 @@ def test_what_is_wrong_on_one_process_ends_all_and_one_says_it():
         first, second = answers[0], answers[1]
     host = socket.gethostname()
     differs = f"order differs: [1, 0] for process 0 on {host}, [1, 1] for process 1 on {host}"
+    for caught in (first, second):
+        assert f": the run in {tmp_path}/1 is on {host}, but process 0 is on {host}: " in caught.pop(8)
     assert first == ["nothing", "UserError: wrong on 0", "UserError: process 1: wrong on 1", "UserError: wrong on 0",
-                     "UserError: process 1: wrong on 1", "nothing", f"UserError: {differs}",
+                     "UserError: process 1: wrong on 1", "nothing", f"UserError: {differs}", "nothing",
                      "UserError: process 1: broken", [[0, 0], [0, 1]]]
     assert second == ["nothing", "SaidElsewhere: wrong on 0", "SaidElsewhere: process 1: wrong on 1",
                       "SaidElsewhere: wrong on 0", "SaidElsewhere: process 1: wrong on 1", "nothing",
-                      f"SaidElsewhere: {differs}", "ValueError: broken", "nothing", [[0, 0], [0, 1]]]
+                      f"SaidElsewhere: {differs}", "nothing", "ValueError: broken", "nothing", [[0, 0], [0, 1]]]
     assert issubclass(SaidElsewhere, UserError)
 
 

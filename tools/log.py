@@ -41,10 +41,10 @@ def logged_iteration(line: str) -> float:
 
 
 def evaluated_at(out: Path, iteration: int) -> bool:
-    """Whether the metrics.jsonl of a run folder has the figures of an evaluation at this iteration."""
-    path = out / "metrics.jsonl"
+    """Whether the metrics.jsonl of a run folder has the figures of an evaluation at this iteration, as a whole line."""
+    path, start = out / "metrics.jsonl", json.dumps({"iter": iteration, "eval": {}})[:-2]
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    return any('"eval"' in line and logged_iteration(line) == iteration for line in lines)
+    return any(line.startswith(start) and line.endswith("}}}") for line in lines)
 
 
 def summary_writer() -> type:

@@ -344,6 +344,17 @@ def lock(folder: str | os.PathLike) -> Iterator[None]:
             os.ftruncate(file.fileno(), 0)
 
 
+def check_first(out: str | os.PathLike) -> None:
+    """Raises UserError on all processes where process 0 lacks a run that another one has: its machine has not been the
+    first one before, and they share no folder."""
+    found = gathered((os.path.exists(os.path.join(out, "last.pt")), socket.gethostname()), "all to look for a run")
+    others = [host for exists, host in found if exists]
+    with together("all to look for a run"):
+        if others and not found[0][0]:
+            raise UserError(f"the run in {out} is on {others[0]}, but process 0 is on {found[0][1]}: let the same "
+                            "machine be the first (--node_rank=0), or share the folder")
+
+
 def open_folder(out: Path, fresh: bool, held: contextlib.ExitStack, locked: bool) -> None:
     """Make a run folder and lock it, unless it is locked, until `held` ends. With --fresh an earlier one is renamed to
     OUT.1, OUT.2, ... Raises UserError."""
