@@ -592,16 +592,20 @@ def test_two_processes_are_one_process_with_the_same_batch(drawn, warm, tmp_path
     lists = [[[*options, "--out", name], [], 0] for name, options in commands]
     lists += [[[*runs["scratch"], "--out", "bad"], different, 1]
               for different in (["--seed", 1], ["--train-json", tmp_path / "other.json"], ["--train-json", "missing"])]
+    (tmp_path / "two/1/elsewhere").mkdir(parents=True)
+    (tmp_path / "two/1/elsewhere/last.pt").touch()
+    lists.append([[*runs["scratch"], "--out", "elsewhere"], [], 1])
     lists.append([[*runs["scratch"], "--out", "nan"], [], 143])
     (tmp_path / "driver.py").write_text(DRIVER)
     (tmp_path / "runs.json").write_text(json.dumps(lists, default=str))
     answer = torchrun(tmp_path / "driver.py", tmp_path / "runs.json", tmp_path / "two")
     assert answer.returncode == 0 and "Warning" not in answer.stderr, answer.stderr[-6000:]
     errors = [line for line in answer.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 3 and all(map(operator.contains, errors, (
-        "seed differs: 0 for process 0", "the content of the file to train on differs", "process 1: annotation file")))
+    assert len(errors) == 4 and all(map(operator.contains, errors, (
+        "seed differs: 0 for process 0", "the content of the file to train on differs", "process 1: annotation file",
+        "the run in elsewhere is on")))
     two_folder = tmp_path / "two/0"
-    assert not list((tmp_path / "two/1").iterdir()) and not (two_folder / "bad").exists()
+    assert os.listdir(tmp_path / "two/1") == ["elsewhere"] and not (two_folder / "bad").exists()
     for name in runs:
         one, two = losses_of(tmp_path / "one" / name), losses_of(two_folder / name)
         difference = largest_difference(one, two)
