@@ -28,6 +28,7 @@ from formats.files import warn
 from formats.pictures import read_image
 
 STRIDE = 32            # batches are padded to a multiple of this, the stride of the backbone's last stage, in pixels
+ORDER = 1              # the version of TrainBatches' random choices; raise it with any change of them
 COMPILED_STRIDE = 128  # and to this with train.py --compile: fewer sizes, all divisible by the pyramid's strides
 
 # ----------------------------------------------------------------------------------------------- views

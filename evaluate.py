@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data import Batch, TestImages
 from formats.checkpoint import check_classes
 from formats.coco import NAMES, CocoBoxes, datasets, ground_truth
-from formats.files import CommandLine, one_line_errors
+from formats.files import CommandLine, UserError, one_line_errors
 from formats.pictures import check_sizes
 from model import Instances, Predictions, find_instances, load_model
 from tools import cityscapes_score
@@ -32,7 +32,7 @@ from tools.command_line import (AMP, RESCORE, go_together, input_size, model_opt
                                 print_table, probability, rescored, write_json)
 from tools.curves import draw_curves
 from tools.draw import sheet, sheet_rows
-from tools.processes import start_distributed
+from tools.processes import gathered, lasting_output, loaded, start_distributed
 from tools.quality import matches, report
 
 FIGURES = ["AP", "AP50", "AP75", "APs", "APm", "APl"]  # the first six numbers of COCOeval.stats
@@ -62,25 +62,30 @@ def over_images(model: torch.nn.Module, annotations: CocoBoxes, title: str,
     min_size and max_size: shorter and longest side of the input, pixels. Under torch.distributed each process takes
     every world_size-th batch, and all return the whole list. An image's padding depends on its batch, so whole batches
     are dealt out: the number of processes does not change the results. Raises DataError for an image that cannot be
-    decoded.
+    decoded. What is raised on one process ends the evaluation of all.
     """
     device = torch.device(device)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     indices = range(len(annotations))
     batches = [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)][rank::world_size]
-    loader = DataLoader(TestImages(annotations, min_size, max_size), batch_sampler=batches,
-                        collate_fn=TestImages.collate, num_workers=workers, worker_init_fn=worker_init_fn,
-                        pin_memory=device.type == "cuda")
+    images = TestImages(annotations, min_size, max_size)
+
+    def loader_from(i: int) -> DataLoader:
+        return DataLoader(images, batch_sampler=batches[i:], collate_fn=TestImages.collate, num_workers=workers,
+                          worker_init_fn=worker_init_fn, pin_memory=device.type == "cuda")
+
     silent = True if rank or not progress else None  # None: silent unless stderr is a terminal
-    found, was_training = [], model.training
+    found, problem, was_training = [], None, model.training
     model.eval()
     try:
-        for batch in tqdm(loader, desc=title, unit="batch", disable=silent):
+        for batch in tqdm(loaded(loader_from, 0, len(batches)), title, len(batches), unit="batch", disable=silent):
             batch = batch.to(device)
             found.append(work(model(batch.images, batch.sizes), batch))
+    except Exception as error:  # the others must not wait for this process
+        problem = error
     finally:
         model.train(was_training)
-    return gather(found)
+    return gather(found, problem)
 
 
 def coco_results(image_id: int, instances: Instances, classes: list[dict]) -> list[dict]:
@@ -92,12 +97,15 @@ def coco_results(image_id: int, instances: Instances, classes: list[dict]) -> li
              "segmentation": rle} for label, score, box, rle in rows]
 
 
-def gather(found: list[list]) -> list:
-    """Join the results of all batches: batch k of process r is batch k * world_size + r of all."""
-    everyone = [found]
-    if dist.is_initialized():
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, found)
+def gather(found: list[list], problem: Exception | None = None) -> list:
+    """Join the results of all batches: batch k of process r is batch k * world_size + r of all. Raises `problem`, or
+    UserError for that of another process."""
+    everyone = gathered(found if problem is None else str(problem), "the predictions of all processes")
+    if problem is not None:
+        raise problem
+    for rank, results in enumerate(everyone):
+        if isinstance(results, str):
+            raise UserError(f"process {rank}: {results}")
     return [result for k in range(len(everyone[0]))  # the first process has the most batches
             for batches in everyone if k < len(batches) for result in batches[k]]
 
@@ -232,6 +240,7 @@ def write_outputs(args: argparse.Namespace, annotations: CocoBoxes, results: lis
     if not len(annotations.boxes):
         print(f"{annotations.no_box}; no AP")
     metrics = coco_metrics(annotations.json_path, results)
+    write_json(args.metrics, metrics)  # before anything else may fail
     print_tables(metrics)
     if args.score_quality:
         metrics["score_quality"] = report(pairs, args.score_quality)
@@ -251,7 +260,7 @@ def write_outputs(args: argparse.Namespace, annotations: CocoBoxes, results: lis
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    with one_line_errors():
+    with lasting_output(), one_line_errors():
         if args.curves:
             path, *runs = args.curves
             output_file(path)

@@ -314,8 +314,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "OUT/tensorboard (pip install tensorboard)")
 
     args = parser.parse_args(argv)
-    # if a process dies, torchrun restarts all with the same arguments: then the run is resumed
-    args.fresh = args.fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    # torchrun restarts processes, and Slurm a job, with the same arguments: then the run is resumed
+    restarts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    args.fresh = args.fresh and all(os.environ.get(name, "0") == "0" for name in restarts)
     args.chosen_from = None  # of a small set
     if args.schedule or args.data in PAPER_SETS and not args.train_json:
         use_paper(args)

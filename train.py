@@ -21,6 +21,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ from torch.utils.data import DataLoader
 
 import teacher
 from boxteacher import Step, boxteacher_losses, condinst_losses, total_loss
-from data import COMPILED_STRIDE, STRIDE, Batch, TrainBatches
+from data import COMPILED_STRIDE, ORDER, STRIDE, Batch, TrainBatches, canvas_of
 from evaluate import coco_metrics, evaluate, print_tables
 from formats import checkpoint
 from formats.checkpoint import CheckpointError
@@ -43,14 +44,21 @@ from formats.pictures import check_sizes, undecodable_limit
 from formats.released import read_backbone, summary
 from model import PIXEL_STD, CondInst, build_model, rescores
 from recipe import RECIPES, choose, learning_rate, make_plan, parse_arguments, ramp_factor
-from tools.command_line import image_words, output_file, pick_amp
-from tools.log import Log, draw_sheet, summary_writer
-from tools.processes import StopSignals, ending_loaders, ignore_signals, start_distributed
+from tools.command_line import image_words, pick_amp
+from tools.log import Log, draw_sheet, evaluated_at, summary_writer
+from tools.processes import (Patient, StopSignals, agreed, check_first, ending_loaders, from_first, gathered,
+                             ignore_signals, lasting_output, loaded, lock, open_folder, same_command, same_data,
+                             same_everywhere, start_distributed, together)
 from tools.quality import measure
 
 # the DDP option that copies the buffers of process 0 to the others in each forward pass; torch 2.14 renamed it
 SYNC_BUFFERS = next(name for name in ("forward_sync_buffers", "broadcast_buffers")
                     if name in inspect.signature(DistributedDataParallel).parameters)
+
+
+# options that may differ between the machines of a run: their files lie elsewhere, or process 0 alone uses them
+OF_A_MACHINE = ("data", "train_json", "train_images", "val_json", "val_images", "out", "init", "backbone_weights",
+                "device", "fresh", "workers", "tensorboard")
 
 
 class TrainingError(UserError):
@@ -112,15 +120,6 @@ def train_step(run: "Run", batches: list[Batch], iteration: int, stop_asked: boo
     return StepResult(losses, counts, norm, finite, broken, not go_on)
 
 
-def agreed(*flags: Tensor | bool) -> list[bool]:
-    """For each flag, whether it holds on all processes. The host waits here for the device."""
-    device = next(flag.device for flag in flags if isinstance(flag, Tensor))
-    together = torch.stack([torch.as_tensor(flag, device=device) for flag in flags]).float()
-    if dist.is_initialized():
-        dist.all_reduce(together, dist.ReduceOp.MIN)
-    return together.bool().tolist()
-
-
 # ------------------------------------------------------------------------------------------------------ the run
 
 
@@ -131,20 +130,21 @@ class Run:
                  device: torch.device):
         self.args, self.classes = args, annotations.classes
         self.out, self.iteration = Path(args.out), 0
+        self.rank, self.world_size, self.device = rank, world_size, device
         # the weights to resume or start from, and the conventions of the network that they were trained in
-        state = None if args.fresh else checkpoint.load_latest(self.out)
-        start = checkpoint.load(args.init, PIXEL_STD) if state is None and args.init else None
+        state, start = self.first_reads(lambda: starting_points(args))
         source = (state or start or {"model": {}})["model"]
         self.choices = choose(args, annotations, source, state and state["config"])
         self.plan = make_plan(args.batch_size, args.optimizer, args.schedule, args.iters, args.lr, args.lr_decay,
                               args.warmup, args.ramp)
-        self.rank, self.world_size, self.device = rank, world_size, device
+        same_everywhere({name: value for name, value in self.config().items() if name not in OF_A_MACHINE})
         self.amp_dtype = pick_amp(args.amp, device)
         self.spec = {"backbone": args.backbone, "num_classes": len(self.classes), "channels": args.channels,
                      "frozen": args.backbone_weights != "none"}
         backbone = None
         if state is None and start is None and args.backbone_weights != "none":
-            backbone, self.spec["stride_in_1x1"] = load_backbone(args.backbone, args.backbone_weights)
+            backbone, self.spec["stride_in_1x1"] = self.first_reads(
+                lambda: load_backbone(args.backbone, args.backbone_weights))
         self.spec |= {key: source[key] for key in ("mask_channels", "stride_in_1x1") if key in source}
 
         torch.manual_seed(args.seed)
@@ -179,6 +179,13 @@ class Run:
         if world_size > 1:
             self.student = DistributedDataParallel(self.model, [device] if device.type == "cuda" else None,
                                                    gradient_as_bucket_view=True, **{SYNC_BUFFERS: False})
+
+    def first_reads(self, read: Callable):
+        """What `read` returns on process 0, on all: they may be on machines that share no folder."""
+        what = "process 0 to read a checkpoint"
+        with together(what):
+            content = read() if self.rank == 0 else None
+        return from_first(content, what)
 
     def losses(self, batch: Batch) -> Step:
         """The losses of --method; boxinst is boxteacher without a teacher."""
@@ -225,14 +232,20 @@ class Run:
                     print(f"{option} {value} is not used: the run continues with its own weights; --fresh starts anew")
 
     def config(self) -> dict:
-        """All options as plain types, and the size to test at, which is the teacher's."""
+        """All options as plain types, the size to test at, which is the teacher's, and how images are drawn."""
         plain = (int, float, str, list, type(None))
         options = {k: v if isinstance(v, plain) else str(v) for k, v in vars(self.args).items()}
-        return options | {"test_min_size": self.args.teacher_min_size, "test_max_size": self.args.teacher_max_size}
+        return options | {"test_min_size": self.args.teacher_min_size, "test_max_size": self.args.teacher_max_size,
+                          "order": ORDER}
 
     def save(self) -> None:
-        """Write last.pt, and final.pt at the end. Only the first process writes; all have the same state."""
-        if self.rank == 0:
+        """Write last.pt, and final.pt at the end. Only the first process writes; all have the same state.
+
+        Where it cannot, all processes raise UserError, and the last good checkpoint stays.
+        """
+        with together("process 0 to write a checkpoint"):
+            if self.rank > 0:
+                return
             state = {"model": self.spec, "classes": self.classes, "method": self.args.method, "config": self.config(),
                      "iteration": self.iteration, "torch": str(torch.__version__), "student": self.model.state_dict(),
                      "teacher": None if self.teacher is None else self.teacher.state_dict()}
@@ -240,8 +253,12 @@ class Run:
                 checkpoint.save(state, self.out / "final.pt")
             checkpoint.save(state | {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()},
                             self.out / "last.pt", self.out / "previous.pt")
-        if self.world_size > 1:
-            dist.barrier()
+
+
+def starting_points(args: argparse.Namespace) -> tuple[dict | None, dict | None]:
+    """The state of the run to go on with and that of --init, each None without one."""
+    state = None if args.fresh else checkpoint.load_latest(args.out)
+    return state, checkpoint.load(args.init, PIXEL_STD) if state is None and args.init else None
 
 
 def initialise(model: CondInst, classes: list[dict], state: dict, path: str | Path) -> None:
@@ -287,21 +304,26 @@ def start_backbone(backbone: nn.Module, weights: dict, name: str, source: str) -
 
 
 def evaluate_and_draw(run: Run, log: Log, annotations: CocoBoxes, validation: CocoBoxes | None) -> None:
-    """Draw masks on training images and evaluate, uncompiled: these images are not padded to few sizes."""
+    """Draw masks on training images and evaluate, uncompiled: these images are not padded to few sizes. Training goes
+    on, whatever fails."""
     args, teacher_size = run.args, (run.args.teacher_min_size, run.args.teacher_max_size)
     with torch.compiler.set_stance("force_eager") if args.compile else contextlib.nullcontext():
         if run.rank == 0:
             draw_sheet(run.out / f"labels-{run.iteration:07}.png", f"their masks at iteration {run.iteration}",
                        run.evaluated(), annotations, score=args.score, min_sizes=args.min_size,
                        max_size=args.max_size, teacher_size=teacher_size)
-        if validation is not None:
-            results = evaluate(run.evaluated(), validation, min_size=teacher_size[0], max_size=teacher_size[1],
-                               rescore=rescores(args.method), workers=args.workers, device=run.device,
-                               worker_init_fn=ignore_signals)
-            if run.rank == 0:
-                metrics = coco_metrics(validation.json_path, results)
-                print_tables(metrics)
-                log.evaluation(run.iteration, metrics)
+        try:
+            if validation is not None:
+                results = evaluate(run.evaluated(), validation, min_size=teacher_size[0], max_size=teacher_size[1],
+                                   rescore=rescores(args.method), workers=args.workers, device=run.device,
+                                   worker_init_fn=ignore_signals)
+                if run.rank == 0:
+                    metrics = coco_metrics(validation.json_path, results)
+                    log.evaluation(run.iteration, metrics)
+                    print_tables(metrics)
+        except Exception as error:  # of any kind: a broken image, out of memory
+            warn(f"no evaluation at iteration {run.iteration}: {checkpoint.first_line(error)}")
+    gathered(None, "process 0 to compute AP")
     log.reset()  # this time is not that of an iteration
 
 
@@ -331,20 +353,44 @@ def report_nonfinite(run: Run, batches: list[Batch], result: StepResult) -> None
                         f"losses are in {path}; a smaller --lr, a longer --warmup or --clip-grad 10 usually help")
 
 
-def train(run: Run, batches: TrainBatches, validation: CocoBoxes | None, signals: StopSignals) -> int:
-    """Train from run.iteration to the end. Returns the signal that stopped the loop, or 0."""
+def load_step(run: Run, micro_batches: Iterator[Batch], broken: set[str], images: int) -> list[Batch]:
+    """The micro-batches of a step. Where they cannot be loaded, the run is saved and the error raised on all
+    processes."""
+    problem = None
+    try:
+        micro = [batch.to(run.device) for batch in itertools.islice(micro_batches, run.args.accumulate)]
+        check_skipped(micro, broken, images)
+    except (UserError, OSError) as error:
+        problem = error
+    if run.world_size > 1 and not all(agreed(torch.tensor(problem is None, device=run.device))) or problem:
+        run.save()
+        with together("the images of a step"):
+            if problem is not None:
+                raise problem
+    return micro
+
+
+def train(run: Run, batches: TrainBatches, validation: CocoBoxes | None, signals: StopSignals, evaluating: bool) -> int:
+    """Train from run.iteration to the end, after an evaluation if one is missing: `evaluating`. Returns the signal that
+    stopped the loop, or 0."""
     args, plan, k = run.args, run.plan, run.args.accumulate
-    loader = DataLoader(batches, batch_size=None, sampler=range(run.iteration * k, plan.iterations * k),
-                        num_workers=args.workers, collate_fn=TrainBatches.collate, worker_init_fn=ignore_signals,
-                        pin_memory=run.device.type == "cuda")
+    stop, images = plan.iterations * k, Patient(batches, batches.annotations.image_dir)
+
+    def loader_from(i: int) -> DataLoader:
+        return DataLoader(images, batch_size=None, sampler=range(i, stop), num_workers=args.workers,
+                          collate_fn=TrainBatches.collate, worker_init_fn=ignore_signals,
+                          pin_memory=run.device.type == "cuda")
+
     undecodable, broken_in_a_row = set(), 0
-    log = Log(run.out, plan.iterations, run.iteration, run.rank, run.world_size, args.tensorboard)
-    micro_batches = iter(loader)
+    with together("process 0 to open the log"):
+        log = Log(run.out, plan.iterations, run.iteration, run.rank, run.world_size, args.tensorboard)
+    if evaluating:
+        evaluate_and_draw(run, log, batches.annotations, validation)
+    micro_batches = loaded(loader_from, run.iteration * k, stop)
     while run.iteration < plan.iterations:
         start = time.perf_counter()
-        micro = [batch.to(run.device) for batch in itertools.islice(micro_batches, k)]
+        micro = load_step(run, micro_batches, undecodable, len(batches.annotations))
         waited = time.perf_counter() - start
-        check_skipped(micro, undecodable, len(batches.annotations))
 
         result = train_step(run, micro, run.iteration, bool(signals.asked))
         broken_in_a_row = broken_in_a_row + 1 if result.broken else 0
@@ -391,23 +437,18 @@ def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoBoxes, CocoBoxes
 
 
 def training_batches(args: argparse.Namespace, annotations: CocoBoxes, rank: int, world_size: int) -> TrainBatches:
+    """Raises UserError."""
     teacher_size = (args.teacher_min_size, args.teacher_max_size) if args.method == "boxteacher" else None
-    return TrainBatches(annotations, batch_size=args.batch_size // args.accumulate, min_sizes=args.min_size,
-                        max_size=args.max_size, teacher_size=teacher_size, augment=args.augment, seed=args.seed,
-                        rank=rank, world_size=world_size, stride=COMPILED_STRIDE if args.compile else STRIDE)
-
-
-def open_out(args: argparse.Namespace, rank: int) -> None:
-    """Make the run folder. With --fresh an earlier one is renamed to OUT.1, OUT.2, ..."""
-    out = Path(args.out)
-    if rank == 0:
-        if args.fresh and out.exists():
-            aside = next(p for i in itertools.count(1) if not (p := out.with_name(f"{out.name}.{i}")).exists())
-            out.rename(aside)
-            print(f"moved {out} to {aside}")
-        output_file(str(out / "last.pt"))
-    if dist.is_initialized():
-        dist.barrier()
+    batches = TrainBatches(annotations, batch_size=args.batch_size // args.accumulate, min_sizes=args.min_size,
+                           max_size=args.max_size, teacher_size=teacher_size, augment=args.augment, seed=args.seed,
+                           rank=rank, world_size=world_size, stride=COMPILED_STRIDE if args.compile else STRIDE)
+    sizes = [(size, args.max_size) for size in args.min_size] + [teacher_size] * (teacher_size is not None)
+    if args.backbone_weights == "none" and batches.batch_size == 1 and any(
+            canvas_of([batches.resized_size(i, *size)], batches.stride) == (STRIDE, STRIDE)
+            for size in sizes if min(size) <= STRIDE for i in range(len(annotations))):
+        raise UserError(f"an image of {STRIDE} pixels alone in its batch is a single value for the last batch norm, "
+                        f"which learns from more: --batch-size {2 * args.accumulate}, or larger sizes")
+    return batches
 
 
 def describe(run: Run, annotations: CocoBoxes) -> None:
@@ -436,31 +477,49 @@ def next_command(run: Run, annotations: CocoBoxes, validation: CocoBoxes | None)
     return shlex.join(["python", program, "--ckpt", str(run.out / "final.pt"), *files, *image_words(run.args)])
 
 
+def unfinished(run: Run, validation: CocoBoxes | None) -> bool:
+    """Whether the evaluation of the iteration that a run goes on from is missing: it was killed meanwhile."""
+    due = run.iteration == run.plan.iterations or run.iteration % run.args.eval_every == 0
+    return due and run.iteration > 0 and validation is not None and not evaluated_at(run.out, run.iteration)
+
+
 def main(argv: list[str] | None = None) -> None:
     args, stopped_by = parse_arguments(argv), 0
-    with ending_loaders(), one_line_errors():
+    with lasting_output(), ending_loaders(), one_line_errors(), contextlib.ExitStack() as held:
         if args.tensorboard:
             summary_writer()  # raises before anything is done, on all processes alike
         rank, world_size, device = start_distributed(args.device)
-        annotations, validation = open_data(args, rank)
-        run = Run(args, annotations, rank, world_size, device)
-        batches = training_batches(args, annotations, rank, world_size)  # raises before anything is written
-        open_out(args, rank)
-        if rank == 0:
-            describe(run, annotations)
-        if run.iteration < run.plan.iterations:
-            with StopSignals() as signals:
-                stopped_by = train(run, batches, validation, signals)
-        elif not (run.out / "final.pt").exists():  # --iters is now below the iterations that are done
+        signals = held.enter_context(StopSignals())
+        with together("all processes to read the annotations"):
+            annotations, validation = open_data(args, rank)
+        same_data(annotations, validation)
+        check_first(args.out)
+        with together("process 0 to prepare the run"):
+            locked = rank == 0 and os.path.isdir(args.out)
+            if locked:
+                held.enter_context(lock(args.out))
+        with together("all processes to prepare the run"):
+            run = Run(args, annotations, rank, world_size, device)
+            batches = training_batches(args, annotations, rank, world_size)  # raises before anything is written
+        with together("process 0 to prepare the run"):
+            if rank == 0:
+                open_folder(run.out, args.fresh, held, locked)
+                describe(run, annotations)
+        complete = run.iteration >= run.plan.iterations
+        evaluating, saving = from_first((unfinished(run, validation), complete and not (run.out / "final.pt").exists()),
+                                        "process 0 to look at the run")
+        if saving:  # --iters is now below the iterations that are done
             run.save()
+        if evaluating or not complete:
+            stopped_by = train(run, batches, validation, signals, evaluating)
         if rank == 0 and not stopped_by:
             print(f"{run.out} is complete: {run.iteration} iterations; {next_command(run, annotations, validation)}")
         if dist.is_initialized():
             dist.destroy_process_group()
-    if stopped_by:
-        if rank == 0:
-            print(f"stopped at iteration {run.iteration}, saved: the same command continues from there")
-        sys.exit(128 + stopped_by)
+        if stopped_by:
+            if rank == 0:
+                print(f"stopped at iteration {run.iteration}, saved; to go on: {same_command(argv or sys.argv[1:])}")
+            sys.exit(128 + stopped_by)
 
 
 if __name__ == "__main__":

@@ -33,13 +33,18 @@ def printable(text: object) -> str:
     return re.sub(unsafe, lambda found: ascii(found[0])[1:-1], str(text))
 
 
+class SaidElsewhere(UserError):
+    """Ends this process because another one of the same run fails, which says why."""
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """For a program's main: a UserError or OSError ends it with one line on stderr and exit status 1."""
     try:
         yield
     except (UserError, OSError) as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
+        if not isinstance(error, SaidElsewhere):
+            print(printable(f"error: {error}"), file=sys.stderr)
         sys.exit(1)
 
 

@@ -251,3 +251,11 @@ def test_the_batch_must_divide_among_processes_and_micro_steps(monkeypatch, caps
     with pytest.raises(SystemExit) as end:
         parse_arguments("--batch-size 12 --accumulate 2".split())
     assert end.value.code == 2 and "--batch-size must be a multiple" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_restart_with_the_same_arguments_resumes(monkeypatch, name):
+    monkeypatch.setenv(name, "0")
+    assert parse_arguments(["--fresh"]).fresh
+    monkeypatch.setenv(name, "1")
+    assert not parse_arguments(["--fresh"]).fresh

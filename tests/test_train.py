@@ -5,6 +5,7 @@ model, because an untrained teacher finds nothing and its losses are zero. Resum
 """
 import json
 import math
+import operator
 import os
 import signal
 import subprocess
@@ -495,12 +496,12 @@ def test_an_unwritable_run_folder_is_one_line(drawn, tmp_path, capsys):
 
 # ---------------------------------------------------------------------------------------------- two processes
 
-# Runs train.main for each list of options in a file, under torchrun, and compares the weights of the two
-# processes after each; in the last run the second process alone meets a loss that is not finite, then a
-# signal to stop. All runs share one process group: torch hangs now and then where a group is started anew
-# under the same torchrun.
+# Runs train.main for the options in a file, under torchrun, and compares the weights of the two processes after each.
+# Each process works in a folder of its own, as on two machines that share none. In the last run the second process
+# alone meets a loss that is not finite, then a signal to stop. All runs share one process group: torch hangs now and
+# then where a group is started anew under the same torchrun.
 DRIVER = """
-import faulthandler, json, sys
+import faulthandler, json, os, sys
 import torch, torch.distributed as dist
 import train
 
@@ -509,6 +510,8 @@ torch.set_num_threads(1)
 destroy, original, step = dist.destroy_process_group, train.Run.losses, train.train_step
 group = train.start_distributed(torch.device("cpu"))
 calls, runs = [], json.loads(open(sys.argv[1]).read())
+os.makedirs(f"{sys.argv[2]}/{group[0]}", exist_ok=True)
+os.chdir(f"{sys.argv[2]}/{group[0]}")
 
 class Run(train.Run):
     def __init__(self, *rest):
@@ -535,13 +538,16 @@ def compare():
                 assert torch.equal(low, high), f"{name} differs between the processes"
 
 train.Run, train.start_distributed, dist.destroy_process_group = Run, lambda device: group, compare
-for number, options in enumerate(runs, 1):
-    if number == len(runs):
+for options, of_second, expected in runs:
+    status = 0
+    if expected == 143:
         train.Run.losses, train.train_step = losses, train_step
     try:
-        train.main(options)
+        train.main([str(word) for word in (*options, *(of_second if group[0] else []))])
     except SystemExit as end:
-        assert end.code == 143 and number == len(runs) and train.last_run.iteration == 4, end.code
+        status = end.code
+    assert status == expected, (options, status)
+assert train.last_run.iteration == 4
 del train.last_run  # nothing that uses the group may outlive it
 dist.barrier()
 destroy()
@@ -566,7 +572,8 @@ def largest_difference(one: list[dict], two: list[dict]) -> float:
 
 
 def test_two_processes_are_one_process_with_the_same_batch(drawn, warm, tmp_path):
-    """From scratch (batch norm over both), with pseudo masks, and for all methods with no box on one, and on both."""
+    """From scratch (batch norm over both), resumed, with pseudo masks, and for all methods with no box on one, and on
+    both. Where the two are told different things, both end before the first step."""
     def change(content):
         content["images"] = content["images"][:4]
         content["annotations"] = [a for a in content["annotations"] if a["image_id"] == 1]
@@ -578,20 +585,33 @@ def test_two_processes_are_one_process_with_the_same_batch(drawn, warm, tmp_path
     for method in LOSSES:
         runs[method] = [*only_training(lone), *SMALL, "--iters", 3, "--init", warm, "--method", method,
                         "--batch-size", 2]
-    for name, options in runs.items():
+    (tmp_path / "other.json").write_text((drawn / "annotations/instances_train2017.json").read_text() + " ")
+    commands = [*runs.items(), ("scratch", [*runs["scratch"], "--iters", 7])]
+    for name, options in commands:
         assert command(*options, "--out", tmp_path / "one" / name) == 0
-    lists = [[*map(str, options), "--out", str(tmp_path / "two" / name)] for name, options in runs.items()]
-    lists.append([*map(str, runs["scratch"]), "--out", str(tmp_path / "two/nan")])
+    lists = [[[*options, "--out", name], [], 0] for name, options in commands]
+    lists += [[[*runs["scratch"], "--out", "bad"], different, 1]
+              for different in (["--seed", 1], ["--train-json", tmp_path / "other.json"], ["--train-json", "missing"])]
+    (tmp_path / "two/1/elsewhere").mkdir(parents=True)
+    (tmp_path / "two/1/elsewhere/last.pt").touch()
+    lists.append([[*runs["scratch"], "--out", "elsewhere"], [], 1])
+    lists.append([[*runs["scratch"], "--out", "nan"], [], 143])
     (tmp_path / "driver.py").write_text(DRIVER)
-    (tmp_path / "runs.json").write_text(json.dumps(lists))
-    answer = torchrun(tmp_path / "driver.py", tmp_path / "runs.json")
+    (tmp_path / "runs.json").write_text(json.dumps(lists, default=str))
+    answer = torchrun(tmp_path / "driver.py", tmp_path / "runs.json", tmp_path / "two")
     assert answer.returncode == 0 and "Warning" not in answer.stderr, answer.stderr[-6000:]
+    errors = [line for line in answer.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 4 and all(map(operator.contains, errors, (
+        "seed differs: 0 for process 0", "the content of the file to train on differs", "process 1: annotation file",
+        "the run in elsewhere is on")))
+    two_folder = tmp_path / "two/0"
+    assert os.listdir(tmp_path / "two/1") == ["elsewhere"] and not (two_folder / "bad").exists()
     for name in runs:
-        one, two = losses_of(tmp_path / "one" / name), losses_of(tmp_path / "two" / name)
+        one, two = losses_of(tmp_path / "one" / name), losses_of(two_folder / name)
         difference = largest_difference(one, two)
         print(f"{name}: one and two processes differ by {difference:.2e} of a loss")
         assert difference < 1e-3, name
     assert losses_of(tmp_path / "one/warm")[0]["pseudo_masks"] > 0
     assert {line["boxes"] > 0 for line in losses_of(tmp_path / "one/boxinst")} == {True, False}
-    assert (tmp_path / "two/warm/labels-0000005.png").exists()
-    assert [line["skipped_steps"] for line in losses_of(tmp_path / "two/nan")] == [0, 1, 0, 0]
+    assert (two_folder / "warm/labels-0000005.png").exists()
+    assert [line["skipped_steps"] for line in losses_of(two_folder / "nan")] == [0, 1, 0, 0]

@@ -48,6 +48,13 @@ def read_metrics(path: Path) -> list[tuple[str, dict[str, float]]]:
     return lines
 
 
+def evaluated_at(out: Path, iteration: int) -> bool:
+    """Whether the metrics.jsonl of a run folder has the figures of an evaluation at this iteration, as a whole line."""
+    path, start = out / "metrics.jsonl", json.dumps({"iter": iteration, "eval": {}})[:-2]
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return any(line.startswith(start) and line.endswith("}}}") for line in lines)
+
+
 def summary_writer() -> type:
     """TensorBoard's writer of event files. Raises UserError if its package is missing."""
     return optional("torch.utils.tensorboard", "--tensorboard").SummaryWriter
@@ -133,12 +140,22 @@ class Log:
         self.reset()  # the time of an evaluation is not that of iterations
 
     def record(self, iteration: int, figures: dict) -> None:
-        """Write a line of metrics.jsonl, and the same figures for TensorBoard (train/loss, segm/AP, ...)."""
-        self.file.write(json.dumps({"iter": iteration, **figures}) + "\n")
-        if self.writer is not None:
-            for name, value in scalars(figures.get("eval") or {"train": figures}).items():
-                self.writer.add_scalar(name, value, iteration)
-            self.writer.flush()  # by itself the writer keeps them for up to two minutes
+        """Write a line of metrics.jsonl, and the same figures for TensorBoard (train/loss, segm/AP, ...).
+
+        What cannot be written is a warning.
+        """
+        try:
+            self.file.write(json.dumps({"iter": iteration, **figures}) + "\n")
+        except OSError as error:  # the line stays in the buffer of the file, which the next one writes too
+            warn(f"{self.path} cannot be written: {error.strerror}; the run goes on")
+        try:
+            if self.writer is not None:
+                for name, value in scalars(figures.get("eval") or {"train": figures}).items():
+                    self.writer.add_scalar(name, value, iteration)
+                self.writer.flush()  # by itself the writer keeps them for up to two minutes
+        except Exception as error:  # of any kind: TensorBoard has its own
+            warn(f"nothing more is written for TensorBoard: {error}")
+            self.writer = None
 
 
 # ---------------------------------------------------------------------------------------------------- sheets

@@ -1,15 +1,42 @@
-"""The processes of a run: torchrun's group, signals to stop, loading processes."""
+"""The processes of a run: torchrun's group and what it agrees on, signals, loading processes, the lock of a folder.
+
+    together, same_everywhere    what is wrong on one process ends all of them, with one line
+    StopSignals                  a request to stop, as people and job managers send it
+    lasting_output               what people read may be lost, the run goes on
+    loaded, Patient              batches, whatever happens to loading processes and to the folder of the images
+    lock                         one run in a folder
+"""
 import contextlib
 import datetime
+import fcntl
+import hashlib
+import itertools
 import multiprocessing
 import os
+import re
+import shlex
 import signal
-from collections.abc import Iterator
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, _utils
 
-from formats.files import UserError
+from formats.coco import CocoBoxes
+from formats.files import SaidElsewhere, UserError, warn
+from tools.command_line import output_file
+
+STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # SIGUSR1: Slurm's warning of a time limit
+FORWARDED = 2    # seconds within which torchrun has forwarded a Ctrl-C, which its processes get themselves too
+SILENT = 60      # seconds that a process waits for others without saying so
+PATIENCE = 60    # seconds that the folder of the images may be away
+ATTEMPTS = 5     # times in a row that loading processes may die without a batch
 
 
 def start_distributed(device: torch.device) -> tuple[int, int, torch.device]:
@@ -27,16 +54,137 @@ def start_distributed(device: torch.device) -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
     # NCCL's limit of ten minutes is too short: the others wait while the first process computes AP
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=60))
+    with saying("all processes to start"):
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=60))
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def launcher() -> list[str]:
+    """The words before the program in the command that started this process: python, or torchrun and its options. On
+    several machines that is the first one's command; the others have another --node_rank."""
+    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ["python"]
+    words = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
+    if machines != "1":
+        words += [f"--nnodes={machines}", "--node_rank=0", f"--master_addr={os.environ['MASTER_ADDR']}",
+                  f"--master_port={os.environ['MASTER_PORT']}"]
+    return words
+
+
+def same_command(options: list[str]) -> str:
+    """The command that goes on with this run, given the options of this one."""
+    options = [word for word in options if not (word.startswith("--f") and "--fresh".startswith(word))]
+    return shlex.join([*launcher(), sys.argv[0], *options])
+
+
+# -------------------------------------------------------------------------------------- what processes agree on
+
+
+@contextlib.contextmanager
+def saying(what: str) -> Iterator[None]:
+    """Says what this process waits for in the block, once that has taken SILENT seconds. Two processes of each machine
+    do: the others wait for the same."""
+    line = f"process {os.environ.get('RANK', 0)} on {socket.gethostname()} waits for {what}"
+    timer = threading.Timer(SILENT, lambda: print(line, file=sys.stderr, flush=True))
+    timer.daemon = True
+    if int(os.environ.get("LOCAL_RANK", 0)) < 2:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def gathered(value, what: str) -> list:
+    """The values of all processes, in the order of their ranks. what: see `saying`."""
+    everyone = [value]
+    if dist.is_initialized():
+        everyone *= dist.get_world_size()
+        with saying(what):
+            dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def from_first(value, what: str):
+    """The value of process 0, on all processes. what: see `saying`."""
+    holder = [value]
+    if dist.is_initialized():
+        with saying(what):
+            dist.broadcast_object_list(holder)
+    return holder[0]
+
+
+@contextlib.contextmanager
+def together(what: str) -> Iterator[None]:
+    """All processes leave the block together. A UserError or OSError within it is raised on all of them, and said by
+    process 0 alone. A process that may fail alone must not wait for others within the block. what: see `saying`.
+    """
+    problem = None
+    try:
+        yield
+    except (UserError, OSError) as error:
+        problem = error
+    problems = gathered(None if problem is None else str(problem), what)
+    wrong = [rank for rank, text in enumerate(problems) if text is not None]
+    if not wrong:
+        return
+    if problems[0] is None:
+        problems[0] = f"process {wrong[0]}: {problems[wrong[0]]}"
+    if dist.is_initialized() and dist.get_rank() > 0:
+        raise SaidElsewhere(problems[0])
+    raise problem or UserError(problems[0])
+
+
+def same_everywhere(facts: dict[str, object]) -> None:
+    """Compare facts, {name: value}, over all processes; raises UserError on all of them where one differs."""
+    everyone = gathered((socket.gethostname(), facts), "all processes to say what they train on")
+    host, first = everyone[0]
+    with together("the comparison of all processes"):
+        for rank, (other, theirs) in enumerate(everyone):
+            for name in first | theirs:
+                one, two = first.get(name), theirs.get(name)
+                if one != two:
+                    raise UserError(f"{name} differs: {str(one)[:80]} for process 0 on {host}, {str(two)[:80]} for "
+                                    f"process {rank} on {other}")
+
+
+def same_data(annotations: CocoBoxes, validation: CocoBoxes | None) -> None:
+    """Raises UserError on all processes unless they have read the same annotation files."""
+    facts = {"the number of images": len(annotations), "the number of boxes": len(annotations.boxes),
+             "the list of classes": [(c["id"], c["name"]) for c in annotations.classes]}
+    for split, purpose in ((annotations, "train"), (validation, "evaluate")):
+        if split is not None:
+            with open(split.json_path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            facts[f"the content of the file to {purpose} on"] = digest[:16]
+    same_everywhere(facts)
+
+
+def agreed(*flags: Tensor | bool) -> list[bool]:
+    """For each flag, whether it holds on all processes. The host waits here for the device."""
+    device = next((flag.device for flag in flags if isinstance(flag, Tensor)), None)
+    values = torch.stack([torch.as_tensor(flag, device=device) for flag in flags]).float()
+    if dist.is_initialized():
+        dist.all_reduce(values, dist.ReduceOp.MIN)
+    return values.bool().tolist()
+
+
+# ------------------------------------------------------------------------------------------- signals and output
+
+
 class StopSignals:
-    """Remembers a SIGTERM or SIGINT, so that the current step is finished and saved. A second one ends at once."""
+    """Remembers a signal of STOP, so that the current step is finished and saved.
+
+    Schedulers signal every process of a job and torchrun forwards what it gets: more signals are the same request. Only
+    the second Ctrl-C of a person ends the process at once. A SIGHUP that is ignored (nohup) stays so.
+    """
 
     def __enter__(self) -> "StopSignals":
-        self.asked = 0
-        self.before = {number: signal.signal(number, self.remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.asked, self.interrupted = 0, None
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        self.before = {number: signal.signal(number, self.remember) for number in STOP
+                       if not (ignored and number == signal.SIGHUP)}
         return self
 
     def __exit__(self, *_) -> None:
@@ -44,15 +192,63 @@ class StopSignals:
             signal.signal(number, handler)
 
     def remember(self, number: int, frame) -> None:
-        self.asked = number
-        signal.signal(number, signal.SIG_DFL)
+        self.asked = self.asked or number
+        if number == signal.SIGINT:
+            now, first = time.monotonic(), self.interrupted
+            self.interrupted = first or now
+            if first is not None and (now - first > FORWARDED or "RANK" not in os.environ):
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
 
 
 def ignore_signals(worker: int) -> None:
     """Initialise a worker of a training run: torchrun, Slurm and Ctrl-C signal workers too, but the current step or
     evaluation still needs their batches to finish."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP:
         signal.signal(number, signal.SIG_IGN)
+
+
+class Lasting:
+    """A stream that loses what cannot be written: its terminal or pipe is closed, its disk full."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # of a class, say, whose name the terminal cannot show
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, work: Callable, *arguments) -> None:
+        """After a failure the stream goes nowhere: what it still holds would fail again at the end of the process."""
+        try:
+            work(*arguments)
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """In the block, what is printed never ends the process (see Lasting)."""
+    with open(os.devnull, "w") as nowhere:
+        streams = Lasting(sys.stdout or nowhere), Lasting(sys.stderr or nowhere)  # None: closed from the start
+        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+            try:
+                yield
+            finally:
+                for stream in streams:
+                    stream.flush()
+
+
+# ----------------------------------------------------------------------------------------------------- loading
 
 
 @contextlib.contextmanager
@@ -65,3 +261,110 @@ def ending_loaders() -> Iterator[None]:
     finally:
         for child in set(multiprocessing.active_children()).difference(others):
             child.kill()
+
+
+def loaded(loader_from: Callable[[int], DataLoader], start: int, stop: int) -> Iterator:
+    """Items start to stop of a data set. If a loading process dies (killed, out of memory), all are started anew at the
+    next item. Raises UserError after ATTEMPTS of them without an item.
+
+    loader_from: called with the number of an item, makes a loader that begins there.
+    """
+    _utils.signal_handling._SIGCHLD_handler_set = True  # or torch raises that a process died in the middle of a step
+    failures = 0
+    while start < stop:
+        try:
+            for item in loader_from(start):
+                yield item
+                start, failures = start + 1, 0
+        except (RuntimeError, OSError, EOFError) as error:
+            if isinstance(error, RuntimeError) and not re.search("DataLoader worker .pid|in memory thread", str(error)):
+                raise
+            failures += 1
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            if failures == ATTEMPTS:
+                raise UserError(f"loading processes died {ATTEMPTS} times in a row ({reason}); less memory is needed "
+                                "with fewer --workers") from None
+            print(f"warning: {reason}; loading processes are started anew", file=sys.stderr, flush=True)
+
+
+class Patient(Dataset):
+    """TrainBatches that waits up to PATIENCE seconds for a folder of images that is away, as one on a network may be,
+    instead of taking its images for broken ones. Raises UserError after that time."""
+
+    def __init__(self, batches: Dataset, folder: str):
+        self.batches, self.folder = batches, folder
+
+    def __getitem__(self, k: int):
+        until = time.monotonic() + PATIENCE
+        with contextlib.suppress(UserError):
+            if not (batch := self.batches[k]).skipped:
+                return batch
+        while not listed(self.folder):
+            if time.monotonic() > until:
+                raise UserError(f"the images in {self.folder} have been away for {PATIENCE} seconds")
+            time.sleep(1)
+        return self.batches[k]
+
+
+def listed(folder: str) -> bool:
+    """Whether the folder can be read and has anything in it: the place of a lost mount is empty."""
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is not None
+    except OSError:
+        return False
+
+
+# ------------------------------------------------------------------------------------------------- run folders
+
+
+@contextlib.contextmanager
+def lock(folder: str | os.PathLike) -> Iterator[None]:
+    """Hold a folder in the block. Raises UserError where another process, of this machine or of another, holds it.
+
+    The system frees such a lock (fcntl's) when its process ends, however that ends; loading processes do not inherit
+    it. Where a file system has no locks, that is a warning.
+    """
+    with open(os.path.join(folder, "lock"), "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise UserError(f"a run is under way in {folder}: {file.read().strip() or 'it has just begun'}; wait for "
+                            "its end, or choose another --out") from None
+        except OSError as error:
+            warn(f"{folder} cannot be locked ({error.strerror}): start no second run in it")
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        with contextlib.suppress(OSError):  # the words are for people
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode())
+        try:
+            yield
+        finally:
+            os.ftruncate(file.fileno(), 0)
+
+
+def check_first(out: str | os.PathLike) -> None:
+    """Raises UserError on all processes where process 0 lacks a run that another one has: its machine has not been the
+    first one before, and they share no folder."""
+    found = gathered((os.path.exists(os.path.join(out, "last.pt")), socket.gethostname()), "all to look for a run")
+    others = [host for exists, host in found if exists]
+    with together("all to look for a run"):
+        if others and not found[0][0]:
+            raise UserError(f"the run in {out} is on {others[0]}, but process 0 is on {found[0][1]}: let the same "
+                            "machine be the first (--node_rank=0), or share the folder")
+
+
+def open_folder(out: Path, fresh: bool, held: contextlib.ExitStack, locked: bool) -> None:
+    """Make a run folder and lock it, unless it is locked, until `held` ends. With --fresh an earlier one is renamed to
+    OUT.1, OUT.2, ... Raises UserError."""
+    if fresh and out.exists():
+        aside = next(p for i in itertools.count(1) if not (p := out.with_name(f"{out.name}.{i}")).exists())
+        out.rename(aside)
+        print(f"moved {out} to {aside}")
+        locked = False
+    output_file(str(out / "last.pt"))
+    if not locked:
+        held.enter_context(lock(out))
+        if (out / "last.pt").exists():
+            raise UserError(f"another run has just begun in {out}")

@@ -1,0 +1,474 @@
+"""tools/processes.py: what processes agree on, signals, output, loading, the lock; and runs that meet such trouble.
+
+The same over thousands of iterations and a hundred kills: tests/storm.py, which is run by hand.
+"""
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
+
+import evaluate
+import train
+from formats import checkpoint
+from formats.checkpoint import load
+from formats.coco import DataError
+from formats.files import SaidElsewhere, UserError
+from helpers import SMALL, Looker, command, copy_set, losses_of, metrics, one_line_error, only_training
+from tools import processes
+from tools.processes import (Lasting, Patient, StopSignals, check_first, from_first, gathered, lasting_output, loaded,
+                             lock, open_folder, same_command, same_everywhere, together)
+
+
+def in_child(work) -> int:
+    """Call `work` in a forked process; returns its exit status, or minus the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        except Exception as error:  # noqa: a child must never return into pytest
+            print(repr(error), file=sys.stderr)
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+# -------------------------------------------------------------------------------------- what processes agree on
+
+
+def disagree(rank: int, port: int, folder: Path, answers) -> None:
+    """One of two processes: what it catches goes to `answers`."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    caught = []
+
+    def caught_from(work) -> None:
+        try:
+            work()
+            caught.append("nothing")
+        except UserError as error:
+            caught.append(f"{type(error).__name__}: {error}")
+
+    def fail_on(*ranks: int) -> None:
+        with together("a test"):
+            if rank in ranks:
+                raise UserError(f"wrong on {rank}")
+
+    def nested() -> None:
+        with together("a test"):
+            fail_on(1)
+
+    def over_images() -> None:
+        """An evaluation of two batches, of which process 1 cannot read its own."""
+        def work(predictions, batch):
+            if rank == 1:
+                raise ValueError("broken")
+            return []
+
+        batch = SimpleNamespace(to=lambda _: SimpleNamespace(images=None, sizes=None))
+        evaluate.TestImages, evaluate.loaded = lambda *_: None, lambda *_: [batch]
+        try:
+            evaluate.over_images(Looker(), [0, 1], "test", work, progress=False)
+        except ValueError as error:
+            caught.append(f"ValueError: {error}")
+
+    for work in (lambda: fail_on(), lambda: fail_on(0), lambda: fail_on(1), lambda: fail_on(0, 1), nested,
+                 lambda: same_everywhere({"size": 3, "order": [1, 2]}),
+                 lambda: same_everywhere({"size": 3, "order": [1, rank]}), lambda: check_first(folder / str(rank)),
+                 lambda: check_first(folder / str(1 - rank)), over_images):
+        caught_from(work)
+    caught.append([from_first({"state": torch.full((2,), rank)}, "a test")["state"].tolist(), gathered(rank, "a test")])
+    answers[rank] = caught
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_what_is_wrong_on_one_process_ends_all_and_one_says_it(tmp_path):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0/last.pt").touch()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    with context.Manager() as manager:
+        answers = manager.dict()
+        both = [context.Process(target=disagree, args=(rank, port, tmp_path, answers)) for rank in (0, 1)]
+        for process in both:
+            process.start()
+        for process in both:
+            process.join(100)
+        first, second = answers[0], answers[1]
+    host = socket.gethostname()
+    differs = f"order differs: [1, 0] for process 0 on {host}, [1, 1] for process 1 on {host}"
+    for caught in (first, second):
+        assert f": the run in {tmp_path}/1 is on {host}, but process 0 is on {host}: " in caught.pop(8)
+    assert first == ["nothing", "UserError: wrong on 0", "UserError: process 1: wrong on 1", "UserError: wrong on 0",
+                     "UserError: process 1: wrong on 1", "nothing", f"UserError: {differs}", "nothing",
+                     "UserError: process 1: broken", [[0, 0], [0, 1]]]
+    assert second == ["nothing", "SaidElsewhere: wrong on 0", "SaidElsewhere: process 1: wrong on 1",
+                      "SaidElsewhere: wrong on 0", "SaidElsewhere: process 1: wrong on 1", "nothing",
+                      f"SaidElsewhere: {differs}", "nothing", "ValueError: broken", "nothing", [[0, 0], [0, 1]]]
+    assert issubclass(SaidElsewhere, UserError)
+
+
+def test_a_long_wait_says_what_it_waits_for(monkeypatch, capfd):
+    monkeypatch.setattr(processes, "SILENT", 0.01)
+    with processes.saying("a miracle"):
+        time.sleep(0.3)
+    assert capfd.readouterr().err == f"process 0 on {socket.gethostname()} waits for a miracle\n"
+
+
+# ------------------------------------------------------------------------------------------- signals and output
+
+
+def send(*numbers: int) -> None:
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+def test_many_signals_are_one_request():
+    def work():
+        with StopSignals() as signals:
+            send(signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+            assert signals.asked == signal.SIGUSR1
+
+    assert in_child(work) == 0
+
+
+def test_a_second_ctrl_c_ends_at_once_but_not_the_one_that_torchrun_forwards(monkeypatch):
+    def work():
+        with StopSignals() as signals:
+            send(signal.SIGINT, signal.SIGINT)
+            assert signals.asked == signal.SIGINT
+
+    monkeypatch.delenv("RANK", raising=False)
+    assert in_child(work) == -signal.SIGINT
+    monkeypatch.setenv("RANK", "0")
+    assert in_child(work) == 0
+    monkeypatch.setattr(processes, "FORWARDED", -1)
+    assert in_child(work) == -signal.SIGINT
+
+
+def test_nohup_stays():
+    def work():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with StopSignals() as signals:
+            send(signal.SIGHUP)
+            assert not signals.asked and signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+
+    assert in_child(work) == 0
+
+
+def closed_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+@pytest.mark.parametrize("opened", [closed_pipe, lambda: open("/dev/full", "w")])
+def test_what_cannot_be_printed_is_lost(opened):
+    stream = Lasting(opened())
+    for _ in range(3):
+        print("x" * 10_000, file=stream, flush=True)
+    stream.stream.close()  # nothing is left that would fail at the end of the process
+
+
+def test_a_name_that_the_terminal_cannot_show(tmp_path, monkeypatch):
+    with open(tmp_path / "out", "w", encoding="ascii") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        with lasting_output():
+            print("café")
+    assert (tmp_path / "out").read_text() == "caf\\xe9\n"
+
+
+def test_output_that_was_closed_from_the_start(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with lasting_output():
+        print("x")
+        sys.stdout.write("x")
+
+
+def test_a_run_without_anywhere_to_print_ends_well(drawn, tmp_path):
+    options = map(str, [*only_training(drawn), "--out", tmp_path / "out", *SMALL, "--iters", 2])
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, train.__file__, *options], stdout=full, stderr=full)
+    assert done.returncode == 0 and (tmp_path / "out/final.pt").exists()
+
+
+def test_the_command_that_goes_on(monkeypatch):
+    for name in ("TORCHELASTIC_RUN_ID", "GROUP_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    options = ["--data", "my set", "--fresh", "--fr", "--iters", "4"]
+    assert same_command(options) == "python train.py --data 'my set' --iters 4"
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "a", "MASTER_PORT": "5",
+                        "GROUP_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert same_command(["--iters", "4"]) == "torchrun --nproc_per_node=8 train.py --iters 4"
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert same_command([]) == ("torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=a --master_port=5 "
+                                "train.py")
+
+
+# ----------------------------------------------------------------------------------------------------- loading
+
+
+class Deadly(Dataset):
+    """Its process dies at item 2: `times` times in all."""
+
+    def __init__(self, folder: Path, times: int):
+        self.folder, self.times = folder, times
+
+    def __getitem__(self, i: int) -> int:
+        died = len(list(self.folder.iterdir()))
+        if i == 2 and died < self.times:
+            (self.folder / str(died)).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return i
+
+
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_a_loading_process_that_dies_is_replaced(tmp_path, monkeypatch, capsys, attempts):
+    monkeypatch.setattr(processes, "ATTEMPTS", attempts)
+    images = Deadly(tmp_path, times=1)
+    found = loaded(lambda i: DataLoader(images, batch_size=None, sampler=range(i, 5), num_workers=1), 0, 5)
+    if attempts == 2:
+        assert list(found) == [0, 1, 2, 3, 4]
+        assert "loading processes are started anew" in capsys.readouterr().err
+    else:
+        with pytest.raises(UserError, match="died 1 times in a row"):
+            list(found)
+
+
+def test_a_mistake_of_the_program_is_not_taken_for_a_dead_process():
+    class Wrong(Dataset):
+        def __getitem__(self, i):
+            raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        list(loaded(lambda i: DataLoader(Wrong(), batch_size=None, sampler=range(i, 5)), 0, 5))
+
+
+class Mounted:
+    """Batches that need a folder; `skipped` is what a batch without it has."""
+
+    def __init__(self, folder: Path, skipped: list | None):
+        self.folder, self.skipped = folder, skipped
+
+    def __getitem__(self, k: int):
+        there = self.folder.is_dir() and any(self.folder.iterdir())
+        if not there and self.skipped is None:
+            raise DataError("100 images in a row cannot be decoded")
+        return SimpleNamespace(k=k, skipped=[] if there else self.skipped)
+
+
+@pytest.mark.parametrize("skipped", [None, ["a.jpg cannot be decoded"]])
+def test_a_folder_that_comes_back_is_waited_for(tmp_path, monkeypatch, skipped):
+    folder = tmp_path / "images"
+    waits = []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        folder.mkdir(exist_ok=True)  # a mount point is there before what it holds
+        if len(waits) == 3:
+            (folder / "a.jpg").touch()
+
+    monkeypatch.setattr(processes.time, "sleep", sleep)
+    batch = Patient(Mounted(folder, skipped), str(folder))[7]
+    assert (batch.k, batch.skipped, len(waits)) == (7, [], 3)
+
+
+def test_a_folder_that_stays_away_ends_the_run_after_it_has_saved(drawn, warm, tmp_path, monkeypatch, capsys):
+    data, once = copy_set(drawn, tmp_path / "set"), tmp_path / "once"
+    options = [*only_training(data), *SMALL, "--init", warm, "--iters", 4]
+    assert command(*options, "--out", once) == 0
+    step, images, away = train.train_step, data / "train2017", data / "away"
+
+    def step_and_lose(run, batches, iteration, stop):
+        if iteration == 1:
+            images.rename(away)
+        return step(run, batches, iteration, stop)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "PATIENCE", -1)
+        patch.setattr(train, "train_step", step_and_lose)
+        assert command(*options, "--out", tmp_path / "out") == 1
+    assert f"{images} have been away" in one_line_error(capsys)
+    assert load(tmp_path / "out/last.pt")["iteration"] == 2
+    away.rename(images)
+    assert command(*options, "--out", tmp_path / "out") == 0
+    assert losses_of(once) == losses_of(tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------------------- run folders
+
+
+def hold(folder: Path, ready: int) -> None:
+    with lock(folder):
+        os.write(ready, b"x")
+        time.sleep(100)
+
+
+def test_a_folder_is_held_until_its_process_dies(tmp_path):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            hold(tmp_path, writer)
+        finally:
+            os._exit(1)
+    assert os.read(reader, 1) == b"x"
+    with pytest.raises(UserError, match=f"a run is under way in {tmp_path}: process {child} on {socket.gethostname()} "
+                                        r"since \d{4}-"):
+        lock(tmp_path).__enter__()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with lock(tmp_path):
+        assert f"process {os.getpid()} " in (tmp_path / "lock").read_text()
+    assert (tmp_path / "lock").read_text() == ""
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(processes.fcntl, "lockf", no_locks)
+    with lock(tmp_path):
+        assert "cannot be locked (Operation not supported)" in capsys.readouterr().err
+
+
+def test_a_second_run_in_the_folder_is_refused(drawn, tmp_path, capsys, monkeypatch):
+    """Before it reads anything, also one that would move the folder aside, and one that began at the same moment."""
+    out = tmp_path / "out"
+    out.mkdir()
+    options = [*only_training(drawn), "--out", out, *SMALL, "--iters", 1]
+
+    def held(*_):
+        raise BlockingIOError
+
+    monkeypatch.setattr(processes.fcntl, "lockf", held)
+    monkeypatch.setattr(checkpoint, "load_latest", None)
+    for more in ([], ["--fresh"]):
+        assert command(*options, *more) == 1
+        assert f"a run is under way in {out}" in one_line_error(capsys)
+    assert [path.name for path in out.iterdir()] == ["lock"] and not (tmp_path / "out.1").exists()
+    monkeypatch.undo()
+    (out / "last.pt").touch()
+    with train.contextlib.ExitStack() as stack, pytest.raises(UserError, match="another run has just begun"):
+        open_folder(out, False, stack, locked=False)
+
+
+# --------------------------------------------------------------------------------- what must not end a run
+
+
+class Killed(BaseException):
+    """What a test raises where a process is killed."""
+
+
+def fail_at(monkeypatch, iteration: int, error: BaseException) -> None:
+    """Let the evaluation at an iteration fail."""
+    original = train.evaluate_and_draw
+
+    def evaluate_and_draw(run, *rest):
+        with monkeypatch.context() as patch:
+            if run.iteration == iteration:
+                patch.setattr(train, "evaluate", lambda *_, **__: (_ for _ in ()).throw(error))
+            original(run, *rest)
+
+    monkeypatch.setattr(train, "evaluate_and_draw", evaluate_and_draw)
+
+
+def evaluations(out: Path) -> list[int]:
+    return [line["iter"] for line in metrics(out) if "eval" in line]
+
+
+@pytest.mark.parametrize("iteration", [2, 4])
+def test_an_evaluation_that_fails_is_said_and_made_again_at_the_end(drawn, warm, tmp_path, monkeypatch, capsys,
+                                                                    iteration):
+    out = tmp_path / "out"
+    options = ["--data", drawn, "--out", out, *SMALL, "--init", warm, "--iters", 4, "--eval-every", 2]
+    with monkeypatch.context() as patch:
+        fail_at(patch, iteration, RuntimeError("out of\nmemory"))
+        assert command(*options) == 0
+    captured = capsys.readouterr()
+    assert captured.err == f"warning: no evaluation at iteration {iteration}: out of\n"
+    assert f"{out} is complete" in captured.out and evaluations(out) == [i for i in (2, 4) if i != iteration]
+    before = losses_of(out)
+    assert command(*options) == 0
+    assert evaluations(out) == ([4] if iteration == 2 else [2, 4]) and losses_of(out) == before
+
+
+@pytest.mark.parametrize("iteration", [2, 4])
+def test_an_evaluation_that_was_killed_is_made_again(drawn, warm, tmp_path, monkeypatch, iteration):
+    out = tmp_path / "out"
+    options = ["--data", drawn, "--out", out, *SMALL, "--init", warm, "--iters", 4, "--eval-every", 2]
+    with monkeypatch.context() as patch:
+        fail_at(patch, iteration, Killed())
+        with pytest.raises(Killed):
+            command(*options)
+    assert load(out / "last.pt")["iteration"] == iteration and iteration not in evaluations(out)
+    assert command(*options) == 0
+    assert evaluations(out) == [2, 4] and len(losses_of(out)) == 4
+    assert command(*options) == 0
+    assert evaluations(out) == [2, 4]
+
+
+def test_figures_are_in_their_file_before_they_are_printed(drawn, warm, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "print_tables", lambda _: seen.append(evaluations(tmp_path / "out")))
+    assert command("--data", drawn, "--out", tmp_path / "out", *SMALL, "--init", warm, "--iters", 1) == 0
+    assert seen == [[1]]
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(drawn, tmp_path, monkeypatch, capsys):
+    def full_log(*arguments):
+        log = train_log(*arguments)
+        log.file.close()
+        log.file = open("/dev/full", "w", buffering=1)
+        log.writer = SimpleNamespace(add_scalar=lambda *_: 1 / 0)
+        return log
+
+    train_log = train.Log
+    monkeypatch.setattr(train, "Log", full_log)
+    assert command(*only_training(drawn), "--out", tmp_path / "out", *SMALL, "--iters", 2) == 0
+    warnings = capsys.readouterr().err.splitlines()
+    assert sum("metrics.jsonl cannot be written: No space left" in line for line in warnings) == 2
+    assert sum("nothing more is written for TensorBoard" in line for line in warnings) == 1 and len(warnings) == 3
+    assert load(tmp_path / "out/final.pt")["iteration"] == 2
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_it(drawn, tmp_path, monkeypatch, capsys):
+    original, out = checkpoint.save, tmp_path / "out"
+
+    def save(state, path, *rest):
+        if state["iteration"] == 2:
+            raise OSError(28, "No space left on device", str(path))
+        original(state, path, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    options = [*only_training(drawn), "--out", out, *SMALL, "--iters", 4, "--checkpoint-every", 1]
+    assert command(*options) == 1
+    assert str(out / "last.pt") in one_line_error(capsys) and load(out / "last.pt")["iteration"] == 1
+
+
+def test_sizes_at_which_batch_norm_has_one_value(drawn, tmp_path, capsys):
+    small = ["--min-size", 32, "--max-size", 32, "--teacher-min-size", 32, "--teacher-max-size", 32]
+    options = [*only_training(drawn), *SMALL, "--iters", 1]
+    for number, sizes in enumerate((small, [*small[:4], *SMALL[-8:-2]], ["--teacher-min-size", 32])):
+        assert command(*options, *sizes, "--batch-size", 1, "--out", tmp_path / "out") == 1, number
+        assert "--batch-size 2" in one_line_error(capsys) and not (tmp_path / "out").exists()
+    assert command(*options, *small, "--batch-size", 2, "--out", tmp_path / "out") == 0
