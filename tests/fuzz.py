@@ -20,7 +20,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from formats.coco import CocoBoxes, DataError, ground_truth  # noqa: E402
+from formats.coco import CocoBoxes, ground_truth  # noqa: E402
 from formats.commands import main  # noqa: E402
 from formats.files import UserError  # noqa: E402
 from formats.pictures import check_sizes, find_images, load_image, read_header  # noqa: E402
@@ -33,7 +33,8 @@ VALUES = [None, True, -1, 0, 0.5, 2 ** 31 - 1, 2 ** 63, 10 ** 400, 1e308, float(
           {"size": [20, 30], "counts": "oVoV"}, {"size": [20, 30], "counts": [600, 2 ** 40, -2 ** 40]},
           {"size": [2 ** 30, 2 ** 30], "counts": [2 ** 60]}, {"size": [20, 30], "counts": [0] * 1000 + [600]}]
 PARTS = [b"\0", b"\xff" * 9, b"\x1b[2J", b"<" * 999, b"&a;" * 99, b"nan", b"1e999", b"-", b"9" * 5000, b"[" * 5000,
-         b"<!DOCTYPE a [<!ENTITY a 'b'>]>", b"<a>" * 5000, b"%!PS-Adobe-3.0", b"\n- &a [*a, *a]", b"\r", b"{", b"}", b"'"]
+         b"<!DOCTYPE a [<!ENTITY a 'b'>]>", b"<a>" * 5000, b"%!PS-Adobe-3.0", b"\n- &a [*a, *a]", b"\r", b"{", b"}",
+         b"'"]
 
 
 def places(content) -> list[tuple]:
@@ -136,7 +137,8 @@ def checkpoint(rng: random.Random, folder: Path) -> None:
     state = {"format": "boxteacher-1", "model": spec, "classes": None, "method": "boxinst", "config": {},
              "iteration": 1, "student": {"a": torch.zeros(10)}, "teacher": None}
     where, key = rng.choice(places(state) + [(state, key) for key in state] * 2)
-    where[key] = copy.deepcopy(rng.choice(VALUES)) if rng.random() < 0.9 else rng.choice([torch.zeros(1).expand(10 ** 9), torch.zeros(2, 3)])
+    tensors = [torch.zeros(1).expand(10 ** 9), torch.zeros(2, 3)]
+    where[key] = copy.deepcopy(rng.choice(VALUES)) if rng.random() < 0.9 else rng.choice(tensors)
     torch.save(state, buffer, _use_new_zipfile_serialization=rng.random() < 0.7)
     data = buffer.getvalue()
     put(folder / rng.choice(("a.pt", "a.pkl")), changed_bytes(rng, data) if rng.random() < 0.7 else data)

@@ -1,7 +1,6 @@
 """pictures.py: images decoded, turned and found."""
 import json
 import os
-import shutil
 import socket
 import struct
 import subprocess

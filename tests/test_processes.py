@@ -2,10 +2,8 @@
 
 The same over thousands of iterations and a hundred kills: tests/storm.py, which is run by hand.
 """
-import json
 import multiprocessing
 import os
-import shutil
 import signal
 import socket
 import subprocess
