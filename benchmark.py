@@ -392,7 +392,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--json", metavar="FILE", help="write all figures there")
     add("--growth", metavar="FILE", help="also measure how a step grows, and draw it there (PNG); takes a quarter of "
         "an hour on two cores; alone: --only step --growth FILE")
-    add("--growth-instances", nargs="+", type=positive, default=[8, 32, 128, 512], help="boxes of an image")
+    add("--growth-instances", nargs="+", type=positive, default=[8, 128, 1000, 10000], help="boxes of an image")
     add("--growth-sizes", nargs="+", type=positive, default=[480, 640, 800, 1000], help="shorter sides, pixels")
     add("--growth-batches", nargs="+", type=positive, default=[1, 2, 4, 8], help="images of a step")
     args = parser.parse_args(argv)
