@@ -56,6 +56,15 @@ def test_a_saved_checkpoint_is_loaded_and_the_previous_one_is_kept(tmp_path):
     assert load_latest(tmp_path)["iteration"] == 3
 
 
+def test_file_and_folder_are_on_the_disk_when_a_save_returns(tmp_path, monkeypatch):
+    last, previous, synced = tmp_path / "last.pt", tmp_path / "previous.pt", []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append((os.path.isdir(f"/proc/self/fd/{number}"),
+                                                                   last.exists() and load(last)["iteration"])))
+    save(tiny(1), last, previous)
+    save(tiny(2), last, previous)
+    assert synced == [(False, False), (True, 1), (False, 1), (True, 2)]   # a file, then its name
+
+
 def unusable_files(folder: Path) -> dict[str, str]:
     """Written into the folder; {name: a part of the message}."""
     save(tiny(1, x=torch.zeros(1000)), folder / "good.pt")
