@@ -39,7 +39,7 @@ from evaluate import coco_metrics, evaluate, print_tables
 from formats import checkpoint
 from formats.checkpoint import CheckpointError
 from formats.coco import NAMES, CocoBoxes, category_problems, datasets, first_five, other_files, raise_first
-from formats.files import UserError, counted, one_line_errors, warn
+from formats.files import UserError, counted, one_line_errors, warn, write_whole
 from formats.pictures import check_sizes, undecodable_limit
 from formats.released import read_backbone, summary
 from model import PIXEL_STD, CondInst, build_model, rescores
@@ -347,8 +347,8 @@ def report_nonfinite(run: Run, batches: list[Batch], result: StepResult) -> None
         dist.all_gather_object(everyone, own)
     path = run.out / "nonfinite.json"
     if run.rank == 0:
-        path.write_text(json.dumps({"iter": run.iteration, "lr": learning_rate(run.iteration, run.plan),
-                                    "processes": everyone}, indent=1))
+        write_whole(path, json.dumps({"iter": run.iteration, "lr": learning_rate(run.iteration, run.plan),
+                                      "processes": everyone}, indent=1).encode())
     raise TrainingError(f"loss or gradient not finite three times in a row at iteration {run.iteration}: image ids and "
                         f"losses are in {path}; a smaller --lr, a longer --warmup or --clip-grad 10 usually help")
 
@@ -463,7 +463,7 @@ def describe(run: Run, annotations: CocoBoxes) -> None:
           f"{plan.warmup} of warm-up, {'cosine' if plan.cosine else f'a tenth at {plan.drops}'}; "
           f"ramp of pairwise and pseudo-mask losses {plan.ramp}")
     if run.iteration < plan.iterations:  # otherwise these options train nothing
-        (run.out / "config.json").write_text(json.dumps(run.config() | {"plan": plan._asdict()}, indent=1))
+        write_whole(run.out / "config.json", json.dumps(run.config() | {"plan": plan._asdict()}, indent=1).encode())
 
 
 def next_command(run: Run, annotations: CocoBoxes, validation: CocoBoxes | None) -> str:

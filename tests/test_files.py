@@ -104,7 +104,8 @@ CLEANED = r"a\x1b[2J\r\n\t\x00\x7f\x9b\u202e\u2028\udc80b"
 
 def test_what_is_printed_commands_no_terminal(capsys):
     """In one line: escape sequences, control characters, and what UTF-8 cannot hold."""
-    assert printable(HOSTILE) == CLEANED == str(UserError(HOSTILE)) and printable("Käse, 犬 \u3000") == "Käse, 犬 \u3000"
+    assert printable(HOSTILE) == CLEANED == str(UserError(HOSTILE))
+    assert printable("Käse, 犬 \u3000") == "Käse, 犬 \u3000"
     caught = f"Caught UserError in DataLoader worker process 0.\nx\nformats.files.UserError: {CLEANED}\n"
     assert str(UserError(caught)) == CLEANED
     warn(HOSTILE)
