@@ -32,7 +32,7 @@ from tools.command_line import (AMP, RESCORE, go_together, input_size, model_opt
                                 print_table, probability, rescored, write_json)
 from tools.curves import draw_curves
 from tools.draw import sheet, sheet_rows
-from tools.processes import gathered, lasting_output, loaded, start_distributed
+from tools.processes import gathered, loaded, start_distributed
 from tools.quality import matches, report
 
 FIGURES = ["AP", "AP50", "AP75", "APs", "APm", "APl"]  # the first six numbers of COCOeval.stats
@@ -260,7 +260,7 @@ def write_outputs(args: argparse.Namespace, annotations: CocoBoxes, results: lis
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    with lasting_output(), one_line_errors():
+    with one_line_errors():
         if args.curves:
             path, *runs = args.curves
             output_file(path)

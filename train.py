@@ -493,7 +493,8 @@ def main(argv: list[str] | None = None) -> None:
         with together("all processes to read the annotations"):
             annotations, validation = open_data(args, rank)
         same_data(annotations, validation)
-        check_first(args.out)
+        if not args.fresh:
+            check_first(args.out)
         with together("process 0 to prepare the run"):
             locked = rank == 0 and os.path.isdir(args.out)
             if locked:

@@ -112,7 +112,7 @@ def test_what_is_wrong_on_one_process_ends_all_and_one_says_it(tmp_path):
     host = socket.gethostname()
     differs = f"order differs: [1, 0] for process 0 on {host}, [1, 1] for process 1 on {host}"
     for caught in (first, second):
-        assert f": the run in {tmp_path}/1 is on {host}, but process 0 is on {host}: " in caught.pop(8)
+        assert f": the run in {tmp_path}/1 is that of process 1 on {host}, but process 0 on {host} has " in caught.pop(8)
     assert first == ["nothing", "UserError: wrong on 0", "UserError: process 1: wrong on 1", "UserError: wrong on 0",
                      "UserError: process 1: wrong on 1", "nothing", f"UserError: {differs}", "nothing",
                      "UserError: process 1: broken", [[0, 0], [0, 1]]]
@@ -338,6 +338,23 @@ def test_a_folder_is_held_until_its_process_dies(tmp_path):
     with lock(tmp_path):
         assert f"process {os.getpid()} " in (tmp_path / "lock").read_text()
     assert (tmp_path / "lock").read_text() == ""
+
+
+def test_a_lock_is_neither_a_link_nor_a_pipe(tmp_path):
+    """What a planted link leads to stays as it was; foreign bytes in the file are no traceback."""
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match="cannot lock"):
+        lock(tmp_path).__enter__()
+    assert (tmp_path / "precious").read_text() == "mine"
+    os.remove(tmp_path / "lock")
+    os.mkfifo(tmp_path / "lock")
+    with pytest.raises(UserError, match="cannot lock"):
+        lock(tmp_path).__enter__()
+    os.remove(tmp_path / "lock")
+    (tmp_path / "lock").write_bytes(b"\xff")
+    with lock(tmp_path):
+        assert f"process {os.getpid()} " in (tmp_path / "lock").read_text()
 
 
 def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):

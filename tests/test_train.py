@@ -603,7 +603,7 @@ def test_two_processes_are_one_process_with_the_same_batch(drawn, warm, tmp_path
     errors = [line for line in answer.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 4 and all(map(operator.contains, errors, (
         "seed differs: 0 for process 0", "the content of the file to train on differs", "process 1: annotation file",
-        "the run in elsewhere is on")))
+        "the run in elsewhere is that of process 1 on")))
     two_folder = tmp_path / "two/0"
     assert os.listdir(tmp_path / "two/1") == ["elsewhere"] and not (two_folder / "bad").exists()
     for name in runs:

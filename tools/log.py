@@ -40,7 +40,7 @@ def read_metrics(path: Path) -> list[tuple[str, dict[str, float]]]:
     for row in rows:
         with contextlib.suppress(ValueError, KeyError, AttributeError, RecursionError):
             figures = scalars(json.loads(row.decode()))
-            numbers = all(type(x) in (int, float) and abs(x) < 1e30 for x in figures.values())
+            numbers = all(type(x) in (int, float) and abs(x) < 1e39 for x in figures.values())
             if numbers and type(figures["iter"]) is int and figures["iter"] > 0:
                 lines.append((row.decode(), figures))
     if len(lines) < len(rows):

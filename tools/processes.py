@@ -29,13 +29,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, _utils
 
 from formats.coco import CocoBoxes
-from formats.files import SaidElsewhere, UserError, warn
+from formats.files import SaidElsewhere, UserError, check_ordinary, printable, warn
 from tools.command_line import output_file
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # SIGUSR1: Slurm's warning of a time limit
 FORWARDED = 2    # seconds within which torchrun has forwarded a Ctrl-C, which its processes get themselves too
 SILENT = 60      # seconds that a process waits for others without saying so
-PATIENCE = 60    # seconds that the folder of the images may be away
+PATIENCE = 20    # seconds that the folder of the images may be away; less than the 30 of torchrun before it kills
 ATTEMPTS = 5     # times in a row that loading processes may die without a batch
 
 
@@ -272,15 +272,17 @@ def loaded(loader_from: Callable[[int], DataLoader], start: int, stop: int) -> I
     _utils.signal_handling._SIGCHLD_handler_set = True  # or torch raises that a process died in the middle of a step
     failures = 0
     while start < stop:
+        loader = loader_from(start)
         try:
-            for item in loader_from(start):
+            for item in loader:
                 yield item
                 start, failures = start + 1, 0
         except (RuntimeError, OSError, EOFError) as error:
-            if isinstance(error, RuntimeError) and not re.search("DataLoader worker .pid|in memory thread", str(error)):
+            died = re.search("DataLoader worker .pid|in memory thread", str(error))
+            if not loader.num_workers or isinstance(error, RuntimeError) and not died:
                 raise
             failures += 1
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = printable((str(error).strip().splitlines() or [type(error).__name__])[-1][:200])
             if failures == ATTEMPTS:
                 raise UserError(f"loading processes died {ATTEMPTS} times in a row ({reason}); less memory is needed "
                                 "with fewer --workers") from None
@@ -325,11 +327,15 @@ def lock(folder: str | os.PathLike) -> Iterator[None]:
     The system frees such a lock (fcntl's) when its process ends, however that ends; loading processes do not inherit
     it. Where a file system has no locks, that is a warning.
     """
-    with open(os.path.join(folder, "lock"), "a+") as file:
+    try:  # no link that leads elsewhere
+        opened = os.open(os.path.join(folder, "lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        check_ordinary(opened)
+    except OSError as error:
+        raise UserError(f"cannot lock {folder}: its file `lock` cannot be opened ({error.strerror})") from None
+    with open(opened, "r+", errors="replace") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            file.seek(0)
             raise UserError(f"a run is under way in {folder}: {file.read().strip() or 'it has just begun'}; wait for "
                             "its end, or choose another --out") from None
         except OSError as error:
@@ -347,12 +353,13 @@ def lock(folder: str | os.PathLike) -> Iterator[None]:
 def check_first(out: str | os.PathLike) -> None:
     """Raises UserError on all processes where process 0 lacks a run that another one has: its machine has not been the
     first one before, and they share no folder."""
-    found = gathered((os.path.exists(os.path.join(out, "last.pt")), socket.gethostname()), "all to look for a run")
-    others = [host for exists, host in found if exists]
+    exists = any(os.path.exists(os.path.join(out, name)) for name in ("last.pt", "previous.pt"))
+    found = gathered((exists, socket.gethostname()), "all to look for a run")
+    others = [f"process {rank} on {host}" for rank, (exists, host) in enumerate(found) if exists]
     with together("all to look for a run"):
         if others and not found[0][0]:
-            raise UserError(f"the run in {out} is on {others[0]}, but process 0 is on {found[0][1]}: let the same "
-                            "machine be the first (--node_rank=0), or share the folder")
+            raise UserError(f"the run in {out} is that of {others[0]}, but process 0 on {found[0][1]} has none: let "
+                            "the same machine be the first (--node_rank=0), or share the folder")
 
 
 def open_folder(out: Path, fresh: bool, held: contextlib.ExitStack, locked: bool) -> None:
