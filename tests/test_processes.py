@@ -112,7 +112,7 @@ def test_what_is_wrong_on_one_process_ends_all_and_one_says_it(tmp_path):
     host = socket.gethostname()
     differs = f"order differs: [1, 0] for process 0 on {host}, [1, 1] for process 1 on {host}"
     for caught in (first, second):
-        assert f": the run in {tmp_path}/1 is that of process 1 on {host}, but process 0 on {host} has " in caught.pop(8)
+        assert f": the run in {tmp_path}/1 is that of process 1 on {host}, but process 0 on {host}" in caught.pop(8)
     assert first == ["nothing", "UserError: wrong on 0", "UserError: process 1: wrong on 1", "UserError: wrong on 0",
                      "UserError: process 1: wrong on 1", "nothing", f"UserError: {differs}", "nothing",
                      "UserError: process 1: broken", [[0, 0], [0, 1]]]
