@@ -42,16 +42,16 @@ def boxteacher_losses(student: nn.Module, teacher: CondInst | None, batch: Batch
 
     losses, positives, logits, box = detect_and_segment(student, batch)             # L_det
 
-    learning, k_box = box.unique(return_inverse=True)                               # no other box needs its mask
-    grid = mask_grid(batch, learning, *logits.shape[-2:])
+    chosen, place = box.unique(return_inverse=True)         # the boxes that learn masks; (K,) places among them
+    grid = mask_grid(batch, chosen, *logits.shape[-2:])
     costs = disagreement(logits)                                                    # of each pair of cells
     similar = color_pairs(batch.images, grid)                                       # of the clean view
-    losses |= box_supervised_losses(logits, costs, grid.inside, similar, k_box)     # L_box-sup
+    losses |= box_supervised_losses(logits, costs, grid.inside, similar, place)     # L_box-sup
 
     if pseudo is not None:                                                          # L_mask-sup, Eq. 2
-        masks, scores = pseudo.of(learning)
+        masks, scores = pseudo.of(chosen)
         affine = affinity_pairs(masks, grid)                                        # Eq. 3, 4
-        noisy = mask_supervised_losses(logits, costs, masks, scores, affine, k_box, pixel_loss)     # Eq. 5
+        noisy = mask_supervised_losses(logits, costs, masks, scores, affine, place, pixel_loss)     # Eq. 5
         losses |= {"loss_pixel": lambda_pixel * noisy["loss_pixel"],
                    "loss_affinity": lambda_affinity * noisy["loss_affinity"]}
     return Step(losses, positives, logits, box, pseudo)

@@ -47,7 +47,7 @@ def image_options(add: Callable) -> None:
     """The options of the programs that read images: `exif` and `max_pixels`, as CocoBoxes takes them."""
     add("--exif", choices=[UPRIGHT, STORED], help="whether boxes are those of the upright image, as viewers show it, "
         "or of the stored pixels, where the size does not tell: EXIF mirrors the image, or turns it by 180 degrees, or "
-        "it is square. None: as the annotation file says in its info, else upright")
+        "it is square. None: as an annotation file that is read states in its info, else upright")
     add("--max-pixels", type=positive, default=MAX_PIXELS, metavar="N", help="images of more pixels are not read: a "
         "limit against files made to fill the memory")
 
