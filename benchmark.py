@@ -55,6 +55,7 @@ from tools.growth import draw_growth, measure_growth, show_growth
 from tools.measuring import (Clock, Yardstick, imported_functions, made_up_data, measure_annotations,
                              measure_labels, medians, peak_memory, reset_peak, tensor_peak)
 from tools.processes import start_distributed
+from tools.start import Start
 
 # What is timed: (module or class, function) -> part. Inner parts are taken off the outer ones.
 TRAINING = imported_functions(boxteacher) | {
@@ -135,9 +136,9 @@ class Training:
         self.args = training_arguments(options)
         self.args.device = args.device
         annotations = made_up_data(folder, 2 * args.batch_size * world_size, tuple(args.size), args.instances)
-        random = make_backbone(args.backbone, frozen=True).state_dict()
-        with patch.object(train, "load_backbone", lambda *_: (random, False)):  # frozen norms without a download
-            self.run = train.Run(self.args, annotations, rank, world_size, args.device)
+        start = Start(backbone=make_backbone(args.backbone, frozen=True).state_dict(), stride_in_1x1=False)
+        with patch.object(train, "load_backbone", lambda *_: start):  # frozen norms without a download
+            self.run, _ = train.make_run(self.args, annotations, rank, world_size, args.device)
         batches = TrainBatches(annotations, batch_size=self.args.batch_size, min_sizes=self.args.min_size,
                                max_size=self.args.max_size, teacher_size=tuple(teacher_size), rank=rank,
                                world_size=world_size, stride=COMPILED_STRIDE if args.compile else STRIDE)

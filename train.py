@@ -12,16 +12,13 @@ processes.
 """
 import argparse
 import contextlib
-import inspect
 import itertools
 import json
-import os
 import platform
-import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,35 +27,26 @@ import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 import teacher
 from boxteacher import Step, boxteacher_losses, condinst_losses, total_loss
-from data import COMPILED_STRIDE, ORDER, STRIDE, Batch, TrainBatches, canvas_of
+from data import Batch, TrainBatches
 from evaluate import coco_metrics, evaluate, print_tables
 from formats import checkpoint
 from formats.checkpoint import CheckpointError
-from formats.coco import NAMES, CocoBoxes, category_problems, datasets, first_five, other_files, raise_first
+from formats.coco import CocoBoxes
 from formats.files import UserError, counted, one_line_errors, warn, write_whole
-from formats.pictures import check_sizes, undecodable_limit
-from formats.released import read_backbone, summary
-from model import PIXEL_STD, CondInst, build_model, rescores
+from model import CondInst, build_model, rescores
 from recipe import RECIPES, choose, learning_rate, make_plan, parse_arguments, ramp_factor
-from tools.command_line import image_words, pick_amp
+from tools.batches import check_skipped, loaded_batches, open_data, training_batches
+from tools.command_line import next_command, pick_amp
 from tools.log import Log, draw_sheet, evaluated_at, summary_writer
-from tools.processes import (Patient, StopSignals, agreed, check_first, ending_loaders, from_first, gathered,
-                             ignore_signals, lasting_output, loaded, lock, open_folder, same_command, same_data,
-                             same_everywhere, start_distributed, together)
+from tools.processes import (StopSignals, agreed, ending_loaders, from_first, gathered, ignore_signals, joined,
+                             lasting_output, read_by_first, same_command, same_data, same_everywhere,
+                             start_distributed, together)
 from tools.quality import measure
-
-# the DDP option that copies the buffers of process 0 to the others in each forward pass; torch 2.14 renamed it
-SYNC_BUFFERS = next(name for name in ("forward_sync_buffers", "broadcast_buffers")
-                    if name in inspect.signature(DistributedDataParallel).parameters)
-
-
-# options that may differ between the machines of a run: their files lie elsewhere, or process 0 alone uses them
-OF_A_MACHINE = ("data", "train_json", "train_images", "val_json", "val_images", "out", "init", "backbone_weights",
-                "device", "fresh", "workers", "tensorboard")
+from tools.run_folder import RunFolder
+from tools.start import OF_A_MACHINE, Start, config_of, initialise, load_backbone, start_backbone, starting_point
 
 
 class TrainingError(UserError):
@@ -124,37 +112,28 @@ def train_step(run: "Run", batches: list[Batch], iteration: int, stop_asked: boo
 
 
 class Run:
-    """The state of a run: models, optimiser, iteration. Fills in what `args` leaves to be chosen."""
+    """The state of a run: models, optimiser, iteration. start: where its weights come from."""
 
-    def __init__(self, args: argparse.Namespace, annotations: CocoBoxes, rank: int, world_size: int,
+    def __init__(self, args: argparse.Namespace, classes: list[dict], start: Start, rank: int, world_size: int,
                  device: torch.device):
-        self.args, self.classes = args, annotations.classes
+        self.args, self.classes = args, classes
         self.out, self.iteration = Path(args.out), 0
         self.rank, self.world_size, self.device = rank, world_size, device
-        # the weights to resume or start from, and the conventions of the network that they were trained in
-        state, start = self.first_reads(lambda: starting_points(args))
-        source = (state or start or {"model": {}})["model"]
-        self.choices = choose(args, annotations, source, state and state["config"])
         self.plan = make_plan(args.batch_size, args.optimizer, args.schedule, args.iters, args.lr, args.lr_decay,
                               args.warmup, args.ramp)
-        same_everywhere({name: value for name, value in self.config().items() if name not in OF_A_MACHINE})
         self.amp_dtype = pick_amp(args.amp, device)
         self.spec = {"backbone": args.backbone, "num_classes": len(self.classes), "channels": args.channels,
                      "frozen": args.backbone_weights != "none"}
-        backbone = None
-        if state is None and start is None and args.backbone_weights != "none":
-            backbone, self.spec["stride_in_1x1"] = self.first_reads(
-                lambda: load_backbone(args.backbone, args.backbone_weights))
-        self.spec |= {key: source[key] for key in ("mask_channels", "stride_in_1x1") if key in source}
+        self.spec |= start.conventions()
 
         torch.manual_seed(args.seed)
         self.model = build_model(**self.spec)
-        if start is not None:
-            initialise(self.model, self.classes, start, args.init)
+        if start.init is not None:
+            initialise(self.model, self.classes, start.init, args.init)
             if rank == 0:
-                print(f"starts from {args.init} (method {start['method']})")
-        elif backbone is not None:
-            start_backbone(self.model.backbone, backbone, args.backbone, args.backbone_weights)
+                print(f"starts from {args.init} (method {start.init['method']})")
+        elif start.backbone is not None:
+            start_backbone(self.model.backbone, start.backbone, args.backbone, args.backbone_weights)
         self.model.amp_dtype = self.amp_dtype
         self.model.to(device).train()
         averaged = args.method == "boxteacher" or args.average
@@ -169,23 +148,13 @@ class Run:
         else:
             self.optimizer = torch.optim.AdamW(self.parameters, self.plan.lr, weight_decay=self.decay)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
-        if state is not None:
+        if start.state is not None:
             with checkpoint.fitting(f"{self.out} holds a run that cannot go on"):
-                self.resume(state)
+                self.resume(start.state)
         for network in (self.model, self.teacher) if args.compile else ():
             if network is not None:
                 network.compile_convolutions()
         self.student = self.model
-        if world_size > 1:
-            self.student = DistributedDataParallel(self.model, [device] if device.type == "cuda" else None,
-                                                   gradient_as_bucket_view=True, **{SYNC_BUFFERS: False})
-
-    def first_reads(self, read: Callable):
-        """What `read` returns on process 0, on all: they may be on machines that share no folder."""
-        what = "process 0 to read a checkpoint"
-        with together(what):
-            content = read() if self.rank == 0 else None
-        return from_first(content, what)
 
     def losses(self, batch: Batch) -> Step:
         """The losses of --method; boxinst is boxteacher without a teacher."""
@@ -212,7 +181,7 @@ class Run:
                 raise CheckpointError(f"{self.out} holds a run with {'other' if key == 'classes' else 'another'} {key} "
                                       f"({str(old_value)[:120]}, now {str(new_value)[:120]}); choose another --out, or "
                                       "--fresh to move it aside")
-        changed = [f"{k} {old.get(k)} -> {v}" for k, v in self.config().items()
+        changed = [f"{k} {old.get(k)} -> {v}" for k, v in config_of(self.args).items()
                    if old.get(k, v) != v and k not in ("fresh", "init", "backbone_weights")]
         self.model.load_state_dict(state["student"])
         if self.teacher is not None:
@@ -231,13 +200,6 @@ class Run:
                 if value != old[option[2:].replace("-", "_")]:
                     print(f"{option} {value} is not used: the run continues with its own weights; --fresh starts anew")
 
-    def config(self) -> dict:
-        """All options as plain types, the size to test at, which is the teacher's, and how images are drawn."""
-        plain = (int, float, str, list, type(None))
-        options = {k: v if isinstance(v, plain) else str(v) for k, v in vars(self.args).items()}
-        return options | {"test_min_size": self.args.teacher_min_size, "test_max_size": self.args.teacher_max_size,
-                          "order": ORDER}
-
     def save(self) -> None:
         """Write last.pt, and final.pt at the end. Only the first process writes; all have the same state.
 
@@ -246,8 +208,9 @@ class Run:
         with together("process 0 to write a checkpoint"):
             if self.rank > 0:
                 return
-            state = {"model": self.spec, "classes": self.classes, "method": self.args.method, "config": self.config(),
-                     "iteration": self.iteration, "torch": str(torch.__version__), "student": self.model.state_dict(),
+            state = {"model": self.spec, "classes": self.classes, "method": self.args.method,
+                     "config": config_of(self.args), "iteration": self.iteration, "torch": str(torch.__version__),
+                     "student": self.model.state_dict(),
                      "teacher": None if self.teacher is None else self.teacher.state_dict()}
             if self.iteration >= self.plan.iterations:  # before last.pt: a complete run has a final.pt
                 checkpoint.save(state, self.out / "final.pt")
@@ -255,52 +218,23 @@ class Run:
                             self.out / "last.pt", self.out / "previous.pt")
 
 
-def starting_points(args: argparse.Namespace) -> tuple[dict | None, dict | None]:
-    """The state of the run to go on with and that of --init, each None without one."""
-    state = None if args.fresh else checkpoint.load_latest(args.out)
-    return state, checkpoint.load(args.init, PIXEL_STD) if state is None and args.init else None
+def make_run(args: argparse.Namespace, annotations: CocoBoxes, rank: int, world_size: int,
+             device: torch.device) -> tuple[Run, list[str]]:
+    """A run, from its checkpoint if there is one, and what was chosen for it, in words for a person; fills in `args`.
 
-
-def initialise(model: CondInst, classes: list[dict], state: dict, path: str | Path) -> None:
-    """--init: start `model` from a checkpoint's `state`, without its class layer if the classes differ.
-
-    Any other difference is a CheckpointError that names the first parameter.
+    What is wrong on one process is raised on all, also where their options differ.
     """
-    weights, spec = state["teacher"] or state["student"], state["model"]
-    if state["classes"] != classes:
-        weights = {name: w for name, w in weights.items() if not name.startswith("head.class_logits.")}
-    try:
-        checkpoint.load_weights(model, weights, may_lack=r"head\.class_logits\..+")
-    except ValueError as error:
-        options = (f"--backbone {spec['backbone']} --channels {spec['channels']} "
-                   + ("without --backbone-weights none" if spec["frozen"] else "--backbone-weights none"))
-        raise CheckpointError(f"{path} does not fit this model: it was made with {options} (the first difference: "
-                              f"{error})") from None
-    if state["classes"] != classes:
-        warn(f"{path} " + ("does not name its classes" if state["classes"] is None else "was trained for other classes")
-             + ": its class layer is left out")
-
-
-def load_backbone(name: str, source: str) -> tuple[dict, bool]:
-    """--backbone-weights: a backbone's weights and its stride_in_1x1, see read_backbone; prints what is left out.
-
-    Whatever is wrong with a download or a file is a CheckpointError.
-    """
-    try:
-        weights, stride_in_1x1, dropped = read_backbone(name, source, PIXEL_STD)
-    except Exception as error:  # the file may be anything
-        raise CheckpointError(f"--backbone-weights {source}: {checkpoint.first_line(error)}") from None
-    if dropped and os.environ.get("RANK", "0") == "0":
-        print(f"--backbone-weights {source}: left out {'; '.join(summary(dropped))}")
-    return weights, stride_in_1x1
-
-
-def start_backbone(backbone: nn.Module, weights: dict, name: str, source: str) -> None:
-    """Load what `load_backbone` read. No such file has the offsets of deformable convolutions or Swin's last norms."""
-    try:
-        checkpoint.load_weights(backbone, weights, may_lack=r"norms\..+|.+\.offset\.\w+")
-    except ValueError as error:
-        raise CheckpointError(f"--backbone-weights {source}: it does not hold the weights of {name}: {error}") from None
+    start = read_by_first(lambda: starting_point(args), "process 0 to read a checkpoint")
+    with together("all processes to choose their options"):
+        choices = choose(args, annotations, start.model(), start.config())
+    same_everywhere({name: value for name, value in config_of(args).items() if name not in OF_A_MACHINE})
+    if start == Start() and args.backbone_weights != "none":
+        start = read_by_first(lambda: load_backbone(args.backbone, args.backbone_weights),
+                              "process 0 to read the weights of the backbone")
+    with together("all processes to make their networks"):
+        run = Run(args, annotations.classes, start, rank, world_size, device)
+    run.student = joined(run.model, device)
+    return run, choices
 
 
 def evaluate_and_draw(run: Run, log: Log, annotations: CocoBoxes, validation: CocoBoxes | None) -> None:
@@ -327,24 +261,12 @@ def evaluate_and_draw(run: Run, log: Log, annotations: CocoBoxes, validation: Co
     log.reset()  # this time is not that of an iteration
 
 
-def check_skipped(batches: list[Batch], broken: set[str], images: int) -> None:
-    """Name each undecodable image once. Raises TrainingError beyond `undecodable_limit`."""
-    for note in {note for batch in batches for note in batch.skipped} - broken:
-        print(f"warning: {note}; another image takes its place", file=sys.stderr, flush=True)
-        broken.add(note)
-    if len(broken) > undecodable_limit(images):
-        raise TrainingError(f"{len(broken)} images cannot be decoded, the last: {note}")
-
-
 def report_nonfinite(run: Run, batches: list[Batch], result: StepResult) -> None:
     """Write the images and losses of each process to nonfinite.json; raise TrainingError. The last checkpoint stays."""
     own = {"rank": run.rank, "image_ids": [i for batch in batches for i in batch.image_ids],
            "gradient_norm": str(float(result.norm)),
            "losses": {name: str(float(value)) for name, value in result.losses.items()}}  # JSON has no NaN
-    everyone = [own]
-    if run.world_size > 1:
-        everyone = [None] * run.world_size
-        dist.all_gather_object(everyone, own)
+    everyone = gathered(own, "all processes to say what was not finite")
     path = run.out / "nonfinite.json"
     if run.rank == 0:
         write_whole(path, json.dumps({"iter": run.iteration, "lr": learning_rate(run.iteration, run.plan),
@@ -353,17 +275,23 @@ def report_nonfinite(run: Run, batches: list[Batch], result: StepResult) -> None
                         f"losses are in {path}; a smaller --lr, a longer --warmup or --clip-grad 10 usually help")
 
 
-def load_step(run: Run, micro_batches: Iterator[Batch], broken: set[str], images: int) -> list[Batch]:
-    """The micro-batches of a step. Where they cannot be loaded, the run is saved and the error raised on all
-    processes."""
+def save(run: Run, log: Log) -> None:
+    """Save the run, after its log: the iterations of a checkpoint are not logged again."""
+    log.sync()
+    run.save()
+
+
+def load_step(run: Run, log: Log, micro_batches: Iterator[Batch], broken: set[str], images: int) -> list[Batch]:
+    """The micro-batches of a step. Where a process cannot load them, the run is saved and the error raised on all."""
     problem = None
     try:
         micro = [batch.to(run.device) for batch in itertools.islice(micro_batches, run.args.accumulate)]
         check_skipped(micro, broken, images)
     except (UserError, OSError) as error:
         problem = error
-    if run.world_size > 1 and not all(agreed(torch.tensor(problem is None, device=run.device))) or problem:
-        run.save()
+    (all_have_them,) = agreed(torch.tensor(problem is None, device=run.device))
+    if not all_have_them:
+        save(run, log)
         with together("the images of a step"):
             if problem is not None:
                 raise problem
@@ -374,22 +302,15 @@ def train(run: Run, batches: TrainBatches, validation: CocoBoxes | None, signals
     """Train from run.iteration to the end, after an evaluation if one is missing: `evaluating`. Returns the signal that
     stopped the loop, or 0."""
     args, plan, k = run.args, run.plan, run.args.accumulate
-    stop, images = plan.iterations * k, Patient(batches, batches.annotations.image_dir)
-
-    def loader_from(i: int) -> DataLoader:
-        return DataLoader(images, batch_size=None, sampler=range(i, stop), num_workers=args.workers,
-                          collate_fn=TrainBatches.collate, worker_init_fn=ignore_signals,
-                          pin_memory=run.device.type == "cuda")
-
     undecodable, broken_in_a_row = set(), 0
     with together("process 0 to open the log"):
         log = Log(run.out, plan.iterations, run.iteration, run.rank, run.world_size, args.tensorboard)
     if evaluating:
         evaluate_and_draw(run, log, batches.annotations, validation)
-    micro_batches = loaded(loader_from, run.iteration * k, stop)
+    micro_batches = loaded_batches(batches, run.iteration * k, plan.iterations * k, args.workers, run.device)
     while run.iteration < plan.iterations:
         start = time.perf_counter()
-        micro = load_step(run, micro_batches, undecodable, len(batches.annotations))
+        micro = load_step(run, log, micro_batches, undecodable, len(batches.annotations))
         waited = time.perf_counter() - start
 
         result = train_step(run, micro, run.iteration, bool(signals.asked))
@@ -404,7 +325,7 @@ def train(run: Run, batches: TrainBatches, validation: CocoBoxes | None, signals
         if logging or result.stop:
             log.write(run.iteration, learning_rate(run.iteration - 1, plan), ramp_factor(run.iteration - 1, plan))
         if saving or result.stop:
-            run.save()
+            save(run, log)
         if result.stop:
             return signals.asked or signal.SIGTERM
         if pause:
@@ -415,111 +336,58 @@ def train(run: Run, batches: TrainBatches, validation: CocoBoxes | None, signals
 # ------------------------------------------------------------------------------------------------- the program
 
 
-def open_data(args: argparse.Namespace, rank: int) -> tuple[CocoBoxes, CocoBoxes | None]:
-    """Both splits, checked. The second is None if the options, or the folder, have training files alone."""
-    train_files, val_files = datasets(args.data, args.train_json, args.train_images, args.val_json, args.val_images)
-    annotations = CocoBoxes(*train_files, masks=args.method == "condinst" or args.measure_labels, exif=args.exif,
-                            max_pixels=args.max_pixels)
-    validate = bool(args.val_json or not args.train_json)
-    if validate and not args.val_json and args.data not in NAMES and not os.path.exists(val_files[0]):
-        validate = False
-        if rank == 0:
-            others = other_files(train_files[0], val_files[0])
-            print(f"no evaluation: there is no {val_files[0]}" + (
-                f"; not used: {first_five(others)} (--val-json, --val-images)" if others else ""))
-    validation = CocoBoxes(*val_files, evaluated=True, exif=args.exif, max_pixels=args.max_pixels) if validate else None
-    for split in (annotations, validation):
-        if rank == 0 and split is not None:
-            check_sizes(split)
-    if validation is not None:
-        raise_first(category_problems(train_files[0], annotations.classes, val_files[0], validation.classes))
-    return annotations, validation
-
-
-def training_batches(args: argparse.Namespace, annotations: CocoBoxes, rank: int, world_size: int) -> TrainBatches:
-    """Raises UserError."""
-    teacher_size = (args.teacher_min_size, args.teacher_max_size) if args.method == "boxteacher" else None
-    batches = TrainBatches(annotations, batch_size=args.batch_size // args.accumulate, min_sizes=args.min_size,
-                           max_size=args.max_size, teacher_size=teacher_size, augment=args.augment, seed=args.seed,
-                           rank=rank, world_size=world_size, stride=COMPILED_STRIDE if args.compile else STRIDE)
-    sizes = [(size, args.max_size) for size in args.min_size] + [teacher_size] * (teacher_size is not None)
-    if args.backbone_weights == "none" and batches.batch_size == 1 and any(
-            canvas_of([batches.resized_size(i, *size)], batches.stride) == (STRIDE, STRIDE)
-            for size in sizes if min(size) <= STRIDE for i in range(len(annotations))):
-        raise UserError(f"an image of {STRIDE} pixels alone in its batch is a single value for the last batch norm, "
-                        f"which learns from more: --batch-size {2 * args.accumulate}, or larger sizes")
-    return batches
-
-
-def describe(run: Run, annotations: CocoBoxes) -> None:
+def describe(run: Run, annotations: CocoBoxes, choices: list[str]) -> None:
     """Print the first lines of a run and write config.json."""
     plan, gpu = run.plan, torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
     print(f"python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
           f"{run.world_size} x {gpu}, autocast {run.amp_dtype or 'off'}")
     print(f"{run.args.method}, {run.args.backbone}: {counted(len(annotations), 'image')}, "
-          f"{counted(len(annotations.boxes), 'box')}, {counted(len(run.classes), 'class')} -> {run.out}", *run.choices,
-          sep="\n")
+          f"{counted(len(annotations.boxes), 'box')}, {counted(len(run.classes), 'class')} -> {run.out}", *choices, sep="\n")
     print(f"{plan.iterations} iterations of {run.args.batch_size} images, learning rate {plan.lr:g} after "
           f"{plan.warmup} of warm-up, {'cosine' if plan.cosine else f'a tenth at {plan.drops}'}; "
           f"ramp of pairwise and pseudo-mask losses {plan.ramp}")
     if run.iteration < plan.iterations:  # otherwise these options train nothing
-        write_whole(run.out / "config.json", json.dumps(run.config() | {"plan": plan._asdict()}, indent=1).encode())
+        write_whole(run.out / "config.json", json.dumps(config_of(run.args) | {"plan": plan._asdict()}, indent=1).encode())
 
 
-def next_command(run: Run, annotations: CocoBoxes, validation: CocoBoxes | None) -> str:
-    """What a person runs next: the evaluation, or without anything to evaluate on the labels of the training images."""
-    program, files = "evaluate.py", ["--data", run.args.data]
-    if validation is None:
-        program, files = "predict.py", ["--boxes", str(annotations.json_path), "--images", str(annotations.image_dir),
-                                        "--out", str(run.out / "masks")]
-    elif run.args.val_json:
-        files = ["--val-json", run.args.val_json, "--val-images", run.args.val_images]
-    return shlex.join(["python", program, "--ckpt", str(run.out / "final.pt"), *files, *image_words(run.args)])
-
-
-def unfinished(run: Run, validation: CocoBoxes | None) -> bool:
-    """Whether the evaluation of the iteration that a run goes on from is missing: it was killed meanwhile."""
-    due = run.iteration == run.plan.iterations or run.iteration % run.args.eval_every == 0
-    return due and run.iteration > 0 and validation is not None and not evaluated_at(run.out, run.iteration)
+def left_out(run: Run, validation: CocoBoxes | None) -> tuple[bool, bool]:
+    """What the run lacks up to the iteration that it goes on from, because it was killed: whether the evaluation, and
+    whether final.pt, also because --iters is now below that iteration."""
+    complete = run.iteration >= run.plan.iterations
+    due = run.iteration > 0 and (run.iteration == run.plan.iterations or run.iteration % run.args.eval_every == 0)
+    evaluation = due and validation is not None and not evaluated_at(run.out, run.iteration)
+    return from_first((evaluation, complete and not (run.out / "final.pt").exists()), "process 0 to look at the run")
 
 
 def main(argv: list[str] | None = None) -> None:
     args, stopped_by = parse_arguments(argv), 0
-    with lasting_output(), ending_loaders(), one_line_errors(), contextlib.ExitStack() as held:
+    with lasting_output(), ending_loaders(), one_line_errors():
         if args.tensorboard:
             summary_writer()  # raises before anything is done, on all processes alike
         rank, world_size, device = start_distributed(args.device)
-        signals = held.enter_context(StopSignals())
-        with together("all processes to read the annotations"):
-            annotations, validation = open_data(args, rank)
-        same_data(annotations, validation)
-        if not args.fresh:
-            check_first(args.out)
-        with together("process 0 to prepare the run"):
-            locked = rank == 0 and os.path.isdir(args.out)
-            if locked:
-                held.enter_context(lock(args.out))
-        with together("all processes to prepare the run"):
-            run = Run(args, annotations, rank, world_size, device)
-            batches = training_batches(args, annotations, rank, world_size)  # raises before anything is written
-        with together("process 0 to prepare the run"):
-            if rank == 0:
-                open_folder(run.out, args.fresh, held, locked)
-                describe(run, annotations)
-        complete = run.iteration >= run.plan.iterations
-        evaluating, saving = from_first((unfinished(run, validation), complete and not (run.out / "final.pt").exists()),
-                                        "process 0 to look at the run")
-        if saving:  # --iters is now below the iterations that are done
-            run.save()
-        if evaluating or not complete:
-            stopped_by = train(run, batches, validation, signals, evaluating)
+        with StopSignals() as signals, RunFolder(args.out, args.fresh, rank) as folder:
+            with together("all processes to read the annotations"):
+                annotations, validation = open_data(args, rank)
+            same_data(annotations, validation)
+            run, choices = make_run(args, annotations, rank, world_size, device)
+            with together("all processes to prepare their batches"):
+                batches = training_batches(args, annotations, rank, world_size)  # raises before anything is written
+            with together("process 0 to prepare the folder of the run"):
+                if rank == 0:
+                    folder.begin()
+                    describe(run, annotations, choices)
+            evaluating, saving = left_out(run, validation)
+            if saving:
+                run.save()
+            if evaluating or run.iteration < run.plan.iterations:
+                stopped_by = train(run, batches, validation, signals, evaluating)
+            if dist.is_initialized():
+                dist.destroy_process_group()
         if rank == 0 and not stopped_by:
-            print(f"{run.out} is complete: {run.iteration} iterations; {next_command(run, annotations, validation)}")
-        if dist.is_initialized():
-            dist.destroy_process_group()
+            print(f"{run.out} is complete: {run.iteration} iterations; {next_command(args, annotations, validation)}")
+        if rank == 0 and stopped_by:
+            print(f"stopped at iteration {run.iteration}, saved; to go on: {same_command(argv or sys.argv[1:])}")
         if stopped_by:
-            if rank == 0:
-                print(f"stopped at iteration {run.iteration}, saved; to go on: {same_command(argv or sys.argv[1:])}")
             sys.exit(128 + stopped_by)
 
 

@@ -18,7 +18,7 @@ import train
 from data import Batch, TrainBatches
 from formats.coco import CocoBoxes
 from model import STRIDES, Controller, Predictions, make_locations
-from train import Run, parse_arguments
+from train import Run, make_run, parse_arguments
 
 
 # -------------------------------------------------------------------------------------------- golden numbers
@@ -248,7 +248,7 @@ def one_batch(annotations: CocoBoxes, size: int = 4) -> Batch:
 def new_run(drawn: Path, out: Path, *options: str) -> tuple[Run, CocoBoxes]:
     args = parse_arguments(["--data", str(drawn), "--out", str(out), *SMALL, *options])
     annotations = CocoBoxes(drawn / "annotations/instances_train2017.json", drawn / "train2017")
-    return Run(args, annotations, 0, 1, torch.device("cpu")), annotations
+    return make_run(args, annotations, 0, 1, torch.device("cpu"))[0], annotations
 
 
 def command(*argv) -> int:

@@ -14,13 +14,13 @@ import torchvision
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-import train
 from backbone import BACKBONES, BatchNorm, DeformConv, FrozenBatchNorm, WindowAttention, make_backbone
 from formats.checkpoint import CheckpointError
 from formats.released import read_checkpoint
 from helpers import SMALL, losses_of, only_training, relative_error
 from model import PIXEL_STD, build_model, load_model
 from released_files import BOTTOM_UP, deformable, network
+from tools.start import load_backbone, start_backbone
 
 PROJECT = Path(__file__).resolve().parent.parent
 NETWORK = '''
@@ -120,12 +120,12 @@ def test_an_added_backbone_takes_weights_under_its_names(tmp_path, monkeypatch):
     trained, backbone = Own("own", True), make_backbone("own", frozen=True)
     trained.norm.running_mean.fill_(3)
     torch.save(trained.state_dict(), tmp_path / "own.pth")
-    weights, stride_in_1x1 = train.load_backbone("own", str(tmp_path / "own.pth"))
-    train.start_backbone(backbone, weights, "own", "own.pth")
+    _, _, weights, stride_in_1x1 = load_backbone("own", str(tmp_path / "own.pth"))
+    start_backbone(backbone, weights, "own", "own.pth")
     assert not stride_in_1x1
     assert all(torch.equal(x, backbone.state_dict()[name]) for name, x in trained.state_dict().items())
     with pytest.raises(CheckpointError, match="norm.bias"):
-        train.start_backbone(backbone, {k: v for k, v in weights.items() if k != "norm.bias"}, "own", "own.pth")
+        start_backbone(backbone, {k: v for k, v in weights.items() if k != "norm.bias"}, "own", "own.pth")
 
 
 def test_without_its_script_one_line_says_what_is_missing(drawn, script, tmp_path):

@@ -12,6 +12,7 @@ import train
 from formats.coco import CocoBoxes, DataError, content_problems
 from formats.commands import main
 from helpers import annotation, noise_image, real_images, write_set
+from tools.batches import check_skipped, open_data, training_batches
 
 SIZES = [(20, 30)] * 4                                   # (height, width) of images 10, 11, ...
 
@@ -163,7 +164,7 @@ def test_unreadable_headers_warn_until_none_can_be_read(tmp_path, check):
 
 
 def test_too_many_unreadable_headers_to_train_are_an_error(tmp_path, check):
-    """The limit is train.check_skipped's, which accepts 10 of 15 but not 11."""
+    """The limit is check_skipped's, which accepts 10 of 15 but not 11."""
     json_path, images = sound(tmp_path, sizes=[(20, 30)] * 15)
     for i in range(11):
         assert check(json_path, "--images", images)[0] == 0
@@ -173,10 +174,10 @@ def test_too_many_unreadable_headers_to_train_are_an_error(tmp_path, check):
 
     class Skipping:
         skipped = [f"{i}" for i in range(10)]
-    train.check_skipped([Skipping], set(), 15)
+    check_skipped([Skipping], set(), 15)
     Skipping.skipped = [f"{i}" for i in range(11)]
-    with pytest.raises(train.TrainingError):
-        train.check_skipped([Skipping], set(), 15)
+    with pytest.raises(DataError):
+        check_skipped([Skipping], set(), 15)
 
 
 def rotated(path: str, orientation: int = 3) -> None:
@@ -410,7 +411,7 @@ def test_the_two_files_need_the_same_categories(folder, check):
     only(findings, f"error: {files(folder)[1]} has other categories than {files(folder)[0]}")
     assert status == 1
     with pytest.raises(DataError) as error:
-        train.open_data(train.parse_arguments(["--data", str(folder)]), 0)
+        open_data(train.parse_arguments(["--data", str(folder)]), 0)
     assert findings[0] == f"error: {error.value}"
 
 
@@ -501,17 +502,17 @@ def test_a_flawed_mask_is_an_error_where_it_is_evaluated_and_a_warning_where_onl
          "(id 103)", "--method condinst would refuse it")
     assert status == 0
     arguments = ["--data", str(folder)]
-    train.open_data(train.parse_arguments(arguments), 0)
+    open_data(train.parse_arguments(arguments), 0)
     for more in (["--method", "condinst"], ["--measure-labels"]):
         with pytest.raises(DataError, match="no usable segmentation"):
-            train.open_data(train.parse_arguments([*arguments, *more]), 0)
+            open_data(train.parse_arguments([*arguments, *more]), 0)
     change(val_json, lambda content: [row.update(segmentation=BAD_MASK, iscrowd=1)
                                       for row in content["annotations"][5:7]])
     status, findings, _ = check(folder)
     line = f"{val_json}: 2 of 40 annotations have no usable segmentation: no polygon of 3 points (id 105, id 106)"
     assert status == 1 and f"error: {line}" in findings
     with pytest.raises(DataError) as error:
-        train.open_data(train.parse_arguments(arguments), 0)
+        open_data(train.parse_arguments(arguments), 0)
     assert str(error.value) == line
 
 
@@ -535,7 +536,7 @@ def test_polygons_that_are_left_out_are_counted(folder, check, capsys):
     status, findings, _ = check(folder)
     only(findings, f"warning: {val_json}: 1 of 40 annotations have polygons of fewer than 3 points", "(id 103)")
     assert status == 0
-    train.open_data(train.parse_arguments(["--data", str(folder)]), 0)
+    open_data(train.parse_arguments(["--data", str(folder)]), 0)
     assert findings[0] + "\n" == capsys.readouterr().err
 
 
@@ -547,7 +548,7 @@ def test_crowds_alone(folder, check):
     assert f"warning: {files(folder)[1]} has no usable box: all 40 are crowds" in findings
     with pytest.raises(DataError, match="no usable box: all 40 are crowds"):
         args = train.parse_arguments(["--data", str(folder), "--batch-size", "1", "--min-size", "32"])
-        train.training_batches(args, train.open_data(args, 0)[0], 0, 1)
+        training_batches(args, open_data(args, 0)[0], 0, 1)
 
 
 # ------------------------------------------------------------------------------------- conventions, names, keys
@@ -619,7 +620,7 @@ def test_other_annotation_files_are_named(folder, check, capsys):
     missing, unused = check(folder)[1]
     assert missing.startswith("note: ") and "is missing" in missing
     assert unused.startswith(f"note: 1 other JSON file not used ({other})") and "--val-json" in unused
-    train.open_data(arguments, 0)
+    open_data(arguments, 0)
     assert f"; not used: {other} (--val-json, --val-images)\n" in capsys.readouterr().out
     (folder.parent / "beside.json").write_text("{}")
     hint = check(folder / "none.json")[1][0]

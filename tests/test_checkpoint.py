@@ -22,7 +22,7 @@ from helpers import (SMALL, TINY, Code, command, losses_of, metrics, new_run, on
                      same)
 from model import PIXEL_STD, build_model, load_model
 from tools.checkpoint import convert, describe
-from train import initialise
+from tools.start import initialise
 
 CLASSES = [{"id": 3, "name": "cat"}, {"id": 17, "name": "dog"}]
 

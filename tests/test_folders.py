@@ -11,23 +11,24 @@ from formats.coco import DataError, datasets
 from formats.commands import main
 from formats.voc import write_voc
 from formats.yolo import write_yolo
+from tools.batches import open_data
 from label_folders import boxes, put, put_image, read, refused, xml_object, xml
 
 
 def test_training_takes_the_folder(voc, yolo, capsys):
     """--data DIR finds the images; without a val file there is no evaluation, but one line about it."""
     write_yolo(str(yolo))
-    annotations, validation = train.open_data(train.parse_arguments(["--data", str(yolo)]), 0)
+    annotations, validation = open_data(train.parse_arguments(["--data", str(yolo)]), 0)
     assert [c["id"] for c in annotations.classes] == [0, 1] and validation.classes == annotations.classes
     assert validation.path(0) == str(yolo / "images" / "val" / "b.png")
     batch = TrainBatches(annotations, batch_size=2, min_sizes=[20], max_size=64)[0]
     assert batch.images.shape == (2, 3, 32, 32) and not batch.skipped
     write_voc(str(voc))
     capsys.readouterr()
-    annotations, validation = train.open_data(train.parse_arguments(["--data", str(voc)]), 0)
+    annotations, validation = open_data(train.parse_arguments(["--data", str(voc)]), 0)
     assert validation is None and annotations.path(0) == str(voc / "JPEGImages" / "a.jpg")
     assert capsys.readouterr().out == f"no evaluation: there is no {voc / 'annotations' / 'instances_val2017.json'}\n"
-    train.open_data(train.parse_arguments(["--data", str(voc)]), 1)
+    open_data(train.parse_arguments(["--data", str(voc)]), 1)
     assert capsys.readouterr().out == ""                                        # only the first process prints it
 
 
@@ -35,7 +36,7 @@ def test_only_a_users_folder_trains_without_evaluation(voc, tmp_path, monkeypatc
     """A named data set must have its val file, and --val-json must exist."""
     write_voc(str(voc))
     with pytest.raises(DataError, match="none.json is missing"):
-        train.open_data(train.parse_arguments(["--data", str(voc), "--val-json", "none.json", "--val-images", "."]), 0)
+        open_data(train.parse_arguments(["--data", str(voc), "--val-json", "none.json", "--val-images", "."]), 0)
     monkeypatch.chdir(tmp_path)
     os.mkdir("datasets")
     os.rename(voc, "datasets/shapes")
@@ -44,10 +45,10 @@ def test_only_a_users_folder_trains_without_evaluation(voc, tmp_path, monkeypatc
     for path in Path("datasets/shapes/train2017").glob("*.jpg"):
         path.rename(path.parent / "JPEGImages" / path.name)
     with pytest.raises(DataError, match="instances_val2017.json is missing"):
-        train.open_data(train.parse_arguments(["--data", "shapes"]), 0)
+        open_data(train.parse_arguments(["--data", "shapes"]), 0)
     os.remove("datasets/shapes/annotations/instances_train2017.json")
     with pytest.raises(DataError, match="instances_train2017.json is missing"):
-        train.open_data(train.parse_arguments(["--data", "datasets/shapes"]), 0)
+        open_data(train.parse_arguments(["--data", "datasets/shapes"]), 0)
 
 
 def test_image_folders(voc, yolo):
@@ -64,14 +65,14 @@ def test_an_earlier_conversion_is_replaced_and_its_val_file_does_not_stay(voc, c
     for split, lines in (("train", "c\nb\n"), ("val", "a\n")):
         put(voc / "ImageSets" / "Main" / f"{split}.txt", lines)
     write_voc(str(voc))
-    assert train.open_data(train.parse_arguments(["--data", str(voc)]), 0)[1] is not None
+    assert open_data(train.parse_arguments(["--data", str(voc)]), 0)[1] is not None
     (voc / "ImageSets").rename(voc / "old")
     capsys.readouterr()
     write_voc(str(voc))
     val_json = voc / "annotations" / "instances_val2017.json"
     assert f"{val_json}: removed" in capsys.readouterr().out and not val_json.exists()
     assert len(read(voc)["images"]) == 3
-    assert train.open_data(train.parse_arguments(["--data", str(voc)]), 0)[1] is None
+    assert open_data(train.parse_arguments(["--data", str(voc)]), 0)[1] is None
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

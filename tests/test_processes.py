@@ -24,9 +24,11 @@ from formats.checkpoint import load
 from formats.coco import DataError
 from formats.files import SaidElsewhere, UserError
 from helpers import SMALL, Looker, command, copy_set, losses_of, metrics, one_line_error, only_training
-from tools import processes
-from tools.processes import (Lasting, Patient, StopSignals, check_first, from_first, gathered, lasting_output, loaded,
-                             lock, open_folder, same_command, same_everywhere, together)
+from tools import batches, processes, run_folder
+from tools.batches import Patient
+from tools.processes import (Lasting, StopSignals, from_first, gathered, lasting_output, loaded, same_command,
+                             same_everywhere, together)
+from tools.run_folder import RunFolder, check_first, lock
 
 
 def in_child(work) -> int:
@@ -284,7 +286,7 @@ def test_a_folder_that_comes_back_is_waited_for(tmp_path, monkeypatch, skipped):
         if len(waits) == 3:
             (folder / "a.jpg").touch()
 
-    monkeypatch.setattr(processes.time, "sleep", sleep)
+    monkeypatch.setattr(batches.time, "sleep", sleep)
     batch = Patient(Mounted(folder, skipped), str(folder))[7]
     assert (batch.k, batch.skipped, len(waits)) == (7, [], 3)
 
@@ -302,7 +304,7 @@ def test_a_folder_that_stays_away_ends_the_run_after_it_has_saved(drawn, warm, t
 
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(processes, "PATIENCE", -1)
+        patch.setattr(batches, "PATIENCE", -1)
         patch.setattr(train, "train_step", step_and_lose)
         assert command(*options, "--out", tmp_path / "out") == 1
     assert f"{images} have been away" in one_line_error(capsys)
@@ -361,7 +363,7 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys)
     def no_locks(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(processes.fcntl, "lockf", no_locks)
+    monkeypatch.setattr(run_folder.fcntl, "lockf", no_locks)
     with lock(tmp_path):
         assert "cannot be locked (Operation not supported)" in capsys.readouterr().err
 
@@ -375,7 +377,7 @@ def test_a_second_run_in_the_folder_is_refused(drawn, tmp_path, capsys, monkeypa
     def held(*_):
         raise BlockingIOError
 
-    monkeypatch.setattr(processes.fcntl, "lockf", held)
+    monkeypatch.setattr(run_folder.fcntl, "lockf", held)
     monkeypatch.setattr(checkpoint, "load_latest", None)
     for more in ([], ["--fresh"]):
         assert command(*options, *more) == 1
@@ -383,8 +385,9 @@ def test_a_second_run_in_the_folder_is_refused(drawn, tmp_path, capsys, monkeypa
     assert [path.name for path in out.iterdir()] == ["lock"] and not (tmp_path / "out.1").exists()
     monkeypatch.undo()
     (out / "last.pt").touch()
-    with train.contextlib.ExitStack() as stack, pytest.raises(UserError, match="another run has just begun"):
-        open_folder(out, False, stack, locked=False)
+    folder = RunFolder(out, fresh=False, rank=0)
+    with pytest.raises(UserError, match="another run has just begun"):
+        folder.begin()
 
 
 # --------------------------------------------------------------------------------- what must not end a run
@@ -461,8 +464,8 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(drawn, tmp_path, monk
     monkeypatch.setattr(train, "Log", full_log)
     assert command(*only_training(drawn), "--out", tmp_path / "out", *SMALL, "--iters", 2) == 0
     warnings = capsys.readouterr().err.splitlines()
-    assert sum("metrics.jsonl cannot be written: No space left" in line for line in warnings) == 2
-    assert sum("nothing more is written for TensorBoard" in line for line in warnings) == 1 and len(warnings) == 3
+    assert sum("metrics.jsonl cannot be written: No space left" in line for line in warnings) == 3
+    assert sum("nothing more is written for TensorBoard" in line for line in warnings) == 1 and len(warnings) == 4
     assert load(tmp_path / "out/final.pt")["iteration"] == 2
 
 

@@ -12,6 +12,7 @@ import train
 from formats import check
 from formats.coco import CocoBoxes, datasets
 from helpers import real_images
+from tools.batches import open_data
 from tools.compare import read_masks
 from tools.label import agreement
 
@@ -94,6 +95,6 @@ def test_no_photograph_is_in_both_parts():
 
 
 def test_the_embedded_set_is_found_by_its_name(in_project):
-    annotations, validation = train.open_data(train.parse_arguments(["--data", "food", "--method", "boxinst"]), 0)
+    annotations, validation = open_data(train.parse_arguments(["--data", "food", "--method", "boxinst"]), 0)
     assert len(annotations.boxes) == 482 and len(validation.boxes) == 140
     assert annotations.rles is None                                # boxes alone are read

@@ -19,6 +19,7 @@ from helpers import Code, relative_error
 from model import PIXEL_MEAN, PIXEL_STD, build_model, load_model, predict
 from released_files import BOTTOM_UP, LAYOUTS, SWIN_B, network, released
 from tools import checkpoint
+from tools.start import load_backbone, start_backbone
 from weights import picture as image_of
 
 
@@ -364,9 +365,9 @@ def test_imagenet_means_torchvisions_download(monkeypatch):
     state, _, _ = read_backbone("r18", "imagenet", PIXEL_STD)
     assert torch.equal(state["body.c5.1.conv2.weight"], net.layer4[1].conv2.weight)
     with pytest.raises(CheckpointError, match="imagenet: cannot download .*no route.*fetch the address elsewhere"):
-        train.load_backbone("swin-b", "imagenet")
+        load_backbone("swin-b", "imagenet")
     with pytest.raises(CheckpointError, match="cannot download"):
-        train.load_backbone("r101-dcn", "imagenet")
+        load_backbone("r101-dcn", "imagenet")
     assert asked == ["resnet18", "swin_b", "resnet101"]
 
 
@@ -389,8 +390,8 @@ def test_wrong_backbone_files_name_the_key(r50, tmp_path):
                              ("r50", "code.pkl", "wants to run"), ("r50", "no.pth", "No such file"),
                              ("r50", "whole.pth", "whole checkpoint.*--init"), ("r50", "ours.pt", "--init")):
         with pytest.raises(CheckpointError, match=part) as error:
-            weights, _ = train.load_backbone(name, str(tmp_path / file))
-            train.start_backbone(make_backbone(name, True), weights, name, file)
+            weights = load_backbone(name, str(tmp_path / file)).backbone
+            start_backbone(make_backbone(name, True), weights, name, file)
         assert "\n" not in str(error.value) and file in str(error.value)
     assert not (tmp_path / "ran").exists()
 

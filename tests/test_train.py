@@ -23,6 +23,7 @@ from helpers import (LOSSES, SMALL, command, copy_set, losses_of, metrics, new_r
                      only_training, same)
 from tools.log import Log
 from model import CondInst, load_model
+from tools.batches import training_batches
 from boxteacher import RAMPED, total_loss
 from train import train_step
 
@@ -177,7 +178,7 @@ def test_compiled_steps_are_the_same_steps(drawn, warm, tmp_path, monkeypatch):
     runs = [new_run(drawn, tmp_path, "--init", str(warm), "--iters", "100", *more)[0] for more in ([], ["--compile"])]
     assert traced == [runs[1].model, runs[1].teacher]
     annotations = new_run(drawn, tmp_path)[1]
-    batches = [train.training_batches(run.args, annotations, 0, 1) for run in runs]
+    batches = [training_batches(run.args, annotations, 0, 1) for run in runs]
     assert [one[0].images.shape[2:] for one in batches] == [(64, 64), (128, 128)]
     results = [train_step(run, [batches[1][0]], 50, False) for run in runs]
     assert results[0].counts["pseudo_masks"] == results[1].counts["pseudo_masks"] > 0
@@ -507,16 +508,15 @@ import train
 
 faulthandler.dump_traceback_later(120, exit=True)  # a process that waits for ever says where
 torch.set_num_threads(1)
-destroy, original, step = dist.destroy_process_group, train.Run.losses, train.train_step
+destroy, original, step, make = dist.destroy_process_group, train.Run.losses, train.train_step, train.make_run
 group = train.start_distributed(torch.device("cpu"))
 calls, runs = [], json.loads(open(sys.argv[1]).read())
 os.makedirs(f"{sys.argv[2]}/{group[0]}", exist_ok=True)
 os.chdir(f"{sys.argv[2]}/{group[0]}")
 
-class Run(train.Run):
-    def __init__(self, *rest):
-        super().__init__(*rest)
-        train.last_run = self
+def make_run(*rest):
+    train.last_run, choices = make(*rest)
+    return train.last_run, choices
 
 def losses(run, batch):
     result = original(run, batch)
@@ -537,7 +537,7 @@ def compare():
                 dist.all_reduce(high, dist.ReduceOp.MAX)
                 assert torch.equal(low, high), f"{name} differs between the processes"
 
-train.Run, train.start_distributed, dist.destroy_process_group = Run, lambda device: group, compare
+train.make_run, train.start_distributed, dist.destroy_process_group = make_run, lambda device: group, compare
 for options, of_second, expected in runs:
     status = 0
     if expected == 143:

@@ -3,11 +3,12 @@ import argparse
 import json
 import math
 import os
+import shlex
 from collections.abc import Callable, Sequence
 
 import torch
 
-from formats.coco import MAX_PIXELS
+from formats.coco import MAX_PIXELS, CocoBoxes
 from formats.files import UserError, beside, positive, printable, replacing
 from formats.pictures import image_options
 from model import rescores, test_size
@@ -109,6 +110,18 @@ def pick_amp(name: str, device: torch.device) -> torch.dtype | None:
             return None
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def next_command(args: argparse.Namespace, annotations: CocoBoxes, validation: CocoBoxes | None) -> str:
+    """What a person runs after a training run of `args`: the evaluation, or without anything to evaluate on the
+    masks of the training images."""
+    program, files = "evaluate.py", ["--data", args.data]
+    if validation is None:
+        program, files = "predict.py", ["--boxes", str(annotations.json_path), "--images", str(annotations.image_dir),
+                                        "--out", os.path.join(args.out, "masks")]
+    elif args.val_json:
+        files = ["--val-json", args.val_json, "--val-images", args.val_images]
+    return shlex.join(["python", program, "--ckpt", os.path.join(args.out, "final.pt"), *files, *image_words(args)])
 
 
 # --------------------------------------------------------------------------------------- output files and tables

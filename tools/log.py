@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,6 +139,16 @@ class Log:
         """Write a line with the figures of an evaluation (evaluate.coco_metrics). Only the first process calls this."""
         self.record(iteration, {"eval": metrics})
         self.reset()  # the time of an evaluation is not that of iterations
+
+    def sync(self) -> None:
+        """Bring what was written to the disk: a run that goes on from a checkpoint does not log earlier iterations
+        again. What cannot be written is a warning."""
+        try:
+            if self.file is not None:
+                self.file.flush()
+                os.fsync(self.file.fileno())
+        except OSError as error:
+            warn(f"{self.path} cannot be written: {error.strerror}; the run goes on")
 
     def record(self, iteration: int, figures: dict) -> None:
         """Write a line of metrics.jsonl, and the same figures for TensorBoard (train/loss, segm/AP, ...).

@@ -1,16 +1,14 @@
-"""The processes of a run: torchrun's group and what it agrees on, signals, loading processes, the lock of a folder.
+"""The processes of a run: torchrun's group and what it agrees on, signals, output, loading processes.
 
     together, same_everywhere    what is wrong on one process ends all of them, with one line
     StopSignals                  a request to stop, as people and job managers send it
     lasting_output               what people read may be lost, the run goes on
-    loaded, Patient              batches, whatever happens to loading processes and to the folder of the images
-    lock                         one run in a folder
+    loaded                       batches, whatever happens to loading processes
 """
 import contextlib
 import datetime
-import fcntl
 import hashlib
-import itertools
+import inspect
 import multiprocessing
 import os
 import re
@@ -21,22 +19,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, _utils
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, _utils
 
 from formats.coco import CocoBoxes
-from formats.files import SaidElsewhere, UserError, check_ordinary, printable, warn
-from tools.command_line import output_file
+from formats.files import SaidElsewhere, UserError, printable
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # SIGUSR1: Slurm's warning of a time limit
 FORWARDED = 2    # seconds within which torchrun has forwarded a Ctrl-C, which its processes get themselves too
 SILENT = 60      # seconds that a process waits for others without saying so
-PATIENCE = 20    # seconds that the folder of the images may be away; less than the 30 of torchrun before it kills
 ATTEMPTS = 5     # times in a row that loading processes may die without a batch
+# the DDP option that copies the buffers of process 0 to the others in each forward pass; torch 2.14 renamed it
+SYNC_BUFFERS = next(name for name in ("forward_sync_buffers", "broadcast_buffers")
+                    if name in inspect.signature(DistributedDataParallel).parameters)
 
 
 def start_distributed(device: torch.device) -> tuple[int, int, torch.device]:
@@ -115,6 +114,14 @@ def from_first(value, what: str):
     return holder[0]
 
 
+def read_by_first(read: Callable, what: str):
+    """What `read` returns on process 0, on all: they may be on machines that share no folder. Raises UserError on all
+    where it cannot be read. what: see `saying`."""
+    with together(what):
+        content = read() if int(os.environ.get("RANK", 0)) == 0 else None
+    return from_first(content, what)
+
+
 @contextlib.contextmanager
 def together(what: str) -> Iterator[None]:
     """All processes leave the block together. A UserError or OSError within it is raised on all of them, and said by
@@ -168,6 +175,14 @@ def agreed(*flags: Tensor | bool) -> list[bool]:
     if dist.is_initialized():
         dist.all_reduce(values, dist.ReduceOp.MIN)
     return values.bool().tolist()
+
+
+def joined(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model, with gradients that are the means over all processes, which wait for each other here."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return model
+    return DistributedDataParallel(model, [device] if device.type == "cuda" else None, gradient_as_bucket_view=True,
+                                   **{SYNC_BUFFERS: False})
 
 
 # ------------------------------------------------------------------------------------------- signals and output
@@ -287,91 +302,3 @@ def loaded(loader_from: Callable[[int], DataLoader], start: int, stop: int) -> I
                 raise UserError(f"loading processes died {ATTEMPTS} times in a row ({reason}); less memory is needed "
                                 "with fewer --workers") from None
             print(f"warning: {reason}; loading processes are started anew", file=sys.stderr, flush=True)
-
-
-class Patient(Dataset):
-    """TrainBatches that waits up to PATIENCE seconds for a folder of images that is away, as one on a network may be,
-    instead of taking its images for broken ones. Raises UserError after that time."""
-
-    def __init__(self, batches: Dataset, folder: str):
-        self.batches, self.folder = batches, folder
-
-    def __getitem__(self, k: int):
-        until = time.monotonic() + PATIENCE
-        with contextlib.suppress(UserError):
-            if not (batch := self.batches[k]).skipped:
-                return batch
-        while not listed(self.folder):
-            if time.monotonic() > until:
-                raise UserError(f"the images in {self.folder} have been away for {PATIENCE} seconds")
-            time.sleep(1)
-        return self.batches[k]
-
-
-def listed(folder: str) -> bool:
-    """Whether the folder can be read and has anything in it: the place of a lost mount is empty."""
-    try:
-        with os.scandir(folder) as entries:
-            return next(entries, None) is not None
-    except OSError:
-        return False
-
-
-# ------------------------------------------------------------------------------------------------- run folders
-
-
-@contextlib.contextmanager
-def lock(folder: str | os.PathLike) -> Iterator[None]:
-    """Hold a folder in the block. Raises UserError where another process, of this machine or of another, holds it.
-
-    The system frees such a lock (fcntl's) when its process ends, however that ends; loading processes do not inherit
-    it. Where a file system has no locks, that is a warning.
-    """
-    try:  # no link that leads elsewhere
-        opened = os.open(os.path.join(folder, "lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-        check_ordinary(opened)
-    except OSError as error:
-        raise UserError(f"cannot lock {folder}: its file `lock` cannot be opened ({error.strerror})") from None
-    with open(opened, "r+", errors="replace") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"a run is under way in {folder}: {file.read().strip() or 'it has just begun'}; wait for "
-                            "its end, or choose another --out") from None
-        except OSError as error:
-            warn(f"{folder} cannot be locked ({error.strerror}): start no second run in it")
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        with contextlib.suppress(OSError):  # the words are for people
-            os.ftruncate(file.fileno(), 0)
-            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode())
-        try:
-            yield
-        finally:
-            os.ftruncate(file.fileno(), 0)
-
-
-def check_first(out: str | os.PathLike) -> None:
-    """Raises UserError on all processes where process 0 lacks a run that another one has: its machine has not been the
-    first one before, and they share no folder."""
-    exists = any(os.path.exists(os.path.join(out, name)) for name in ("last.pt", "previous.pt"))
-    found = gathered((exists, socket.gethostname()), "all to look for a run")
-    others = [f"process {rank} on {host}" for rank, (exists, host) in enumerate(found) if exists]
-    with together("all to look for a run"):
-        if others and not found[0][0]:
-            raise UserError(f"the run in {out} is that of {others[0]}, but process 0 on {found[0][1]} has none: let "
-                            "the same machine be the first (--node_rank=0), or share the folder")
-
-
-def open_folder(out: Path, fresh: bool, held: contextlib.ExitStack, locked: bool) -> None:
-    """Make a run folder and lock it, unless it is locked, until `held` ends. With --fresh an earlier one is renamed to
-    OUT.1, OUT.2, ... Raises UserError."""
-    if fresh and out.exists():
-        aside = next(p for i in itertools.count(1) if not (p := out.with_name(f"{out.name}.{i}")).exists())
-        out.rename(aside)
-        print(f"moved {out} to {aside}")
-        locked = False
-    output_file(str(out / "last.pt"))
-    if not locked:
-        held.enter_context(lock(out))
-        if (out / "last.pt").exists():
-            raise UserError(f"another run has just begun in {out}")
