@@ -11,6 +11,7 @@ come from formats/coco.py. Boxes are xyxy in pixels, sizes (height, width).
     python data.py check DIR_OR_JSON...                # list what is wrong with a data set
 """
 import math
+import os
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -255,6 +256,10 @@ class TrainBatches(torch.utils.data.Dataset):
         if epoch != self.epoch:
             self.epoch, self.batches = epoch, self.epoch_order(epoch)
         return self.batches[batch].tolist()
+
+    def folders(self, k: int) -> set[str]:
+        """Of the images of micro-step k that this process reads."""
+        return {os.path.dirname(self.annotations.path(i)) for i in self.order(k)[self.share]}
 
     def epoch_order(self, epoch: int) -> np.ndarray:
         """(epoch_length, batch_size) indices of images in random order, without those that do not fill a last batch.

@@ -117,7 +117,7 @@ class Run:
     def __init__(self, args: argparse.Namespace, classes: list[dict], start: Start, rank: int, world_size: int,
                  device: torch.device):
         self.args, self.classes = args, classes
-        self.out, self.iteration = Path(args.out), 0
+        self.out, self.iteration, self.saved = Path(args.out), 0, False
         self.rank, self.world_size, self.device = rank, world_size, device
         self.plan = make_plan(args.batch_size, args.optimizer, args.schedule, args.iters, args.lr, args.lr_decay,
                               args.warmup, args.ramp)
@@ -215,7 +215,8 @@ class Run:
             if self.iteration >= self.plan.iterations:  # before last.pt: a complete run has a final.pt
                 checkpoint.save(state, self.out / "final.pt")
             checkpoint.save(state | {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()},
-                            self.out / "last.pt", self.out / "previous.pt")
+                            self.out / "last.pt", self.out / "previous.pt", own=self.saved)
+            self.saved = True
 
 
 def make_run(args: argparse.Namespace, annotations: CocoBoxes, rank: int, world_size: int,
@@ -342,12 +343,14 @@ def describe(run: Run, annotations: CocoBoxes, choices: list[str]) -> None:
     print(f"python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
           f"{run.world_size} x {gpu}, autocast {run.amp_dtype or 'off'}")
     print(f"{run.args.method}, {run.args.backbone}: {counted(len(annotations), 'image')}, "
-          f"{counted(len(annotations.boxes), 'box')}, {counted(len(run.classes), 'class')} -> {run.out}", *choices, sep="\n")
+          f"{counted(len(annotations.boxes), 'box')}, {counted(len(run.classes), 'class')} -> {run.out}", *choices,
+          sep="\n")
     print(f"{plan.iterations} iterations of {run.args.batch_size} images, learning rate {plan.lr:g} after "
           f"{plan.warmup} of warm-up, {'cosine' if plan.cosine else f'a tenth at {plan.drops}'}; "
           f"ramp of pairwise and pseudo-mask losses {plan.ramp}")
     if run.iteration < plan.iterations:  # otherwise these options train nothing
-        write_whole(run.out / "config.json", json.dumps(config_of(run.args) | {"plan": plan._asdict()}, indent=1).encode())
+        config = config_of(run.args) | {"plan": plan._asdict()}
+        write_whole(run.out / "config.json", json.dumps(config, indent=1).encode())
 
 
 def left_out(run: Run, validation: CocoBoxes | None) -> tuple[bool, bool]:

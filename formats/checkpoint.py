@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from formats.files import UserError, replacing, warn
-from formats.pickled import read
+from formats.files import UserError, replacing, sync, warn
+from formats.pickled import is_intact, read
 from formats.released import check_finite, read_checkpoint
 
 FORMAT = "boxteacher-1"
@@ -37,39 +37,33 @@ FORMS_OF_A_RUN = {"optimizer": {"state": {int: {str: (Tensor, int, float, None)}
                                 "param_groups": [{str: (*PLAIN, list, tuple)}]},
                   "scaler": {str: (int, float)}, "iteration": int}
 RESUME_ONLY = ("optimizer", "scaler")
+METHODS = ("boxteacher", "boxinst", "condinst")
 
 
 class CheckpointError(UserError):
     """A file cannot be used as a checkpoint."""
 
 
-def save(state: dict, path: str | Path, previous: str | Path | None = None) -> None:
+def save(state: dict, path: str | Path, previous: str | Path | None = None, own: bool = False) -> None:
     """Write `state` to `path`; the checkpoint that was there is kept as `previous`, unless it cannot be read.
 
-    The data is on the disk before the name changes, and each name changes in one step: whenever the process is killed,
-    `path` or `previous` is a whole checkpoint. Raises CheckpointError if it cannot be written; both stay as they were.
+    own: this process has written the one that was there, so that it can be read if its checksums are right. The data is
+    on the disk before the name changes, and each name changes in one step: whenever the process is killed, `path` or
+    `previous` is a whole checkpoint. Raises CheckpointError if it cannot be written, or if it holds numbers that are
+    not finite, which nobody could load; both stay as they were.
     """
     try:
-        for left in leftovers(path):
-            os.remove(left)
+        check_numbers(state)
         with replacing(path) as temporary:
             with open(temporary, "wb") as file:
                 torch.save({"format": FORMAT, **state}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            if previous is not None and is_whole_run(path):
+                sync(file)
+            if previous is not None and (is_intact(path) if own else is_whole_run(path)):
                 os.replace(path, previous)
         sync_folder(Path(path).parent)
-    except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports an OSError
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: how torch.save reports an OSError
         cause = error.__context__ if isinstance(error, RuntimeError) and error.__context__ else error
         raise CheckpointError(f"cannot write {path}, which stays as it was: {first_line(cause)}") from None
-
-
-def leftovers(path: str | Path) -> list[Path]:
-    """What killed processes left of their attempts to write `path`."""
-    folder, name = os.path.split(path)
-    return [file for file in Path(folder).glob("*.tmp")
-            if re.fullmatch(re.escape(name[:40]) + r"\.[0-9a-f]{16}\.tmp", file.name)]
 
 
 def sync_folder(folder: Path) -> None:
@@ -118,9 +112,7 @@ def load_run(path: str | Path) -> dict:
                        and all(type(number) is not str and number > 0 for number in chosen[:3])):
         raise CheckpointError(f"{path} has the format of this project, but its 'config' is damaged")
     try:
-        check_finite({f"the optimiser's {name} of parameter {number}": value
-                      for number, values in state["optimizer"]["state"].items() for name, value in values.items()
-                      if isinstance(value, Tensor)})
+        check_numbers(state)
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be used: {error}") from None
     return state
@@ -168,8 +160,12 @@ def fits(value, form) -> bool:
 
 
 def check_network(state: dict) -> None:
-    """Raises ValueError for weights that are not finite, and for sizes that a network of so few weights cannot have:
-    memory for it is taken before they are compared."""
+    """Raises ValueError for weights that are not finite, a method or an iteration that no run has, and sizes that a
+    network of so few weights cannot have: memory for it is taken before they are compared."""
+    if state["method"] not in METHODS:
+        raise ValueError(f"its method is {state['method']!r:.40}")
+    if not 0 <= (state["iteration"] or 0) < 2**40:
+        raise ValueError(f"its iteration is {state['iteration']!r:.40}")
     model, classes = state["model"], state["classes"]
     sizes = [model["num_classes"], model["channels"], model.get("mask_channels", 16)]
     held = sum(weight.numel() for weight in state["student"].values())
@@ -183,8 +179,33 @@ def check_network(state: dict) -> None:
         size = state["config"].get(key)
         if size is not None and (type(size) is not int or not 0 < size < 2**15):
             raise ValueError(f"its {key} is {size!r:.40}")
+    check_weights(state)
+
+
+def check_weights(state: dict) -> None:
+    """Raises ValueError."""
     for part in ("student", "teacher"):
         check_finite(state[part] or {})
+
+
+def check_numbers(state: dict) -> None:
+    """Raises ValueError for a number that is not finite: of the weights, the optimiser or the scaler."""
+    check_weights(state)
+    for key in RESUME_ONLY:
+        for name, value in entries(state.get(key)):
+            if isinstance(value, Tensor):
+                check_finite({f"the {key}'s {name}": value})
+            elif isinstance(value, (int, float)) and not abs(value) < 1e39:
+                raise ValueError(f"the {key}'s {name} is {value!r:.40}")
+
+
+def entries(content, name: str = "") -> Iterator[tuple[str, object]]:
+    """(name, value) of all that dictionaries, lists and tuples contain, at any depth: ("state.0.step", 7)."""
+    if isinstance(content, (dict, list, tuple)):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from entries(value, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, content
 
 
 def first_line(error: Exception) -> str:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import IO
 
 # what pip calls a package that is imported under another name
 PIP_NAMES = {"cv2": "opencv-python-headless", "torch.utils.tensorboard": "tensorboard", "yaml": "pyyaml"}
@@ -105,6 +106,12 @@ def replacing(path: str | Path) -> Iterator[str]:
         if isinstance(error, OSError) and error.errno and str(error.filename or ".tmp").endswith(".tmp"):
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
+
+
+def sync(file: IO) -> None:
+    """Bring what was written to an open file to the disk. Raises OSError."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def write_whole(path: str | Path, content: bytes) -> None:

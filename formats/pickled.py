@@ -129,6 +129,15 @@ def check_zip(file: BinaryIO, size: int, limit: int) -> None:
                 check_pickle(io.BytesIO(archive.read(entry)), limit)
 
 
+def is_intact(path: str | Path) -> bool:
+    """Whether all checksums in a file of torch.save are right."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:                                # zipfile raises many types for a damaged file
+        return False
+
+
 def tensors_in(content) -> Iterator[torch.Tensor]:
     """All tensors in dictionaries, lists and tuples, at any depth."""
     waiting = [content]

@@ -1,6 +1,7 @@
 """Checkpoint files that survive a kill at any moment, and runs that resume from them to the bit."""
 import itertools
 import json
+import math
 import os
 import pickle
 import random
@@ -65,6 +66,11 @@ def test_file_and_folder_are_on_the_disk_when_a_save_returns(tmp_path, monkeypat
     assert synced == [(False, False), (True, 1), (False, 1), (True, 2)]   # a file, then its name
 
 
+def write(state: dict, path: Path) -> None:
+    """As `save` does, also what that refuses."""
+    torch.save({"format": checkpoint.FORMAT, **state}, path)
+
+
 def unusable_files(folder: Path) -> dict[str, str]:
     """Written into the folder; {name: a part of the message}."""
     save(tiny(1, x=torch.zeros(1000)), folder / "good.pt")
@@ -77,7 +83,7 @@ def unusable_files(folder: Path) -> dict[str, str]:
     torch.save({"model": {"conv.weight": torch.zeros(3)}}, folder / "foreign.pt")
     torch.save([1, 2, 3], folder / "list.pt")
     torch.save({"format": checkpoint.FORMAT}, folder / "empty.pt")
-    save(tiny(1) | {"teacher": "mine"}, folder / "text_as_teacher.pt")
+    write(tiny(1) | {"teacher": "mine"}, folder / "text_as_teacher.pt")
     state = state_of()
     save(state | {"student": {}, "teacher": None}, folder / "no_weights.pt")
     save(state | {"model": state["model"] | {"backbone": "r51"}}, folder / "unknown.pt")
@@ -89,7 +95,10 @@ def unusable_files(folder: Path) -> dict[str, str]:
     for name in ("student", "teacher"):
         weights = {key: weight.clone() for key, weight in state[name].items()}
         weights["fpn.p6.bias"][3] = float("nan" if name == "student" else "inf")
-        save(state | {name: weights}, folder / f"{name}.pt")
+        write(state | {name: weights}, folder / f"{name}.pt")
+    for number, value in enumerate((-1, 10 ** 30)):
+        write(state | {"iteration": value}, folder / f"iteration{number}.pt")
+    write(state | {"method": "magic"}, folder / "method.pt")
     (folder / "folder.pt").mkdir()
     damaged = {f"cut{share}.pt": "truncated" if share else "it is empty" for share in (0, 1, 50, 99)}
     return damaged | {"missing.pt": "no checkpoint at", "text.pt": "not a readable",
@@ -102,7 +111,8 @@ def unusable_files(folder: Path) -> dict[str, str]:
                       "half_a_model.pt": "its 'model' is missing or damaged", "channels8192.pt": "are too few for 8192",
                       "num_classes1000000000.pt": "are too few", "mask_channels1000000000.pt": "are too few",
                       "channels-1.pt": "are too few", "class.pt": "it names 1 of 2 classes",
-                      "size.pt": "its test_max_size is 1000000000",
+                      "size.pt": "its test_max_size is 1000000000", "iteration0.pt": "its iteration is -1",
+                      "iteration1.pt": "its iteration is 1000000000", "method.pt": "its method is 'magic'",
                       "student.pt": "fpn.p6.bias has values that are not finite",
                       "teacher.pt": "fpn.p6.bias has values that are not finite"}
 
@@ -129,11 +139,15 @@ def test_latest_falls_back_to_the_previous_one_and_says_so(tmp_path, capsys):
     save(tiny(3, x=torch.zeros(9999)), last, previous)    # the damaged one is not kept
     assert load(last)["iteration"] == 3 and load(previous)["iteration"] == 1
     for number, damage in enumerate((
-            flipped, lambda path: save(state_of(4), path),
-            lambda path: save(tiny(4, student={"a": torch.full((10,), torch.nan)}), path),
-            lambda path: save(tiny(4, optimizer={"state": {0: {"x": torch.tensor(torch.inf)}}, "param_groups": []}),
-                              path),
-            lambda path: save(tiny(4) | {"scaler": None}, path))):
+            flipped, lambda path: write(state_of(4), path),
+            lambda path: write(tiny(4, student={"a": torch.full((10,), torch.nan)}), path),
+            lambda path: write(tiny(4, optimizer={"state": {0: {"x": torch.tensor(torch.inf)}}, "param_groups": []}),
+                               path),
+            lambda path: write(tiny(4, optimizer={"state": {}, "param_groups": [{"momentum": math.nan}]}), path),
+            lambda path: write(tiny(4, optimizer={"state": {}, "param_groups": [{"betas": (0.9, math.inf)}]}), path),
+            lambda path: write(tiny(4, optimizer={"state": {}, "param_groups": [{"lr": 10 ** 400}]}), path),
+            lambda path: write(tiny(4) | {"scaler": {"scale": math.inf}}, path),
+            lambda path: write(tiny(4) | {"scaler": None}, path))):
         damage(last)
         assert load_latest(tmp_path)["iteration"] == 1, number
         assert capsys.readouterr().err.count("trying the previous one") == 1
@@ -240,14 +254,35 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_good_checkpoint(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_leftovers_of_a_killed_process_go_and_files_of_others_stay(tmp_path):
-    others = ["mine.tmp", "last.pt.tmp", "last.pt.0123456789abcdefg.tmp", "other.pt.0123456789abcdef.tmp"]
-    for name in (*others, "last.pt.0123456789abcdef.tmp"):
-        (tmp_path / name).write_text("mine")
-    save(tiny(1), tmp_path / "last.pt", tmp_path / "previous.pt")
-    convert(load(tmp_path / "last.pt"), str(tmp_path / "mine"))
-    assert {path.name for path in tmp_path.iterdir()} == {*others, "last.pt", "mine"}
-    assert all((tmp_path / name).read_text() == "mine" for name in others)
+def test_a_damaged_checkpoint_of_this_process_is_not_kept_either(tmp_path):
+    last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
+    for iteration in (1, 2):
+        save(tiny(iteration, x=torch.zeros(1000)), last, previous, own=True)
+    for damage in (flipped, lambda path: os.truncate(path, 100), lambda path: path.write_bytes(b"")):
+        damage(last)
+        save(tiny(3, x=torch.zeros(1000)), last, previous, own=True)
+        assert load(last)["iteration"] == 3 and load(previous)["iteration"] == 1
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
+    for iteration in (1, 2):
+        save(tiny(iteration), last, previous)
+    for change in ({"student": {"a": torch.full((10,), torch.nan)}}, {"scaler": {"scale": math.nan}},
+                   {"optimizer": {"state": {0: {"momentum_buffer": torch.tensor(torch.inf)}}, "param_groups": []}}):
+        with pytest.raises(CheckpointError, match="cannot write .*last.pt, which stays as it was: .* (nan|not finite)"):
+            save(tiny(3) | change, last, previous)
+    assert load(last)["iteration"] == 2 and load(previous)["iteration"] == 1
+
+
+def test_a_run_reads_its_checkpoint_back_once_at_most(drawn, tmp_path, monkeypatch):
+    """Then its checksums suffice."""
+    whole, read = [], checkpoint.is_whole_run
+    monkeypatch.setattr(checkpoint, "is_whole_run", lambda path: whole.append(path) or read(path))
+    options = [*only_training(drawn), "--out", tmp_path, *SMALL, "--checkpoint-every", 1]
+    for iterations in (3, 6):
+        assert command(*options, "--iters", iterations) == 0
+    assert len(whole) == 2 and load(tmp_path / "previous.pt")["iteration"] == 5
 
 
 def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint(tmp_path, capsys):
@@ -512,8 +547,8 @@ def test_killed_between_the_two_files_at_the_end(drawn, warm, straight, tmp_path
     class Killed(BaseException):
         pass
 
-    def save_and_die(state, path, *rest):
-        original(state, path, *rest)
+    def save_and_die(state, path, *rest, **more):
+        original(state, path, *rest, **more)
         if state["iteration"] == ITERATIONS:
             ends.append(path.name)
             raise Killed

@@ -61,7 +61,7 @@ def training_batches(args: argparse.Namespace, annotations: CocoBoxes, rank: int
 
 def loaded_batches(batches: TrainBatches, start: int, stop: int, workers: int, device: torch.device) -> Iterator[Batch]:
     """Items start to stop, see `loaded` and Patient."""
-    images = Patient(batches, batches.annotations.image_dir)
+    images = Patient(batches)
 
     def loader_from(i: int) -> DataLoader:
         return DataLoader(images, batch_size=None, sampler=range(i, stop), num_workers=workers,
@@ -84,19 +84,22 @@ class Patient(Dataset):
     """TrainBatches that waits up to PATIENCE seconds for a folder of images that is away, as one on a network may be,
     instead of taking its images for broken ones. Raises UserError after that time."""
 
-    def __init__(self, batches: Dataset, folder: str):
-        self.batches, self.folder = batches, folder
+    def __init__(self, batches: Dataset):
+        self.batches, self.broken = batches, set()
 
     def __getitem__(self, k: int):
         until = time.monotonic() + PATIENCE
         with contextlib.suppress(UserError):
-            if not (batch := self.batches[k]).skipped:
+            batch = self.batches[k]
+            if self.broken.issuperset(batch.skipped):
                 return batch
-        while not listed(self.folder):
+        while gone := [folder for folder in self.batches.folders(k) if not listed(folder)]:
             if time.monotonic() > until:
-                raise UserError(f"the images in {self.folder} have been away for {PATIENCE} seconds")
+                raise UserError(f"the images in {gone[0]} have been away for {PATIENCE} seconds")
             time.sleep(1)
-        return self.batches[k]
+        batch = self.batches[k]  # once more: the folder may have come back meanwhile
+        self.broken.update(batch.skipped)
+        return batch
 
 
 def listed(folder: str) -> bool:

@@ -9,7 +9,6 @@ import contextlib
 import datetime
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from data import Batch, Choices, TrainBatches, canvas_of, collate
 from formats.coco import CocoBoxes, DataError
-from formats.files import counted, optional, warn, write_whole
+from formats.files import counted, optional, replacing, sync, warn
 from masks import decode, encode, paste_masks
 from model import CondInst, Instances
 from teacher import pseudo_label
@@ -87,7 +86,9 @@ class Log:
         if rank == 0:
             lines = read_metrics(self.path) if self.path.exists() else []
             kept = [line for line, figures in lines if figures["iter"] <= iteration]
-            write_whole(self.path, "".join(line + "\n" for line in kept).encode())
+            with replacing(self.path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+                file.writelines(line + "\n" for line in kept)
+                sync(file)
             self.file = self.path.open("a", buffering=1, encoding="utf-8")
             if tensorboard:  # event files are never rewritten: purge_step tells their reader what to drop
                 self.writer = summary_writer()(str(out / "tensorboard"), purge_step=iteration + 1)
@@ -145,8 +146,7 @@ class Log:
         again. What cannot be written is a warning."""
         try:
             if self.file is not None:
-                self.file.flush()
-                os.fsync(self.file.fileno())
+                sync(self.file)
         except OSError as error:
             warn(f"{self.path} cannot be written: {error.strerror}; the run goes on")
 

@@ -7,6 +7,7 @@
 """
 import contextlib
 import datetime
+import gc
 import hashlib
 import inspect
 import multiprocessing
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, _utils
+from torch.utils.data import DataLoader
 
 from formats.coco import CocoBoxes
 from formats.files import SaidElsewhere, UserError, printable
@@ -118,7 +119,7 @@ def read_by_first(read: Callable, what: str):
     """What `read` returns on process 0, on all: they may be on machines that share no folder. Raises UserError on all
     where it cannot be read. what: see `saying`."""
     with together(what):
-        content = read() if int(os.environ.get("RANK", 0)) == 0 else None
+        content = read() if not dist.is_initialized() or dist.get_rank() == 0 else None
     return from_first(content, what)
 
 
@@ -152,8 +153,17 @@ def same_everywhere(facts: dict[str, object]) -> None:
             for name in first | theirs:
                 one, two = first.get(name), theirs.get(name)
                 if one != two:
-                    raise UserError(f"{name} differs: {str(one)[:80]} for process 0 on {host}, {str(two)[:80]} for "
-                                    f"process {rank} on {other}")
+                    one, two = where_they_differ(str(one), str(two))
+                    raise UserError(f"{name} differs: {one} for process 0 on {host}, {two} for process {rank} on "
+                                    f"{other}")
+
+
+def where_they_differ(one: str, two: str, length: int = 80) -> list[str]:
+    """Of each text `length` characters, with the first that differs among them."""
+    first = len(os.path.commonprefix([one, two]))
+    start = 0 if first < length else first - length // 2
+    end = start + length
+    return ["…" * (start > 0) + text[start:end] + "…" * (end < len(text)) for text in (one, two)]
 
 
 def same_data(annotations: CocoBoxes, validation: CocoBoxes | None) -> None:
@@ -284,12 +294,11 @@ def loaded(loader_from: Callable[[int], DataLoader], start: int, stop: int) -> I
 
     loader_from: called with the number of an item, makes a loader that begins there.
     """
-    _utils.signal_handling._SIGCHLD_handler_set = True  # or torch raises that a process died in the middle of a step
     failures = 0
     while start < stop:
         loader = loader_from(start)
         try:
-            for item in loader:
+            for item in begun(loader):
                 yield item
                 start, failures = start + 1, 0
         except (RuntimeError, OSError, EOFError) as error:
@@ -302,3 +311,16 @@ def loaded(loader_from: Callable[[int], DataLoader], start: int, stop: int) -> I
                 raise UserError(f"loading processes died {ATTEMPTS} times in a row ({reason}); less memory is needed "
                                 "with fewer --workers") from None
             print(f"warning: {reason}; loading processes are started anew", file=sys.stderr, flush=True)
+
+
+def begun(loader: DataLoader) -> Iterator:
+    """iter(loader) without the handler that torch then sets: when a loading process dies, it raises an error in the
+    middle of a step."""
+    if loader.num_workers:  # an iterator that failed is in a cycle with its error: freed in a new process, it complains
+        gc.collect()
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        return iter(loader)
+    finally:
+        if signal.getsignal(signal.SIGCHLD) != before:  # torch sets it in the main thread alone, as Python demands
+            signal.signal(signal.SIGCHLD, before)

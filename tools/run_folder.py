@@ -44,7 +44,7 @@ class RunFolder:
     def begin(self) -> None:
         """Make the folder and lock it, or take the one that is held; remove what killed processes left half written.
 
-        With `fresh` an earlier run is renamed to OUT.1, OUT.2, ... Process 0 alone calls this. Raises UserError, OSError.
+        With `fresh` an earlier run is renamed to OUT.1, OUT.2, ... Process 0 alone calls this. Raises UserError.
         """
         if self.fresh and self.out.exists():
             aside = next(p for i in itertools.count(1)
