@@ -128,7 +128,7 @@ def test_what_is_wrong_on_one_process_ends_all_and_one_says_it(drawn, tmp_path):
     for caught in (first, second):
         assert f": the run in {tmp_path}/1 is that of process 1 on {host}, but process 0 on {host}" in caught.pop(9)
         names = caught.pop(7)  # 80 characters of each
-        assert re.search("names differs: ….* 998, 0, 2, .*… for process 0 on .*, ….* 998, 1, 2, .*… for process", names)
+        assert re.search("names differs: ….* 998, 0, 2, .*… for process 0 on .*, ….* 998, 1, 2, .*… for", names)
         assert len(names) < 300
     assert first == ["nothing", "UserError: wrong on 0", "UserError: process 1: wrong on 1", "UserError: wrong on 0",
                      "UserError: process 1: wrong on 1", "nothing", f"UserError: {differs}", "nothing",
