@@ -7,9 +7,9 @@ import torch
 import evaluate
 import predict
 import train
-from formats.coco import DataError
+from formats.coco import CocoBoxes, DataError
 from helpers import one_line_error, only_training
-from tools import compare, selftraining
+from tools import batches, compare, selftraining
 from tools.command_line import (go_together, image_words, not_negative, not_negative_float, pick_amp, pick_device,
                                 positive, positive_float, print_table, probability, rescored)
 from tools.processes import start_distributed
@@ -66,7 +66,7 @@ def test_options_that_go_together(capsys):
     (compare, "{train} --truth {train} --images {set}/train2017")])
 def test_every_program_reads_images_as_told(program, files, drawn, checkpoint, tmp_path, monkeypatch, capsys):
     """The files to evaluate on, too."""
-    count, seen, read = 2 if program is train else 1, [], program.CocoBoxes
+    count, seen, read = 2 if program is train else 1, [], CocoBoxes
 
     def spy(*paths, **options):
         seen.append({name: options.get(name) for name in ("exif", "max_pixels")})
@@ -74,7 +74,7 @@ def test_every_program_reads_images_as_told(program, files, drawn, checkpoint, t
             raise DataError("stop")
         return read(*paths, **options)
 
-    monkeypatch.setattr(program, "CocoBoxes", spy)
+    monkeypatch.setattr(batches if program is train else program, "CocoBoxes", spy)
     words = files.format(set=drawn, out=tmp_path / "out", ckpt=checkpoint,
                          train=drawn / "annotations/instances_train2017.json").split()
     with pytest.raises(SystemExit):
