@@ -170,11 +170,12 @@ def same_data(annotations: CocoBoxes, validation: CocoBoxes | None) -> None:
     """Raises UserError on all processes unless they have read the same annotation files."""
     facts = {"the number of images": len(annotations), "the number of boxes": len(annotations.boxes),
              "the list of classes": [(c["id"], c["name"]) for c in annotations.classes]}
-    for split, purpose in ((annotations, "train"), (validation, "evaluate")):
-        if split is not None:
-            with open(split.json_path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            facts[f"the content of the file to {purpose} on"] = digest[:16]
+    with together("all processes to read the annotation files"):
+        for split, purpose in ((annotations, "train"), (validation, "evaluate")):
+            if split is not None:
+                with open(split.json_path, "rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                facts[f"the content of the file to {purpose} on"] = digest[:16]
     same_everywhere(facts)
 
 
