@@ -132,6 +132,7 @@ class Training:
                    "--batch-size", str(args.batch_size * world_size), "--amp", args.amp, "--min-size",
                    str(args.size[0]), "--max-size", str(args.size[1]), "--teacher-min-size", str(teacher_size[0]),
                    "--teacher-max-size", str(teacher_size[1]), "--iters", "100000", "--ramp", "1", "--lr", "1e-6",
+                   "--fit-steps", str(args.fit_steps), "--colors", args.colors,
                    *["--compile"] * args.compile]
         self.args = training_arguments(options)
         self.args.device = args.device
@@ -383,6 +384,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--instances", type=positive, default=7, help="boxes of an image in training; in inference and evaluation an "
         "image has 200, of which 100 are found")
     add("--amp", **AMP)
+    add("--fit-steps", type=not_negative, default=0, help="as in train.py: pseudo masks are refined")
+    add("--colors", choices=["on", "off"], default="off", help="as in train.py")
     add("--compile", action="store_true", help="compile the training step, as train.py does")
     add("--workers", type=not_negative, default=0, help="loading processes; 0: loading is part of a step's time")
     add("--rounds", type=positive, default=5, help="each figure is the median of that many")

@@ -18,7 +18,7 @@ from data import Batch
 from losses import (affinity_pairs, box_supervised_losses, color_pairs, detection_losses, dice_loss, disagreement,
                     mask_grid, mask_supervised_losses, mean_over_processes)
 from model import CondInst, mask_logits
-from teacher import PseudoLabels, pseudo_label
+from teacher import PseudoLabels, pseudo_label, refined_label
 
 
 class Step(NamedTuple):
@@ -32,17 +32,22 @@ class Step(NamedTuple):
 
 
 def boxteacher_losses(student: nn.Module, teacher: CondInst | None, batch: Batch, score: str = "mask-aware",
-                      pixel_loss: str = "dice", lambda_pixel: float = 0.5, lambda_affinity: float = 0.1) -> Step:
+                      pixel_loss: str = "dice", lambda_pixel: float = 0.5, lambda_affinity: float = 0.1,
+                      fit_steps: int = 0, colors: bool = False, ramp: float = 1.0) -> Step:
     """Fig. 2 from left to right; the EMA follows the optimiser's step (train.train_step).
 
     student: the network, or DDP around it; teacher: None for BoxInst; score: one of teacher.SCORES, or "released";
-    pixel_loss: one of losses.PIXEL_LOSSES.
+    pixel_loss: one of losses.PIXEL_LOSSES. With fit_steps or colors pseudo masks are refined, and `score` has no use;
+    ramp: how far these trust the teacher, see teacher.refined_label.
     """
-    pseudo = None if teacher is None else pseudo_label(teacher, batch, score)       # Eq. 1, Alg. 1
+    refined = bool(fit_steps or colors)
+    pseudo = None if teacher is None or refined else pseudo_label(teacher, batch, score)    # Eq. 1, Alg. 1
 
     losses, positives, logits, box = detect_and_segment(student, batch)             # L_det
 
     chosen, place = box.unique(return_inverse=True)         # the boxes that learn masks; (K,) places among them
+    if teacher is not None and refined:
+        pseudo = refined_label(teacher, batch, chosen, fit_steps, colors, ramp)
     grid = mask_grid(batch, chosen, *logits.shape[-2:])
     costs = disagreement(logits)                                                    # of each pair of cells
     similar = color_pairs(batch.images, grid)                                       # of the clean view
@@ -80,6 +85,10 @@ def detect_and_segment(student: nn.Module, batch: Batch) -> tuple[dict[str, Tens
 RAMPED = ("loss_pairwise", "loss_pixel", "loss_affinity")
 
 
-def total_loss(losses: dict[str, Tensor], ramp: float) -> Tensor:
-    """The sum that is minimised; `ramp`, 0 to 1, scales the losses of RAMPED."""
-    return sum(loss * (ramp if name in RAMPED else 1.0) for name, loss in losses.items())
+def total_loss(losses: dict[str, Tensor], ramp: float, refined: bool = False) -> Tensor:
+    """The sum that is minimised; `ramp`, 0 to 1, scales the losses of RAMPED.
+
+    Refined pseudo masks need no trained network to be good, so they count in full from the first step.
+    """
+    ramped = RAMPED[:1] if refined else RAMPED
+    return sum(loss * (ramp if name in ramped else 1.0) for name, loss in losses.items())

@@ -270,6 +270,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "average (Table 7), which labels nothing")
     add("--score", choices=[*SCORES, "released"], default="mask-aware",
         help="weight of a pseudo mask (Table 5); released: that of the authors' program, with its binary masks")
+    add("--fit-steps", type=not_negative, default=0, help="with this or --colors pseudo masks are not the paper's: "
+        "each box gets one, from all that is known of it (refine.py), and its mask heads are fitted to it in so many steps, "
+        "20 in predict.py")
+    add("--colors", choices=["on", "off"], default="off", help="the colours of the image correct such pseudo masks")
     add("--pixel-loss", choices=PIXEL_LOSSES, default="dice", help="loss on pseudo masks (Table 3)")
     add("--lambda-pixel", type=not_negative_float, default=0.5, help="weight of the pixel loss (Eq. 2)")
     add("--lambda-affinity", type=not_negative_float, default=0.1, help="weight of the affinity loss (Eq. 2)")

@@ -7,10 +7,10 @@
     the edges    neighbours of one colour belong together                               color_masks, follow_edges
     the pixels   people draw boxes at whole pixels                                      pixel_masks
 
-The first guess is an ellipse or what a network sees; colours and edges correct it; then it is read at the pixels. Each
-box is seen in a window: the box and MARGIN of its sides around it, read at POINTS x POINTS points, so that large boxes
-cost hardly more than small ones. Functions are batched over the G boxes of an image; n is POINTS; float32, and
-deterministic.
+The first guess is an ellipse or what a network sees; colours and edges correct it; then it is read at the pixels, or
+at the cells of a network that learns from it (teacher.refined_label). Each box is seen in a window: the box and MARGIN
+of its sides around it, read at POINTS x POINTS points, so that large boxes cost hardly more than small ones. Functions
+are batched over the G boxes of an image; n is POINTS; float32, and deterministic.
 """
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torchvision.ops import roi_align
 
 from assign import LEVEL_RANGES, image_targets
 from losses import projection_loss, rgb_to_lab
-from masks import encode
+from masks import box_masks, encode
 from model import SIZES_OF_INTEREST, Predictions, mask_heads
 
 POINTS = 32       # of a window, along each side; even
@@ -83,7 +83,7 @@ def ellipse(device: torch.device | str = "cpu") -> Tensor:
 
 @torch.no_grad()
 def fitted_masks(image: Predictions, boxes: Tensor, size: tuple[int, int], classes: Tensor | None = None,
-                 steps: int = FIT_STEPS) -> Tensor:
+                 steps: int = FIT_STEPS, trust: float = 1.0) -> Tensor:
     """Probabilities (G, n, n) in the windows of boxes (G, 4), xyxy pixels of the network's input of (height, width)
     size: what the mask heads of each box see there, fitted to the box.
 
@@ -94,7 +94,8 @@ def fitted_masks(image: Predictions, boxes: Tensor, size: tuple[int, int], class
 
     A mask that is right casts the box's own shadow on both axes. So `steps` steps of Adam change the parameters of the
     heads, and nothing else of the network, until projection_loss(p, box) is small. In the end the first guess without
-    a network has a say: logit p becomes (1 - ELLIPSE) logit p + ELLIPSE logit ellipse.
+    a network has a say: logit p becomes s logit p + (1 - s) logit ellipse with s = trust (1 - ELLIPSE). trust: 0 for a
+    network that has learnt nothing yet, up to 1.
     """
     locations, weights = box_heads(image, boxes, classes)                                       # (G, k) both
     parameters = image.controller.at(image.box_maps, [locations.flatten()]).unflatten(0, locations.shape)
@@ -104,8 +105,9 @@ def fitted_masks(image: Predictions, boxes: Tensor, size: tuple[int, int], class
     for some in (by_size[chunk] for chunk in chunks(len(boxes))):
         fine[some] = fit(image.mask_features[0], boxes[some], size, parameters[some], xy[some], sizes[some],
                          weights[some], steps)
-    p, prior = F.avg_pool2d(fine[:, None], FINE // POINTS)[:, 0], ellipse(boxes.device)
-    return ((1 - ELLIPSE) * p.logit(1e-3) + ELLIPSE * prior.logit()).sigmoid() * inside_box(boxes.device)
+    p, share = F.avg_pool2d(fine[:, None], FINE // POINTS)[:, 0], trust * (1 - ELLIPSE)
+    logits = share * p.logit(1e-3) + (1 - share) * ellipse(boxes.device).logit()
+    return logits.sigmoid() * inside_box(boxes.device)
 
 
 def fit(mask_features: Tensor, boxes: Tensor, size: tuple[int, int], parameters: Tensor, xy: Tensor, sizes: Tensor,
@@ -356,3 +358,22 @@ def window_coordinates(box: Tensor, edges: Tensor) -> Tensor:
         return t / (1 + 2 * MARGIN) if len(t) > 1 else t * 0  # rounding may move the only pixel of a box to its edge
 
     return torch.stack(torch.meshgrid(axis(x0, x1, left, right), axis(y0, y1, top, bottom), indexing="xy"), -1)
+
+
+# ------------------------------------------------------------------------------------------- the stride-4 grid
+
+
+def cell_masks(p: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
+    """Probabilities p (G, n, n) interpolated at the cells of a stride-4 grid (G, height, width), 0 outside the boxes.
+
+    boxes (G, 4): xyxy pixels of the image of this grid.
+    """
+    low, high = windows(boxes).split(2, 1)
+
+    def weights(low: Tensor, high: Tensor, count: int) -> Tensor:
+        middles = torch.arange(count, device=p.device) * 4 + 2.5                                # pixels
+        at = (middles - low[:, None]) / (high - low)[:, None] * POINTS - 0.5                    # points
+        return (1 - (at[:, :, None] - torch.arange(POINTS, device=p.device)).abs()).clamp(min=0)
+
+    down, across = (weights(low[:, i], high[:, i], count) for i, count in ((1, height), (0, width)))  # (G, cells, n)
+    return down @ p @ across.transpose(1, 2) * box_masks(boxes, height, width)

@@ -2,6 +2,7 @@
 
     update         theta <- alpha theta + (1 - alpha) xi, the exponential moving average (EMA)
     pseudo_label   clean image -> teacher -> mask-aware scores (Eq. 1) -> Alg. 1 -> a pseudo mask for each box
+    refined_label  clean image -> teacher -> what else a box tells (refine.py) -> the same; not from the paper
     match          scores and Alg. 1 for one image, also used to label the boxes of a data set (tools/label.py)
 """
 import copy
@@ -16,6 +17,7 @@ from assign import IOU_THRESHOLD, SCORE_THRESHOLD, assign_masks
 from data import Batch
 from masks import box_masks, cells, decode, paste_masks
 from model import CondInst, Detections, Predictions, detect, mask_logits
+from refine import cell_masks, color_masks, fitted_masks
 
 
 class PseudoLabels(NamedTuple):
@@ -88,6 +90,34 @@ def pseudo_label(teacher: CondInst, batch: Batch, score: str = "mask-aware") -> 
         scores[first + given] = matched.scores[assigned[given]]
         first += len(boxes)
     return PseudoLabels(torch.cat(masks), torch.cat(box), scores)
+
+
+@torch.no_grad()
+def refined_label(teacher: CondInst, batch: Batch, chosen: Tensor, fit_steps: int, colors: bool,
+                  trust: float = 1.0) -> PseudoLabels:
+    """Pseudo masks for the boxes `chosen` (M,), ascending places in torch.cat(batch.boxes), from all that is known of a
+    box: its sides, what the teacher sees and the colours of the image (refine.py). Not from the paper.
+
+    Unlike Alg. 1 it serves the boxes that the teacher does not detect, too. A score is the mean probability of the mask
+    where it is above 0.5. fit_steps: in which mask heads are fitted to their box; colors: whether colours count; trust:
+    0 to 1, how far what the teacher sees does, beside an ellipse in the box.
+    """
+    predictions = teacher(batch.teacher_images, batch.teacher_sizes)
+    height, width = batch.images.shape[-2] // 4, batch.images.shape[-1] // 4
+    masks, first = [batch.boxes[0].new_zeros(0, height, width)], 0
+    scores = batch.boxes[0].new_zeros(sum(map(len, batch.boxes)))
+    for b, (boxes, size, (h, w)) in enumerate(zip(batch.boxes, batch.sizes, batch.teacher_sizes)):
+        own = chosen[(chosen >= first) & (chosen < first + len(boxes))]
+        boxes, labels = boxes[own - first], batch.labels[b][own - first]
+        seen = boxes * boxes.new_tensor([w / size[1], h / size[0]] * 2)  # in pixels of the teacher's view
+        p = fitted_masks(predictions.of_image(b), seen, (h, w), labels, fit_steps, trust)
+        if colors:
+            p = color_masks(batch.teacher_images[b, :, :h, :w].float().contiguous(), seen, p)
+        sure = p > 0.5
+        scores[own] = (p * sure).sum((1, 2)) / sure.sum((1, 2)).clamp(min=1)
+        masks.append(cell_masks(p, boxes, height, width))
+        first += len(batch.boxes[b])
+    return PseudoLabels(torch.cat(masks), chosen, scores)
 
 
 def match(image: Predictions, found: Detections, boxes: Tensor, size: tuple[int, int], teacher_size: tuple[int, int],

@@ -70,7 +70,8 @@ def train_step(run: "Run", batches: list[Batch], iteration: int, stop_asked: boo
 
     All processes skip both if the loss or the gradient of any of them is not finite.
     """
-    args, plan = run.args, run.plan
+    args, plan, ramp = run.args, run.plan, ramp_factor(iteration, run.plan)
+    refined = args.fit_steps > 0 or args.colors == "on"  # pseudo masks
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(iteration, plan)
     losses, counts = {}, {}
@@ -78,8 +79,8 @@ def train_step(run: "Run", batches: list[Batch], iteration: int, stop_asked: boo
     for number, batch in enumerate(batches, 1):
         if isinstance(run.student, DistributedDataParallel):
             run.student.require_backward_grad_sync = number == len(batches)  # gradients meet once a step
-        step = run.losses(batch)
-        loss = total_loss(step.losses, ramp_factor(iteration, plan))
+        step = run.losses(batch, ramp)
+        loss = total_loss(step.losses, ramp, refined)
         run.scaler.scale(loss / len(batches)).backward()
         for name, value in (step.losses | {"loss": loss}).items():
             losses[name] = losses.get(name, 0) + value.detach() / len(batches)
@@ -156,13 +157,14 @@ class Run:
                 network.compile_convolutions()
         self.student = self.model
 
-    def losses(self, batch: Batch) -> Step:
+    def losses(self, batch: Batch, ramp: float) -> Step:
         """The losses of --method; boxinst is boxteacher without a teacher."""
         args = self.args
         if args.method == "condinst":
             return condinst_losses(self.student, batch)
         return boxteacher_losses(self.student, self.teacher if args.method == "boxteacher" else None, batch, args.score,
-                                 args.pixel_loss, args.lambda_pixel, args.lambda_affinity)
+                                 args.pixel_loss, args.lambda_pixel, args.lambda_affinity, args.fit_steps,
+                                 args.colors == "on", ramp)
 
     def evaluated(self) -> CondInst:
         """The network that is evaluated: the average of the weights if there is one."""

@@ -97,9 +97,35 @@ def test_the_pixel_loss_is_a_parameter(student, batch, monkeypatch):
     assert len(set(found)) == 4 and found[-1] == 0
 
 
+@pytest.mark.parametrize("how", [{"fit_steps": 2}, {"colors": True}])
+def test_refined_masks_take_the_place_of_those_of_alg_1(student, batch, monkeypatch, how):
+    """For the boxes that learn masks; neither Alg. 1 nor the score plays a part."""
+    given = []
+
+    def refined(teacher, batch, chosen, *rest) -> PseudoLabels:
+        given.append((chosen.tolist(), rest))
+        return pseudo_mask()
+
+    monkeypatch.setattr(boxteacher, "pseudo_label", lambda *_: pytest.fail("the masks of Alg. 1"))
+    monkeypatch.setattr(boxteacher, "refined_label", refined)
+    two = torch.tensor([[12.0, 12, 64, 48], [1.0, 1, 2, 2]])  # the second lies between the locations
+    both = batch._replace(boxes=[two], labels=[torch.tensor([1, 1])])
+    assert boxteacher_losses(student, student, both, **how).losses["loss_pixel"] > 0
+    assert given == [([0], (how.get("fit_steps", 0), how.get("colors", False), 1.0))]
+    boxteacher_losses(student, None, batch, **how)  # BoxInst has no pseudo masks
+    assert len(given) == 1
+
+
+def test_the_masks_of_alg_1_are_the_default(student, batch, monkeypatch):
+    monkeypatch.setattr(boxteacher, "refined_label", lambda *_: pytest.fail("refined"))
+    monkeypatch.setattr(boxteacher, "pseudo_label", pseudo_mask)
+    assert boxteacher_losses(student, student, batch).losses["loss_pixel"] > 0
+
+
 def test_the_ramp_scales_what_misleads_at_first():
     losses = dict.fromkeys(("loss_cls", "loss_projection", *RAMPED), torch.tensor(1.0))
     assert float(total_loss(losses, 0.25)) == 2 + 3 * 0.25
+    assert float(total_loss(losses, 0.25, refined=True)) == 4 + 0.25  # of the pairwise loss alone
 
 
 # ----------------------------------------------------------------------------------- one batch, several processes

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-STOREYS = ["formats", "masks backbone", "data", "model", "assign", "losses", "refine teacher", "boxteacher", "tools",
+STOREYS = ["formats", "masks backbone", "data", "model", "assign", "losses", "refine", "teacher", "boxteacher", "tools",
            "recipe evaluate", "train predict", "benchmark"]  # each imports from those before it alone
 STOREY = {name: number for number, names in enumerate(STOREYS) for name in names.split()}
 PATHS = [path.relative_to(ROOT) for path in sorted(ROOT.rglob("*.py"))]

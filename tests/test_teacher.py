@@ -5,11 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from helpers import check, made_up, make_batch, relative_error
+from helpers import check, made_up, make_batch, random_predictions, relative_error
 from masks import aligned_bilinear, box_masks
 from model import build_model, detect, mask_logits
 from teacher import (SCORES, class_score, ema_momentum, iou_score, make_teacher, mask_aware_score, match,
-                     mean_entropy_score, pseudo_label, to_student_grid, update)
+                     mean_entropy_score, pseudo_label, refined_label, to_student_grid, update)
 
 
 def small_model(seed: int = 0):
@@ -288,3 +288,91 @@ def test_label_needs_no_gradient_and_averages_no_buffer():
     assert not any(x.requires_grad for x in labels)
     assert all(torch.equal(p, b) for p, b in zip(teacher.parameters(), before))
     assert not torch.equal(teacher.mask_branch.tower[0][1].running_mean, running)
+
+
+# -------------------------------------------------------------------------------------------------- refined masks
+
+
+def discs(size: tuple[int, int], padded: tuple[int, int], discs_of: list[list]) -> torch.Tensor:
+    """Red discs on grey, (B, 3, H, W) uint8, zero beyond `size`; discs_of: (x, y, radius) of each, for each image."""
+    images = torch.zeros(len(discs_of), 3, *padded, dtype=torch.uint8)
+    y, x = (torch.arange(n)[:, None] + 0.5 for n in size)
+    for image, these in zip(images, discs_of):
+        image[:, :size[0], :size[1]] = 120
+        for cx, cy, radius in these:
+            inside = (x.T - cx) ** 2 + (y - cy) ** 2 < radius ** 2
+            image[:, :size[0], :size[1]][:, inside] = torch.tensor([200, 30, 30], dtype=torch.uint8)[:, None]
+    return images
+
+
+DISCS = [[(40.0, 50.0, 24.0), (110.0, 40.0, 16.0)], [], [(80.0, 60.0, 36.0)]]  # of three images of 96 x 144 pixels
+
+
+def disc_batch(scale: float = 1.0):
+    """DISCS with a teacher's view `scale` times as large, and a teacher that sees nothing anywhere, in (B, 96, 160)."""
+    boxes = [[[x - r, y - r, x + r, y + r] for x, y, r in image] for image in DISCS]
+    batch = make_batch(boxes, (96, 144), (int(96 * scale), int(144 * scale)), (96, 160))
+    larger = [[tuple(scale * v for v in disc) for disc in image] for image in DISCS]
+    padded = (int(96 * scale), int(160 * scale))
+    batch = batch._replace(teacher_images=discs(batch.teacher_sizes[0], padded, larger))
+    one = random_predictions(*padded)
+    alike = {name: torch.cat([getattr(one, name)] * 3) for name in (
+        "class_logits", "ltrb", "centerness", "mask_features")}
+    return batch, one._replace(**alike, box_maps=[x.expand(3, -1, -1, -1) for x in one.box_maps])
+
+
+def true_cells(batch) -> torch.Tensor:
+    """The discs at the middles of the cells (3, h, w)."""
+    y, x = torch.arange(24)[:, None] * 4 + 2.5, torch.arange(40) * 4 + 2.5
+    return torch.stack([(x - cx) ** 2 + (y - cy) ** 2 < r ** 2 for image in DISCS for cx, cy, r in image])
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0, 4 / 3])
+def test_refined_masks_are_those_of_the_colours_on_the_students_grid(scale):
+    """Of boxes that no detection finds, whatever the size of the teacher's view."""
+    batch, predictions = disc_batch(scale)
+    pseudo = refined_label(lambda *_: predictions, batch, torch.arange(3), 2, True)
+    masks, truth = pseudo.masks > 0.5, true_cells(batch)
+    overlap = (masks & truth).sum((1, 2)) / (masks | truth).sum((1, 2))
+    assert (overlap > 0.85).all() and (pseudo.scores > 0.9).all(), (overlap, pseudo.scores)
+    assert pseudo.box.tolist() == [0, 1, 2] and pseudo.masks.shape == (3, 24, 40)
+    assert not (pseudo.masks * ~box_masks(torch.cat(batch.boxes), 24, 40)).any()
+
+
+def test_refined_masks_are_made_for_the_chosen_boxes_alone():
+    batch, predictions = disc_batch()
+    everyone = refined_label(lambda *_: predictions, batch, torch.arange(3), 0, True)
+    some = refined_label(lambda *_: predictions, batch, torch.tensor([0, 2]), 0, True)
+    assert torch.equal(some.masks, everyone.masks[[0, 2]])
+    assert some.box.tolist() == [0, 2] and some.scores[1] == 0 and torch.equal(some.scores[[0, 2]],
+                                                                              everyone.scores[[0, 2]])
+    nobody = refined_label(lambda *_: predictions, batch, torch.tensor([], dtype=torch.int64), 3, True)
+    assert nobody.masks.shape == (0, 24, 40) and not nobody.scores.any()
+
+
+def test_steps_and_colours_refine_apart():
+    batch, predictions = disc_batch()
+    plain, fitted, coloured = (refined_label(lambda *_: predictions, batch, torch.arange(3), *how).masks
+                               for how in ((0, False), (3, False), (0, True)))
+    assert not torch.equal(plain, fitted) and not torch.equal(plain, coloured)
+    grey = batch._replace(teacher_images=torch.full_like(batch.teacher_images, 120))
+    assert torch.equal(refined_label(lambda *_: predictions, grey, torch.arange(3), 3, False).masks, fitted)
+
+
+def test_a_teacher_that_is_not_trusted_has_no_say():
+    batch, one = disc_batch()
+    other = one._replace(mask_features=-one.mask_features)
+    without, with_it = ([refined_label(lambda *_: predictions, batch, torch.arange(3), 0, False, trust).masks
+                         for predictions in (one, other)] for trust in (0.0, 1.0))
+    assert torch.equal(*without) and not torch.equal(*with_it)
+
+
+def test_refining_changes_nothing_of_the_teacher_and_repeats():
+    batch, _ = disc_batch()
+    teacher = make_teacher(small_model())
+    before = [x.clone() for x in teacher.parameters()]
+    with torch.autocast("cpu", torch.bfloat16):  # whatever the network computes in
+        pseudo, again = (refined_label(teacher, batch, torch.arange(3), 2, True) for _ in range(2))
+    assert all(map(torch.equal, before, teacher.parameters())) and all(p.grad is None for p in teacher.parameters())
+    assert pseudo.masks.dtype == torch.float32 and not pseudo.masks.requires_grad
+    assert torch.equal(pseudo.masks, again.masks) and torch.equal(pseudo.scores, again.scores)
