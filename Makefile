@@ -15,7 +15,7 @@ AMP := $(shell grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo bf16 || ec
 
 demo: $(READY)
 	$(PY) predict.py --boxes $(HELD_OUT) --out $(DEMO)/first-masks --measure
-	$(PY) train.py --data food --method boxinst --out $(DEMO) --backbone r18-slim --backbone-weights none --channels 64 \
+	$(PY) train.py --data food --colors on --out $(DEMO) --backbone r18-slim --backbone-weights none --channels 64 \
 	    --min-size 160 192 --max-size 256 --teacher-min-size 192 --teacher-max-size 256 \
 	    --iters 900 --ramp 500 --batch-size 8 --optimizer adamw --lr 2e-3 --lr-decay cosine --clip-grad 10 --ema 0.99 \
 	    --amp $(AMP) --workers 0 --log-every 100 --eval-every 900 --checkpoint-every 300

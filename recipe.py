@@ -33,7 +33,7 @@ PAPER_SETS = ("coco", "cityscapes", "shapes")  # they have this recipe, other da
 RECIPES = {"sgd": (0.01, 1e-4), "adamw": (1e-4, 0.05)}  # optimizer: learning rate for 16 images, weight decay
 PAPER = {"schedule": "1x", "backbone": "r50", "channels": 256, "batch_size": 16, "lr_decay": "steps", "ema": 0.999,
          "min_size": [640, 672, 704, 736, 768, 800], "max_size": 1333, "teacher_min_size": 800,
-         "teacher_max_size": 1333, "eval_every": 10_000, "checkpoint_every": 5_000, "log_every": 20}
+         "teacher_max_size": 1333, "colors": "off", "eval_every": 10_000, "checkpoint_every": 5_000, "log_every": 20}
 
 
 class Plan(NamedTuple):
@@ -153,6 +153,8 @@ def small_set_recipe(images: int, box: float, aspect: float, device: str, given:
     pick("ramp", max(1, min(160_000 // batch, iters // 20 if init else iters * 5 // 9)))
     if pick("optimizer", "adamw") == "adamw" and not backbone.startswith("swin"):
         pick("lr", batch * (2.5e-4 if scratch else 2.5e-5))  # weights that have learnt bear a tenth
+    if value["method"] == "boxteacher":
+        pick("colors", "on")
     pick("lr_decay", "cosine")
     pick("clip_grad", 10.0)
     pick("ema", 0.999 if iters >= 10_000 else 0.99)
@@ -178,6 +180,7 @@ def explained(value: dict, facts: SmallSet, given: dict, cores: int) -> list[str
         "min_size max_size teacher_min_size teacher_max_size":
             f"half of the boxes become at least {box * side:.0f} pixels wide and high",
         "batch_size optimizer lr lr_decay clip_grad ema": f"for a short run from {start}",
+        "colors": "better pseudo masks than the paper's, from the first step",
         "iters": f"{seen / images:.3g} passes over {images} images",
         "ramp": "the checkpoint has learnt masks" if value.get("init") else
                 "masks must form before similar colours count in full",
@@ -206,6 +209,8 @@ def choose(args: argparse.Namespace, annotations: CocoBoxes, model: dict, config
         use_paper(args)
     if args.schedule:
         return []
+    if config is not None:  # runs of earlier versions have the paper's masks
+        args.colors = args.colors or config.get("colors") or "off"
     given = {name: model.get(name) for name in ("backbone", "channels")}
     given |= {name: v for name, v in vars(args).items() if v is not None}
     facts = SmallSet(*config["chosen_from"]) if config else small_set(annotations, args.device.type)
@@ -271,9 +276,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--score", choices=[*SCORES, "released"], default="mask-aware",
         help="weight of a pseudo mask (Table 5); released: that of the authors' program, with its binary masks")
     add("--fit-steps", type=not_negative, default=0, help="with this or --colors pseudo masks are not the paper's: "
-        "each box gets one, from all that is known of it (refine.py), and its mask heads are fitted to it in so many steps, "
-        "20 in predict.py")
-    add("--colors", choices=["on", "off"], default="off", help="the colours of the image correct such pseudo masks")
+        "each box gets one, from all that is known of it (refine.py), and its mask heads are fitted to it in so many "
+        "steps, 20 in predict.py")
+    add("--colors", choices=["on", "off"], help="the colours of the image correct such pseudo masks; None: off, or, if "
+        "chosen for boxteacher, on")
     add("--pixel-loss", choices=PIXEL_LOSSES, default="dice", help="loss on pseudo masks (Table 3)")
     add("--lambda-pixel", type=not_negative_float, default=0.5, help="weight of the pixel loss (Eq. 2)")
     add("--lambda-affinity", type=not_negative_float, default=0.1, help="weight of the affinity loss (Eq. 2)")

@@ -19,15 +19,21 @@ from formats.files import UserError
 from tools import processes
 from tools.experiments import FROM_START, RECIPE, ROWS, RUNS, Experiments, parse_arguments, spread, table
 
-SMALL = ("--backbone r18-slim --channels 32 --backbone-weights none --min-size 64 --max-size 64 --teacher-min-size 64 "
-         "--teacher-max-size 64 --workers 0 --device cpu --batch-size 4 --log-every 1 --measure-labels").split()
+SMALL = ("--backbone r18-slim --channels 32 --backbone-weights none --workers 0 --device cpu --batch-size 4 "
+         "--log-every 1 --measure-labels").split()
+SHORT = "--size 64 64 --start-iters 1 --iters 2".split()
 
 
+@pytest.mark.parametrize("options, sizes, iters", [
+    ("", (128, 128), {"start": 2000, "refined-scratch": 2600, "": 600}),
+    ("--size 160 224 --start-iters 900 --iters 450", (160, 224), {"start": 900, "refined-scratch": 1350, "": 450})])
 @pytest.mark.parametrize("run", RUNS)
-def test_train_py_accepts_the_options_of_every_run(run):
-    args = train.parse_arguments([*RECIPE, *([] if run == "start" else FROM_START), *RUNS[run]])
-    assert args.measure_labels and args.teacher_min_size > args.min_size[0]
-    assert args.iters == (2000 if run == "start" else 600)
+def test_train_py_accepts_the_options_of_every_run(run, options, sizes, iters):
+    given = Experiments(parse_arguments(["--data", "food", *options.split()]))
+    args = train.parse_arguments([*RECIPE, *given.size, *FROM_START, *RUNS[run], "--iters", str(given.iters[run])])
+    assert args.measure_labels and args.teacher_min_size == args.min_size[0] * 1.25 == sizes[0] * 1.25
+    assert args.teacher_max_size == args.max_size * 1.25 == sizes[1] * 1.25
+    assert args.iters == iters.get(run, iters[""])
 
 
 def test_rows_name_existing_runs_and_weights():
@@ -38,6 +44,7 @@ def test_rows_name_existing_runs_and_weights():
     ours = train.parse_arguments(RECIPE)
     assert RUNS["boxteacher"] == [] and ours.method == "boxteacher"
     assert (ours.lambda_pixel, ours.lambda_affinity, ours.score) == (0.5, 0.1, "mask-aware")  # the paper's
+    assert (ours.fit_steps, ours.colors) == (0, "off")
 
 
 @pytest.fixture
@@ -64,41 +71,45 @@ def small(drawn, warm, tmp_path, monkeypatch):
     monkeypatch.setattr(processes.multiprocessing, "active_children", list)
     monkeypatch.setattr(Experiments, "python", python)
     monkeypatch.setattr(experiments, "RECIPE", SMALL)
-    monkeypatch.setitem(RUNS, "start", f"--method boxinst --iters 1 --init {warm}".split())
-    monkeypatch.setattr(experiments, "FROM_START", "--iters 2 --lr 1e-3".split())
-    return ["--data", str(drawn), "--out", str(tmp_path / "runs"), "--jobs", "1", "--amp", "off"], calls
+    monkeypatch.setitem(RUNS, "start", f"--method boxinst --init {warm}".split())
+    monkeypatch.setattr(experiments, "FROM_START", "--lr 1e-3".split())
+    return ["--data", str(drawn), "--out", str(tmp_path / "runs"), "--jobs", "1", "--amp", "off", *SHORT], calls
 
 
 def test_runs_evaluates_and_tabulates_and_does_nothing_twice(small, tmp_path, capsys):
     options, calls = small
-    chosen = ["--rows", "self-training", "boxinst-ema", "boxinst", "boxteacher", "--seeds", "3"]
+    chosen = ["--rows", "self-training", "boxinst-ema", "boxinst", "boxteacher", "refined", "--seeds", "3"]
     experiments.main([*options, *chosen])
     out, folder = capsys.readouterr().out, tmp_path / "runs/seed3"
     trained = [name for script, name in calls if script == "train"]
-    assert trained == ["start", "boxinst", "self-training", "boxteacher"]
+    assert trained == ["start", "boxinst", "self-training", "boxteacher", "refined"]
     assert calls.count(("tools.selftraining", "self-training")) == 1
     assert [name for script, name in calls if script == "evaluate"] == (
-        ["start"] * 2 + ["boxinst"] * 4 + ["self-training"] * 2 + ["boxteacher"] * 2)
+        ["start"] * 2 + ["boxinst"] * 4 + ["self-training"] * 2 + ["boxteacher"] * 2 + ["refined"] * 2)
     labels = json.loads((folder / "self-training/labels.json").read_text())
     assert any(row["score"] > 0 for row in labels["annotations"])  # what BoxInst found, not the true masks
 
     # every run begins where `start` ended; BoxInst is one run seen twice
-    final = {name: load(folder / name / "final.pt") for name in ("start", "boxinst", "boxteacher")}
+    final = {name: load(folder / name / "final.pt") for name in ("start", "boxinst", "boxteacher", "refined")}
     assert all(load(folder / name / "final.pt")["config"]["init"] == str(folder / "start/final.pt")
-               for name in ("boxinst", "self-training", "boxteacher"))
+               for name in ("boxinst", "self-training", "boxteacher", "refined"))
+    assert final["refined"]["config"]["colors"] == "on"
     assert final["boxinst"]["teacher"] is not None and not same(final["boxinst"]["student"], final["start"]["student"])
 
     lines = [line for line in out.splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + 4
+    assert len(lines) == 2 + 5
     assert lines[2].startswith(f"| {ROWS['self-training'].title} | 1 | ")  # in the order of --rows
-    cells = [cell.strip() for cell in lines[-1].strip("|").split("|")]
+    cells = [cell.strip() for cell in lines[-2].strip("|").split("|")]
     plain = json.loads((folder / "boxteacher/boxteacher-rescore-off.json").read_text())
     rescored = json.loads((folder / "boxteacher/boxteacher-rescore-on.json").read_text())
     last = json.loads((folder / "boxteacher/metrics.jsonl").read_text().splitlines()[-1])
     boxinst = json.loads((folder / "boxinst/boxinst-rescore-off.json").read_text())["segm"]["AP"]
-    assert cells[2:] == [f"{x:.1f}" for x in (
-        plain["segm"]["AP"], plain["segm"]["AP"] - boxinst, plain["segm"]["AP50"], plain["segm"]["AP75"],
-        rescored["segm"]["AP"], plain["bbox"]["AP"], 100 * last["label_iou"], 100 * last["student_iou"])]
+    kept = json.loads((folder / "boxteacher/boxteacher-labels.json").read_text())
+    assert kept["refined"] != kept["fused"] and 0 < kept["fused"] < 1
+    assert cells[2:] == [f"{x:.1f}" for x in (plain["segm"]["AP"], plain["segm"]["AP"] - boxinst)] + ["–"] + [
+        f"{x:.1f}" for x in (
+            plain["segm"]["AP50"], plain["segm"]["AP75"], rescored["segm"]["AP"], plain["bbox"]["AP"],
+            100 * last["label_iou"], 100 * last["student_iou"], 100 * kept["fused"], 100 * kept["refined"])]
 
     calls.clear()
     (folder / "boxteacher/boxteacher-rescore-on.json").unlink()
@@ -186,7 +197,36 @@ def test_runs_of_different_recipes_are_not_mixed(drawn, tmp_path, monkeypatch, c
         del options[4:]
 
 
-@pytest.mark.parametrize("options", ["--jobs 0", "--seeds -1", "--eval-every 0", "--rows all", "--amp on"])
+@pytest.mark.parametrize("rows, seeds, share", [
+    ({"boxinst": [40, 42], "condinst": [50, 50], "refined": [46, 46]}, [1, 2], "55.6"),  # 5 of 9, of the means
+    ({"boxinst": [40], "refined": [46]}, [1], "–"), ({"condinst": [50], "refined": [46]}, [1], "–")])
+def test_the_share_of_the_gap_is_that_of_the_means(tmp_path, monkeypatch, rows, seeds, share):
+    runs = Experiments(parse_arguments(["--data", "food", "--out", str(tmp_path)]))
+    for row, values in rows.items():
+        for seed, ap in zip(seeds, values):
+            folder = runs.folder(ROWS[row].run, seed)
+            folder.mkdir(parents=True, exist_ok=True)
+            figures = {"segm": {"AP": ap, "AP50": 0, "AP75": 0}, "bbox": {"AP": 0}}
+            for rescore in ("off", "on"):
+                runs.metrics(row, seed, rescore).write_text(json.dumps(figures))
+            (folder / f"{row}-labels.json").write_text('{"fused": 0.5, "refined": 0.75}')
+            (folder / "metrics.jsonl").write_text('{"iter": 1, "loss": 1}\n')
+    line = table(runs, ["refined"], seeds).splitlines()[-1].split(" | ")
+    assert line[4] == share and line[-2].startswith("50.0") and line[-1].startswith("75.0")
+
+
+def test_self_training_learns_from_refined_masks_where_it_says_so(small, tmp_path):
+    options, calls = small
+    experiments.main([*options, "--rows", "self-training-refined", "--seeds", "1"])
+    assert ("predict", "self-training-refined") in calls and ("train", "boxinst") in calls
+    content = json.loads((tmp_path / "runs/seed1/self-training-refined/labels/masks.json").read_text())
+    assert {row["source"] for row in content["annotations"]} == {"model"}
+    config = load(tmp_path / "runs/seed1/self-training-refined/final.pt")["config"]
+    assert config["train_json"].endswith("labels/masks.json") and config["method"] == "condinst"
+
+
+@pytest.mark.parametrize("options", ["--size 128", "--iters 0", "--jobs 0", "--seeds -1", "--eval-every 0", "--rows all",
+                                     "--amp on"])
 def test_wrong_values_end_with_status_2(options, capsys):
     with pytest.raises(SystemExit) as end:
         parse_arguments(options.split())

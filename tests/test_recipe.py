@@ -115,6 +115,9 @@ def test_more_images_mean_more_iterations_and_fewer_passes():
     ("--backbone r50", {"backbone": "r50", "channels": 64, "min_size": [224, 256], "lr": 1e-4}),
     ("--init a.pt --backbone-weights none", {"batch_size": 4, "lr": 1e-4, "ramp": 159}),
     ("--optimizer sgd", {"lr": None, "optimizer": "sgd", "clip_grad": 10.0}),
+    ("--colors off", {"colors": "off"}),
+    ("--method boxinst", {"colors": None}),
+    ("--iters 50", {"colors": "on"}),
     ("--backbone swin-t", {"lr": None, "optimizer": "adamw"}),
     ("--min-size 200 100", {"min_size": [200, 100], "max_size": 333, "teacher_min_size": 200, "teacher_max_size": 333}),
     ("--max-size 256", {"min_size": [224, 256], "max_size": 256, "teacher_min_size": 256, "teacher_max_size": 256}),
@@ -158,6 +161,16 @@ def test_every_choice_is_printed_with_its_reason(drawn):
                 shown = f"--{name.replace('_', '-')} " in text
                 assert shown == (before[name] is None and value is not None), name
         assert ("minutes on 1 core" in text) == (not options) and "time left" in text
+
+
+@pytest.mark.parametrize("own, now, expected", [(None, None, "off"), ("off", None, "off"), ("on", None, "on"),
+                                                (None, "on", "on"), ("on", "off", "off")])
+def test_a_run_goes_on_with_its_pseudo_masks(own, now, expected, drawn):
+    """A run of an earlier version, which had no such option (None), with the paper's."""
+    config = {"chosen_from": list(FOOD)} | ({"colors": own} if own else {})
+    args = parse_arguments(["--data", str(drawn), "--device", "cpu", *(["--colors", now] if now else [])])
+    choose(args, CocoBoxes(drawn / "annotations/instances_train2017.json", drawn / "train2017"), {}, config)
+    assert args.colors == expected
 
 
 @pytest.mark.parametrize("options", ["--data cityscapes", "--data my-images --schedule 1x",

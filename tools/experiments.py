@@ -43,8 +43,6 @@ RUNS = {
     "boxinst": "--method boxinst --average".split(),
     "self-training": "--method condinst".split(),  # from the masks of `boxinst` of the same seed
     "self-training-refined": "--method condinst".split(),  # from its refined masks, those of predict.py
-    "refined": REFINED,
-    "refined-scratch": REFINED,  # from random weights, as long as the start and a run from it together
     "boxteacher": [],
     "bce": "--pixel-loss bce --lambda-affinity 0".split(),
     "avg": "--pixel-loss avg --lambda-affinity 0".split(),
@@ -53,6 +51,8 @@ RUNS = {
     "iou": "--score iou".split(),
     "mean-entropy": "--score mean-entropy".split(),
     "weights-x4": "--lambda-pixel 2 --lambda-affinity 0.4".split(),
+    "refined": REFINED,
+    "refined-scratch": REFINED,  # from random weights, as long as the start and a run from it together
 }
 
 
@@ -196,9 +196,6 @@ class Experiments:
             iou[kind] = agreement(annotations, labels.rles)[0].mean()
         write_whole(folder / f"{name}-labels.json", json.dumps(iou).encode())
 
-    def labels(self, row: str, seed: int, kind: str) -> float:
-        return 100 * json.loads((self.folder(ROWS[row].run, seed) / f"{row}-labels.json").read_text())[kind]
-
     def metrics(self, row: str, seed: int, rescore: str) -> Path:
         return self.folder(ROWS[row].run, seed) / f"{row}-rescore-{rescore}.json"
 
@@ -262,7 +259,9 @@ def table(experiments: Experiments, rows: list[str], seeds: list[int]) -> str:
         cells += [[m["segm"]["AP"] for m in rescored], [m["bbox"]["AP"] for m in plain]]
         cells += [[100 * line[name] for line in last if line.get(name) is not None]
                   for name in ("label_iou", "student_iou")]
-        cells += [[experiments.labels(row, seed, kind) for seed in found] for kind in ("fused", "refined")]
+        labels = [experiments.folder(ROWS[row].run, seed) / f"{row}-labels.json" for seed in found]
+        cells += [[100 * json.loads(path.read_text())[kind] for path in labels if path.exists()]
+                  for kind in ("fused", "refined")]
         lines.append(f"| {ROWS[row].title} | {len(found)} | " + " | ".join(map(spread, cells)) + " |")
     return "\n".join(lines)
 
