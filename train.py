@@ -248,7 +248,8 @@ def evaluate_and_draw(run: Run, log: Log, annotations: CocoBoxes, validation: Co
         if run.rank == 0:
             draw_sheet(run.out / f"labels-{run.iteration:07}.png", f"their masks at iteration {run.iteration}",
                        run.evaluated(), annotations, score=args.score, min_sizes=args.min_size,
-                       max_size=args.max_size, teacher_size=teacher_size)
+                       max_size=args.max_size, teacher_size=teacher_size, fit_steps=args.fit_steps,
+                       colors=args.colors == "on", trust=ramp_factor(run.iteration, run.plan))
         try:
             if validation is not None:
                 results = evaluate(run.evaluated(), validation, min_size=teacher_size[0], max_size=teacher_size[1],

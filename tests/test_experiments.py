@@ -225,8 +225,8 @@ def test_self_training_learns_from_refined_masks_where_it_says_so(small, tmp_pat
     assert config["train_json"].endswith("labels/masks.json") and config["method"] == "condinst"
 
 
-@pytest.mark.parametrize("options", ["--size 128", "--iters 0", "--jobs 0", "--seeds -1", "--eval-every 0", "--rows all",
-                                     "--amp on"])
+@pytest.mark.parametrize("options", ["--size 128", "--iters 0", "--jobs 0", "--seeds -1", "--eval-every 0",
+                                     "--rows all", "--amp on"])
 def test_wrong_values_end_with_status_2(options, capsys):
     with pytest.raises(SystemExit) as end:
         parse_arguments(options.split())

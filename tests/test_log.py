@@ -211,6 +211,21 @@ def test_masks_are_drawn_where_they_are(drawn, tmp_path, monkeypatch):
     assert len(rows) and 50 < rows.min() <= rows.max() < 80
 
 
+def test_refined_masks_stand_beside_those_of_alg_1(drawn, warm, tmp_path):
+    run, annotations = new_run(drawn, tmp_path, "--init", str(warm))
+    args, path = run.args, tmp_path / "x.png"
+    plain, sheets = drawn_by(run, annotations, path), []
+    for options in ({"colors": True}, {"fit_steps": 3}, {"colors": True, "trust": 0.0}):
+        draw_sheet(path, "masks", run.evaluated(), annotations, score=args.score, min_sizes=args.min_size,
+                   max_size=args.max_size, teacher_size=(args.teacher_min_size, args.teacher_max_size), **options)
+        sheets.append(np.asarray(Image.open(path)).astype(int))
+    assert all(image.shape == (*sheet_size(8, 3)[::-1], 3) for image in sheets)
+    assert all((panel(image, 1) == panel(plain, 1)).all() for image in sheets)
+    refined = [panel(image, 2) for image in sheets]
+    assert all((refined[i] != refined[j]).any() for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert (refined[0] != panel(plain, 1)).any()
+
+
 def test_true_masks_have_a_panel_if_the_data_set_has_them(drawn, warm, tmp_path):
     for number, options in enumerate((["--method", "condinst"], ["--measure-labels"])):
         out = tmp_path / str(number)

@@ -24,7 +24,7 @@ from formats.coco import CocoBoxes, DataError
 from formats.files import counted, optional, replacing, sync, warn
 from masks import decode, encode, paste_masks
 from model import CondInst, Instances
-from teacher import pseudo_label
+from teacher import PseudoLabels, pseudo_label, refined_label
 from tools.draw import SheetRow, sheet
 
 IMAGES = 8  # on a sheet
@@ -173,33 +173,45 @@ class Log:
 
 
 def draw_sheet(path: Path, title: str, model: CondInst, annotations: CocoBoxes, *, score: str, min_sizes: list[int],
-               max_size: int, teacher_size: tuple[int, int]) -> None:
+               max_size: int, teacher_size: tuple[int, int], fit_steps: int = 0, colors: bool = False,
+               trust: float = 1.0) -> None:
     """Write a PNG of training images, the same ones each time, with their boxes and with the masks that `model` as a
-    teacher gives these. If the annotations were read with masks, the true ones stand beside them.
+    teacher gives these: those of Alg. 1 and, with fit_steps or colors, the refined ones. If the annotations were read
+    with masks, the true ones stand beside them.
 
-    title: of the masks. score as in pseudo_label; sizes, in pixels, as in TrainBatches. An image that cannot be read
-    is left out. A sheet that cannot be drawn or written is a warning: it must not end the run.
+    title: of the masks. score as in pseudo_label; sizes, in pixels, as in TrainBatches; fit_steps, colors and trust as
+    in refined_label. An image that cannot be read is left out. A sheet that cannot be drawn or written is a warning: it
+    must not end the run.
     """
     device, was_training = next(model.parameters()).device, model.training
     model.eval()  # drawing must not update batch-norm averages, nor wait for the processes that do not draw
     try:
         rows = []
         for batch in clean_views(annotations, sheet_images(annotations), min_sizes, max_size, teacher_size):
-            pseudo = pseudo_label(model, batch.to(device), score)
-            (size,), (boxes,), (labels,) = batch.sizes, batch.boxes, batch.labels
-            rles = [encode(np.zeros((0, 0), bool), 0, 0, size)] * len(boxes)
-            for g, rle in zip(pseudo.box.tolist(), enlarged(pseudo.masks, size)):
-                rles[g] = rle
-            found = Instances(boxes, pseudo.scores.float().cpu(), labels, rles, size)
+            (size,), (boxes,), (labels,), there = batch.sizes, batch.boxes, batch.labels, batch.to(device)
+            pseudo = [pseudo_label(model, there, score)]
+            if fit_steps or colors:
+                everyone = torch.arange(len(boxes), device=device)
+                pseudo.append(refined_label(model, there, everyone, fit_steps, colors, trust))
+            found = [Instances(boxes, masks.scores.float().cpu(), labels, at_image_size(masks, len(boxes), size), size)
+                     for masks in pseudo]
             truth = None if batch.masks is None else decode(enlarged(batch.masks[0].float(), size), size)
-            rows.append(SheetRow(batch.images[0, :, :size[0], :size[1]], boxes, labels, [found], truth))
+            rows.append(SheetRow(batch.images[0, :, :size[0], :size[1]], boxes, labels, found, truth))
         if rows:
             sheet(rows, str(path), [c["name"] for c in annotations.classes], threshold=0,
-                  titles=["images and their boxes", title, "true masks"])
+                  titles=["images and their boxes", title, *["refined"] * (len(pseudo) - 1), "true masks"])
     except Exception as error:  # of any kind: disk full, out of memory, a font that is missing
         warn(f"{path} was not written: {str(error) or type(error).__name__}")
     finally:
         model.train(was_training)
+
+
+def at_image_size(pseudo: PseudoLabels, count: int, size: tuple[int, int]) -> list[dict]:
+    """Run lengths of the masks of `count` boxes, in an image of (height, width) size; empty for one without a mask."""
+    rles = [encode(np.zeros((0, 0), bool), 0, 0, size)] * count
+    for g, rle in zip(pseudo.box.tolist(), enlarged(pseudo.masks, size)):
+        rles[g] = rle
+    return rles
 
 
 def sheet_images(annotations: CocoBoxes) -> list[int]:
