@@ -33,12 +33,12 @@ class Step(NamedTuple):
 
 def boxteacher_losses(student: nn.Module, teacher: CondInst | None, batch: Batch, score: str = "mask-aware",
                       pixel_loss: str = "dice", lambda_pixel: float = 0.5, lambda_affinity: float = 0.1,
-                      fit_steps: int = 0, colors: bool = False, ramp: float = 1.0) -> Step:
+                      fit_steps: int = 0, colors: bool = False) -> Step:
     """Fig. 2 from left to right; the EMA follows the optimiser's step (train.train_step).
 
     student: the network, or DDP around it; teacher: None for BoxInst; score: one of teacher.SCORES, or "released";
-    pixel_loss: one of losses.PIXEL_LOSSES. With fit_steps or colors pseudo masks are refined, and `score` has no use;
-    ramp: how far these trust the teacher, see teacher.refined_label.
+    pixel_loss: one of losses.PIXEL_LOSSES. With fit_steps or colors pseudo masks are refined ones, see
+    teacher.refined_label, and `score` has no use.
     """
     refined = bool(fit_steps or colors)
     pseudo = None if teacher is None or refined else pseudo_label(teacher, batch, score)    # Eq. 1, Alg. 1
@@ -47,7 +47,7 @@ def boxteacher_losses(student: nn.Module, teacher: CondInst | None, batch: Batch
 
     chosen, place = box.unique(return_inverse=True)         # the boxes that learn masks; (K,) places among them
     if teacher is not None and refined:
-        pseudo = refined_label(teacher, batch, chosen, fit_steps, colors, ramp)
+        pseudo = refined_label(teacher, batch, chosen, fit_steps, colors)
     grid = mask_grid(batch, chosen, *logits.shape[-2:])
     costs = disagreement(logits)                                                    # of each pair of cells
     similar = color_pairs(batch.images, grid)                                       # of the clean view

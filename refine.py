@@ -83,7 +83,7 @@ def ellipse(device: torch.device | str = "cpu") -> Tensor:
 
 @torch.no_grad()
 def fitted_masks(image: Predictions, boxes: Tensor, size: tuple[int, int], classes: Tensor | None = None,
-                 steps: int = FIT_STEPS, trust: float = 1.0) -> Tensor:
+                 steps: int = FIT_STEPS) -> Tensor:
     """Probabilities (G, n, n) in the windows of boxes (G, 4), xyxy pixels of the network's input of (height, width)
     size: what the mask heads of each box see there, fitted to the box.
 
@@ -94,8 +94,7 @@ def fitted_masks(image: Predictions, boxes: Tensor, size: tuple[int, int], class
 
     A mask that is right casts the box's own shadow on both axes. So `steps` steps of Adam change the parameters of the
     heads, and nothing else of the network, until projection_loss(p, box) is small. In the end the first guess without
-    a network has a say: logit p becomes s logit p + (1 - s) logit ellipse with s = trust (1 - ELLIPSE). trust: 0 for a
-    network that has learnt nothing yet, up to 1.
+    a network has a say: logit p becomes (1 - ELLIPSE) logit p + ELLIPSE logit ellipse.
     """
     locations, weights = box_heads(image, boxes, classes)                                       # (G, k) both
     parameters = image.controller.at(image.box_maps, [locations.flatten()]).unflatten(0, locations.shape)
@@ -105,9 +104,8 @@ def fitted_masks(image: Predictions, boxes: Tensor, size: tuple[int, int], class
     for some in (by_size[chunk] for chunk in chunks(len(boxes))):
         fine[some] = fit(image.mask_features[0], boxes[some], size, parameters[some], xy[some], sizes[some],
                          weights[some], steps)
-    p, share = F.avg_pool2d(fine[:, None], FINE // POINTS)[:, 0], trust * (1 - ELLIPSE)
-    logits = share * p.logit(1e-3) + (1 - share) * ellipse(boxes.device).logit()
-    return logits.sigmoid() * inside_box(boxes.device)
+    p, prior = F.avg_pool2d(fine[:, None], FINE // POINTS)[:, 0], ellipse(boxes.device)
+    return ((1 - ELLIPSE) * p.logit(1e-3) + ELLIPSE * prior.logit()).sigmoid() * inside_box(boxes.device)
 
 
 def fit(mask_features: Tensor, boxes: Tensor, size: tuple[int, int], parameters: Tensor, xy: Tensor, sizes: Tensor,

@@ -93,14 +93,12 @@ def pseudo_label(teacher: CondInst, batch: Batch, score: str = "mask-aware") -> 
 
 
 @torch.no_grad()
-def refined_label(teacher: CondInst, batch: Batch, chosen: Tensor, fit_steps: int, colors: bool,
-                  trust: float = 1.0) -> PseudoLabels:
+def refined_label(teacher: CondInst, batch: Batch, chosen: Tensor, fit_steps: int, colors: bool) -> PseudoLabels:
     """Pseudo masks for the boxes `chosen` (M,), ascending places in torch.cat(batch.boxes), from all that is known of a
     box: its sides, what the teacher sees and the colours of the image (refine.py). Not from the paper.
 
     Unlike Alg. 1 it serves the boxes that the teacher does not detect, too. A score is the mean probability of the mask
-    where it is above 0.5. fit_steps: in which mask heads are fitted to their box; colors: whether colours count; trust:
-    0 to 1, how far what the teacher sees does, beside an ellipse in the box.
+    where it is above 0.5. fit_steps: in which mask heads are fitted to their box; colors: whether colours count.
     """
     predictions = teacher(batch.teacher_images, batch.teacher_sizes)
     height, width = batch.images.shape[-2] // 4, batch.images.shape[-1] // 4
@@ -110,7 +108,7 @@ def refined_label(teacher: CondInst, batch: Batch, chosen: Tensor, fit_steps: in
         own = chosen[(chosen >= first) & (chosen < first + len(boxes))]
         boxes, labels = boxes[own - first], batch.labels[b][own - first]
         seen = boxes * boxes.new_tensor([w / size[1], h / size[0]] * 2)  # in pixels of the teacher's view
-        p = fitted_masks(predictions.of_image(b), seen, (h, w), labels, fit_steps, trust)
+        p = fitted_masks(predictions.of_image(b), seen, (h, w), labels, fit_steps)
         if colors:
             p = color_masks(batch.teacher_images[b, :, :h, :w].float().contiguous(), seen, p)
         sure = p > 0.5

@@ -70,7 +70,7 @@ def train_step(run: "Run", batches: list[Batch], iteration: int, stop_asked: boo
 
     All processes skip both if the loss or the gradient of any of them is not finite.
     """
-    args, plan, ramp = run.args, run.plan, ramp_factor(iteration, run.plan)
+    args, plan = run.args, run.plan
     refined = args.fit_steps > 0 or args.colors == "on"  # pseudo masks
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(iteration, plan)
@@ -79,8 +79,8 @@ def train_step(run: "Run", batches: list[Batch], iteration: int, stop_asked: boo
     for number, batch in enumerate(batches, 1):
         if isinstance(run.student, DistributedDataParallel):
             run.student.require_backward_grad_sync = number == len(batches)  # gradients meet once a step
-        step = run.losses(batch, ramp)
-        loss = total_loss(step.losses, ramp, refined)
+        step = run.losses(batch)
+        loss = total_loss(step.losses, ramp_factor(iteration, plan), refined)
         run.scaler.scale(loss / len(batches)).backward()
         for name, value in (step.losses | {"loss": loss}).items():
             losses[name] = losses.get(name, 0) + value.detach() / len(batches)
@@ -157,14 +157,14 @@ class Run:
                 network.compile_convolutions()
         self.student = self.model
 
-    def losses(self, batch: Batch, ramp: float) -> Step:
+    def losses(self, batch: Batch) -> Step:
         """The losses of --method; boxinst is boxteacher without a teacher."""
         args = self.args
         if args.method == "condinst":
             return condinst_losses(self.student, batch)
         return boxteacher_losses(self.student, self.teacher if args.method == "boxteacher" else None, batch, args.score,
                                  args.pixel_loss, args.lambda_pixel, args.lambda_affinity, args.fit_steps,
-                                 args.colors == "on", ramp)
+                                 args.colors == "on")
 
     def evaluated(self) -> CondInst:
         """The network that is evaluated: the average of the weights if there is one."""
@@ -249,7 +249,7 @@ def evaluate_and_draw(run: Run, log: Log, annotations: CocoBoxes, validation: Co
             draw_sheet(run.out / f"labels-{run.iteration:07}.png", f"their masks at iteration {run.iteration}",
                        run.evaluated(), annotations, score=args.score, min_sizes=args.min_size,
                        max_size=args.max_size, teacher_size=teacher_size, fit_steps=args.fit_steps,
-                       colors=args.colors == "on", trust=ramp_factor(run.iteration, run.plan))
+                       colors=args.colors == "on")
         try:
             if validation is not None:
                 results = evaluate(run.evaluated(), validation, min_size=teacher_size[0], max_size=teacher_size[1],

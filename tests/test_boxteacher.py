@@ -111,7 +111,7 @@ def test_refined_masks_take_the_place_of_those_of_alg_1(student, batch, monkeypa
     two = torch.tensor([[12.0, 12, 64, 48], [1.0, 1, 2, 2]])  # the second lies between the locations
     both = batch._replace(boxes=[two], labels=[torch.tensor([1, 1])])
     assert boxteacher_losses(student, student, both, **how).losses["loss_pixel"] > 0
-    assert given == [([0], (how.get("fit_steps", 0), how.get("colors", False), 1.0))]
+    assert given == [([0], (how.get("fit_steps", 0), how.get("colors", False)))]
     boxteacher_losses(student, None, batch, **how)  # BoxInst has no pseudo masks
     assert len(given) == 1
 

@@ -215,7 +215,7 @@ def test_refined_masks_stand_beside_those_of_alg_1(drawn, warm, tmp_path):
     run, annotations = new_run(drawn, tmp_path, "--init", str(warm))
     args, path = run.args, tmp_path / "x.png"
     plain, sheets = drawn_by(run, annotations, path), []
-    for options in ({"colors": True}, {"fit_steps": 3}, {"colors": True, "trust": 0.0}):
+    for options in ({"colors": True}, {"fit_steps": 3}, {"colors": True, "fit_steps": 3}):
         draw_sheet(path, "masks", run.evaluated(), annotations, score=args.score, min_sizes=args.min_size,
                    max_size=args.max_size, teacher_size=(args.teacher_min_size, args.teacher_max_size), **options)
         sheets.append(np.asarray(Image.open(path)).astype(int))

@@ -197,14 +197,6 @@ def test_fitting_makes_the_shadow_of_a_mask_that_of_its_box():
     assert (losses[1] < losses[0]).all()
 
 
-def test_a_network_has_as_much_of_a_say_as_it_is_trusted():
-    image, boxes = smooth_predictions(), torch.tensor([[40.0, 60, 110, 100]])
-    nothing, half, full = (fitted_masks(image, boxes, (256, 320), steps=0, trust=t).logit()[0, inside_box()]
-                           for t in (0.0, 0.5, 1.0))
-    assert torch.allclose(nothing, ellipse()[inside_box()].logit(), atol=1e-4)
-    assert torch.allclose(half, (nothing + full) / 2, atol=1e-4) and (full - nothing).abs().max() > 0.5
-
-
 def test_boxes_are_fitted_apart_and_results_repeat(monkeypatch):
     image, g = smooth_predictions(), torch.Generator().manual_seed(0)
     boxes = torch.rand(20, 4, generator=g) * 150

@@ -359,14 +359,6 @@ def test_steps_and_colours_refine_apart():
     assert torch.equal(refined_label(lambda *_: predictions, grey, torch.arange(3), 3, False).masks, fitted)
 
 
-def test_a_teacher_that_is_not_trusted_has_no_say():
-    batch, one = disc_batch()
-    other = one._replace(mask_features=-one.mask_features)
-    without, with_it = ([refined_label(lambda *_: predictions, batch, torch.arange(3), 0, False, trust).masks
-                         for predictions in (one, other)] for trust in (0.0, 1.0))
-    assert torch.equal(*without) and not torch.equal(*with_it)
-
-
 def test_refining_changes_nothing_of_the_teacher_and_repeats():
     batch, _ = disc_batch()
     teacher = make_teacher(small_model())

@@ -199,8 +199,8 @@ def spoil(monkeypatch, bad: set[int], how: str = "loss") -> list[tuple]:
     """Make the loss, or only the gradient, of the steps in `bad` not finite; returns the weights before each step."""
     original, step, calls, seen = train.Run.losses, train.train_step, [], []
 
-    def losses(run, *rest):
-        result = original(run, *rest)
+    def losses(run, batch):
+        result = original(run, batch)
         calls.append(None)
         if len(calls) - 1 in bad:
             zero = (next(run.model.parameters()) * 0).sum().sqrt()          # its gradient is nan
@@ -518,8 +518,8 @@ def make_run(*rest):
     train.last_run, choices = make(*rest)
     return train.last_run, choices
 
-def losses(run, *rest):
-    result = original(run, *rest)
+def losses(run, batch):
+    result = original(run, batch)
     calls.append(None)
     if dist.get_rank() == 1 and len(calls) == 2:
         result.losses["loss_cls"] = result.losses["loss_cls"] * float("nan")

@@ -4,7 +4,7 @@
     python -m tools.experiments --seeds 4 5 6                the same with other seeds
     python -m tools.experiments --rows boxinst boxteacher    some rows
     python -m tools.experiments --table                      train nothing, print the table of the finished runs
-    python -m tools.experiments --data food --size 160 224 --start-iters 900 --iters 450     another set
+    python -m tools.experiments --data food --size 160 224 --start-iters 900 --iters 450 --ramp 500
 
 A run is train.py with RECIPE and the options of RUNS, in OUT/seed<N>/<run>. It is evaluated twice, with the scores of
 the detector and with scores rescored by the masks, so that rescoring is not mistaken for learning. Runs go side by
@@ -34,7 +34,6 @@ from tools.label import agreement, label_dataset, model_classes, model_masks
 PROJECT = Path(__file__).resolve().parents[1]
 RECIPE = ("--backbone r18-slim --backbone-weights none --channels 64 --batch-size 8 --optimizer adamw "
           "--lr-decay cosine --clip-grad 10 --ema 0.99 --workers 0 --log-every 50 --measure-labels").split()
-SCRATCH = "--lr 2e-3".split()
 FROM_START = "--lr 1e-3 --warmup 50 --ramp 1".split()  # the masks are good from the first step: no ramp
 REFINED = "--colors on".split()
 RUNS = {
@@ -99,6 +98,7 @@ class Experiments:
         self.out, self.amp, self.eval_every = Path(args.out), args.amp, args.eval_every
         self.iters = {"start": args.start_iters, "refined-scratch": args.start_iters + args.iters}
         self.iters = {run: self.iters.get(run, args.iters) for run in RUNS}
+        self.scratch = ["--lr", "2e-3", *(["--ramp", str(args.ramp)] if args.ramp else [])]
         (small, large), (teacher_small, teacher_large) = args.size, (side * 5 // 4 for side in args.size)
         self.size = (f"--min-size {small} --max-size {large} --teacher-min-size {teacher_small} "
                      f"--teacher-max-size {teacher_large}").split()
@@ -133,7 +133,7 @@ class Experiments:
     def check_recipe(self) -> None:
         """Write OUT/recipe.json. Raises UserError if the runs that are there had another recipe."""
         recipe = {"amp": self.amp, "train": str(self.train_json), "recipe": RECIPE, "size": self.size,
-                  "scratch": SCRATCH, "from start": FROM_START,
+                  "scratch": self.scratch, "from start": FROM_START,
                   "runs": {run: [*options, "--iters", str(self.iters[run])] for run, options in RUNS.items()}}
         path = self.out / "recipe.json"
         if path.exists():
@@ -166,7 +166,7 @@ class Experiments:
                             "--out", annotations.parent)
         validation = ["--val-json", self.val_json, "--val-images", self.val_images]
         if not (folder / "final.pt").exists():
-            start = SCRATCH if run in ("start", "refined-scratch") else [
+            start = self.scratch if run in ("start", "refined-scratch") else [
                 "--init", self.folder("start", seed) / "final.pt", *FROM_START]
             # with --train-json train.py evaluates only if --val-json is given too
             evaluation = [*validation, "--eval-every", self.eval_every] if self.eval_every else []
@@ -295,6 +295,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "of the student's images, pixels; the teacher's and those of tests are 5/4 of it, as in the paper")
     add("--start-iters", type=positive, default=2000, metavar="N", help="iterations of the start")
     add("--iters", type=positive, default=600, metavar="N", help="iterations of a run from it")
+    add("--ramp", type=positive, metavar="N", help="that of train.py in runs from random weights; None: its default")
     add("--eval-every", type=positive, metavar="N", help="iterations between evaluations within a run, for curves of "
         "AP (rescored for boxteacher, of the averaged weights for boxinst); None: no such evaluations")
     add("--jobs", type=positive, default=cores(), help="runs side by side; take few if they share a GPU")

@@ -173,14 +173,13 @@ class Log:
 
 
 def draw_sheet(path: Path, title: str, model: CondInst, annotations: CocoBoxes, *, score: str, min_sizes: list[int],
-               max_size: int, teacher_size: tuple[int, int], fit_steps: int = 0, colors: bool = False,
-               trust: float = 1.0) -> None:
+               max_size: int, teacher_size: tuple[int, int], fit_steps: int = 0, colors: bool = False) -> None:
     """Write a PNG of training images, the same ones each time, with their boxes and with the masks that `model` as a
     teacher gives these: those of Alg. 1 and, with fit_steps or colors, the refined ones. If the annotations were read
     with masks, the true ones stand beside them.
 
-    title: of the masks. score as in pseudo_label; sizes, in pixels, as in TrainBatches; fit_steps, colors and trust as
-    in refined_label. An image that cannot be read is left out. A sheet that cannot be drawn or written is a warning: it
+    title: of the masks. score as in pseudo_label; sizes, in pixels, as in TrainBatches; fit_steps and colors as in
+    refined_label. An image that cannot be read is left out. A sheet that cannot be drawn or written is a warning: it
     must not end the run.
     """
     device, was_training = next(model.parameters()).device, model.training
@@ -192,7 +191,7 @@ def draw_sheet(path: Path, title: str, model: CondInst, annotations: CocoBoxes, 
             pseudo = [pseudo_label(model, there, score)]
             if fit_steps or colors:
                 everyone = torch.arange(len(boxes), device=device)
-                pseudo.append(refined_label(model, there, everyone, fit_steps, colors, trust))
+                pseudo.append(refined_label(model, there, everyone, fit_steps, colors))
             found = [Instances(boxes, masks.scores.float().cpu(), labels, at_image_size(masks, len(boxes), size), size)
                      for masks in pseudo]
             truth = None if batch.masks is None else decode(enlarged(batch.masks[0].float(), size), size)
