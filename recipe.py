@@ -154,7 +154,7 @@ def small_set_recipe(images: int, box: float, aspect: float, device: str, given:
     if pick("optimizer", "adamw") == "adamw" and not backbone.startswith("swin"):
         pick("lr", batch * (2.5e-4 if scratch else 2.5e-5))  # weights that have learnt bear a tenth
     if value["method"] == "boxteacher":
-        pick("colors", "on")
+        pick("colors", "on" if value["score"] == "mask-aware" else "off")  # other scores rate the paper's masks
     pick("lr_decay", "cosine")
     pick("clip_grad", 10.0)
     pick("ema", 0.999 if iters >= 10_000 else 0.99)
@@ -332,6 +332,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         use_paper(args)
     if args.average and args.method == "boxteacher":
         parser.error("--average is for --method boxinst and condinst: boxteacher's teacher is that average")
+    if args.fit_steps or args.colors == "on":
+        if args.method != "boxteacher":
+            parser.error("--fit-steps and --colors refine the pseudo masks of --method boxteacher")
+        if args.score != parser.get_default("score"):
+            parser.error("--score rates the paper's pseudo masks: leave it out, or --fit-steps and --colors on")
     if (args.channels or 32) % 32:
         parser.error("--channels must be a multiple of 32")
     if (args.batch_size or 0) % (args.accumulate * int(os.environ.get("WORLD_SIZE", 1))):

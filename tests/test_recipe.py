@@ -117,6 +117,7 @@ def test_more_images_mean_more_iterations_and_fewer_passes():
     ("--optimizer sgd", {"lr": None, "optimizer": "sgd", "clip_grad": 10.0}),
     ("--colors off", {"colors": "off"}),
     ("--method boxinst", {"colors": None}),
+    ("--score cls", {"colors": "off"}),
     ("--iters 50", {"colors": "on"}),
     ("--backbone swin-t", {"lr": None, "optimizer": "adamw"}),
     ("--min-size 200 100", {"min_size": [200, 100], "max_size": 333, "teacher_min_size": 200, "teacher_max_size": 333}),
@@ -250,7 +251,9 @@ def test_run_folder_is_named_after_method_backbone_and_data():
     "--pixel-loss l1", "--score best", "--ema 1.5", "--lambda-pixel -1", "--lambda-affinity nan", "--amp on",
     "--device nonsense", "--workers -1", "--seed -1", "--log-every 0", "--eval-every 0",
     "--checkpoint-every 0", "--train-json a.json", "--val-images p", "--backbone r18-slim",
-    "--init a.pt --backbone-weights b.pkl", "--average --ema 0.9", "--no-such-option"])
+    "--init a.pt --backbone-weights b.pkl", "--average --ema 0.9", "--no-such-option",
+    "--fit-steps -1", "--colors maybe", "--colors on --method boxinst", "--fit-steps 3 --method condinst",
+    "--colors on --score cls"])
 def test_wrong_values_end_with_status_2(options, capsys):
     with pytest.raises(SystemExit) as end:
         parse_arguments(options.split())
