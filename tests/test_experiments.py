@@ -21,18 +21,20 @@ from tools.experiments import FROM_START, RECIPE, ROWS, RUNS, Experiments, parse
 
 SMALL = ("--backbone r18-slim --channels 32 --backbone-weights none --workers 0 --device cpu --batch-size 4 "
          "--log-every 1 --measure-labels").split()
-SHORT = "--size 64 64 --start-iters 1 --iters 2".split()
+SHORT = ("--min-size 64 --max-size 64 --teacher-min-size 64 --teacher-max-size 64 --start-iters 1 "
+         "--iters 2").split()
 
 
 @pytest.mark.parametrize("options, sizes, iters", [
-    ("", (128, 128), {"start": 2000, "refined-scratch": 2600, "": 600}),
-    ("--size 160 224 --start-iters 900 --iters 450", (160, 224), {"start": 900, "refined-scratch": 1350, "": 450})])
+    ("", ([128], 128, 160, 160), {"start": 2000, "refined-scratch": 2600, "": 600}),
+    ("--min-size 160 192 --max-size 256 --teacher-min-size 192 --teacher-max-size 257 --start-iters 900 --iters 450",
+     ([160, 192], 256, 192, 257), {"start": 900, "refined-scratch": 1350, "": 450})])
 @pytest.mark.parametrize("run", RUNS)
 def test_train_py_accepts_the_options_of_every_run(run, options, sizes, iters):
     given = Experiments(parse_arguments(["--data", "food", *options.split()]))
-    args = train.parse_arguments([*RECIPE, *given.size, *FROM_START, *RUNS[run], "--iters", str(given.iters[run])])
-    assert args.measure_labels and args.teacher_min_size == args.min_size[0] * 1.25 == sizes[0] * 1.25
-    assert args.teacher_max_size == args.max_size * 1.25 == sizes[1] * 1.25
+    args = train.parse_arguments([*RECIPE, *map(str, given.sizes), *FROM_START, *RUNS[run], "--iters", str(given.iters[run])])
+    assert args.measure_labels
+    assert (args.min_size, args.max_size, args.teacher_min_size, args.teacher_max_size) == sizes
     assert args.iters == iters.get(run, iters[""])
 
 
@@ -225,7 +227,7 @@ def test_self_training_learns_from_refined_masks_where_it_says_so(small, tmp_pat
     assert config["train_json"].endswith("labels/masks.json") and config["method"] == "condinst"
 
 
-@pytest.mark.parametrize("options", ["--size 128", "--iters 0", "--jobs 0", "--seeds -1", "--eval-every 0",
+@pytest.mark.parametrize("options", ["--max-size 0", "--iters 0", "--jobs 0", "--seeds -1", "--eval-every 0",
                                      "--rows all", "--amp on"])
 def test_wrong_values_end_with_status_2(options, capsys):
     with pytest.raises(SystemExit) as end:

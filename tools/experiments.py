@@ -4,7 +4,7 @@
     python -m tools.experiments --seeds 4 5 6                the same with other seeds
     python -m tools.experiments --rows boxinst boxteacher    some rows
     python -m tools.experiments --table                      train nothing, print the table of the finished runs
-    python -m tools.experiments --data food --size 160 224 --start-iters 900 --iters 450 --ramp 500
+    python -m tools.experiments --data food ...              another data set, of other sizes and lengths
 
 A run is train.py with RECIPE and the options of RUNS, in OUT/seed<N>/<run>. It is evaluated twice, with the scores of
 the detector and with scores rescored by the masks, so that rescoring is not mistaken for learning. Runs go side by
@@ -99,9 +99,8 @@ class Experiments:
         self.iters = {"start": args.start_iters, "refined-scratch": args.start_iters + args.iters}
         self.iters = {run: self.iters.get(run, args.iters) for run in RUNS}
         self.scratch = ["--lr", "2e-3", *(["--ramp", str(args.ramp)] if args.ramp else [])]
-        (small, large), (teacher_small, teacher_large) = args.size, (side * 5 // 4 for side in args.size)
-        self.size = (f"--min-size {small} --max-size {large} --teacher-min-size {teacher_small} "
-                     f"--teacher-max-size {teacher_large}").split()
+        self.sizes = ["--min-size", *args.min_size, "--max-size", args.max_size, "--teacher-min-size",
+                      args.teacher_min_size, "--teacher-max-size", args.teacher_max_size]
         (self.train_json, self.train_images), (self.val_json, self.val_images) = datasets(args.data)
         self.environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores() // args.jobs))}
         self.stopped, self.running, self.lock = False, set(), threading.RLock()
@@ -132,7 +131,7 @@ class Experiments:
 
     def check_recipe(self) -> None:
         """Write OUT/recipe.json. Raises UserError if the runs that are there had another recipe."""
-        recipe = {"amp": self.amp, "train": str(self.train_json), "recipe": RECIPE, "size": self.size,
+        recipe = {"amp": self.amp, "train": str(self.train_json), "recipe": RECIPE, "sizes": self.sizes,
                   "scratch": self.scratch, "from start": FROM_START,
                   "runs": {run: [*options, "--iters", str(self.iters[run])] for run, options in RUNS.items()}}
         path = self.out / "recipe.json"
@@ -171,7 +170,7 @@ class Experiments:
             # with --train-json train.py evaluates only if --val-json is given too
             evaluation = [*validation, "--eval-every", self.eval_every] if self.eval_every else []
             self.python(folder, "train", "--train-json", annotations, "--train-images", self.train_images,
-                        "--schedule", "1x", *evaluation, *RECIPE, *self.size, *start, *RUNS[run], "--iters",
+                        "--schedule", "1x", *evaluation, *RECIPE, *self.sizes, *start, *RUNS[run], "--iters",
                         self.iters[run], "--seed", seed, "--amp", self.amp, "--out", folder)
         for name, row in ROWS.items():
             for rescore in ("off", "on"):
@@ -291,8 +290,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--out", default="runs/experiments", metavar="DIR", help="folder of the runs")
     add("--data", default="shapes", help="shapes (under datasets/, drawn if missing), or a folder in COCO layout, with "
         "masks")
-    add("--size", nargs=2, type=positive, default=[128, 128], metavar=("MIN", "MAX"), help="shorter and longest side "
-        "of the student's images, pixels; the teacher's and those of tests are 5/4 of it, as in the paper")
+    add("--min-size", type=positive, nargs="+", default=[128], metavar="PIXELS", help="as in train.py")
+    add("--max-size", type=positive, default=128, metavar="PIXELS", help="as in train.py")
+    add("--teacher-min-size", type=positive, default=160, metavar="PIXELS", help="as in train.py, and of tests")
+    add("--teacher-max-size", type=positive, default=160, metavar="PIXELS", help="as in train.py, and of tests")
     add("--start-iters", type=positive, default=2000, metavar="N", help="iterations of the start")
     add("--iters", type=positive, default=600, metavar="N", help="iterations of a run from it")
     add("--ramp", type=positive, metavar="N", help="that of train.py in runs from random weights; None: its default")
