@@ -32,7 +32,8 @@ SHORT = ("--min-size 64 --max-size 64 --teacher-min-size 64 --teacher-max-size 6
 @pytest.mark.parametrize("run", RUNS)
 def test_train_py_accepts_the_options_of_every_run(run, options, sizes, iters):
     given = Experiments(parse_arguments(["--data", "food", *options.split()]))
-    args = train.parse_arguments([*RECIPE, *map(str, given.sizes), *FROM_START, *RUNS[run], "--iters", str(given.iters[run])])
+    length = ["--iters", str(given.iters[run])]
+    args = train.parse_arguments([*RECIPE, *map(str, given.sizes), *FROM_START, *RUNS[run], *length])
     assert args.measure_labels
     assert (args.min_size, args.max_size, args.teacher_min_size, args.teacher_max_size) == sizes
     assert args.iters == iters.get(run, iters[""])
