@@ -29,6 +29,7 @@ class Step(NamedTuple):
     logits: Tensor                # (K, h, w) masks of the instances, at stride 4
     box: Tensor                   # (K,) index of the instance's box in torch.cat(batch.boxes)
     pseudo: PseudoLabels | None   # the teacher's masks of the boxes
+    refined: bool = False         # these are refined ones
 
 
 def boxteacher_losses(student: nn.Module, teacher: CondInst | None, batch: Batch, score: str = "mask-aware",
@@ -59,7 +60,7 @@ def boxteacher_losses(student: nn.Module, teacher: CondInst | None, batch: Batch
         noisy = mask_supervised_losses(logits, costs, masks, scores, affine, place, pixel_loss)     # Eq. 5
         losses |= {"loss_pixel": lambda_pixel * noisy["loss_pixel"],
                    "loss_affinity": lambda_affinity * noisy["loss_affinity"]}
-    return Step(losses, positives, logits, box, pseudo)
+    return Step(losses, positives, logits, box, pseudo, refined)
 
 
 def condinst_losses(student: nn.Module, batch: Batch) -> Step:

@@ -44,7 +44,7 @@ class Plan(NamedTuple):
     warmup: int             # iterations of linear warm-up
     drops: tuple[int, int]  # iterations at which the learning rate falls to a tenth; not used with cosine
     cosine: bool
-    ramp: int               # iterations until the pairwise and pseudo-mask losses reach their full weight
+    ramp: int               # iterations until the noisy losses (boxteacher.total_loss) reach their full weight
 
 
 def make_plan(batch_size: int = 16, optimizer: str = "sgd", schedule: str = "1x", iters: int | None = None,
@@ -180,7 +180,8 @@ def explained(value: dict, facts: SmallSet, given: dict, cores: int) -> list[str
         "min_size max_size teacher_min_size teacher_max_size":
             f"half of the boxes become at least {box * side:.0f} pixels wide and high",
         "batch_size optimizer lr lr_decay clip_grad ema": f"for a short run from {start}",
-        "colors": "better pseudo masks than the paper's, from the first step",
+        "colors": "better pseudo masks than the paper's" if value.get("colors") == "on" else
+                  f"--score {value['score']} rates the paper's pseudo masks",
         "iters": f"{seen / images:.3g} passes over {images} images",
         "ramp": "the checkpoint has learnt masks" if value.get("init") else
                 "masks must form before similar colours count in full",
@@ -209,8 +210,8 @@ def choose(args: argparse.Namespace, annotations: CocoBoxes, model: dict, config
         use_paper(args)
     if args.schedule:
         return []
-    if config is not None:  # runs of earlier versions have the paper's masks
-        args.colors = args.colors or config.get("colors") or "off"
+    if config is not None and args.method == "boxteacher" and args.score == "mask-aware":
+        args.colors = args.colors or config.get("colors") or "off"  # runs of earlier versions have the paper's masks
     given = {name: model.get(name) for name in ("backbone", "channels")}
     given |= {name: v for name, v in vars(args).items() if v is not None}
     facts = SmallSet(*config["chosen_from"]) if config else small_set(annotations, args.device.type)
@@ -275,11 +276,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "average (Table 7), which labels nothing")
     add("--score", choices=[*SCORES, "released"], default="mask-aware",
         help="weight of a pseudo mask (Table 5); released: that of the authors' program, with its binary masks")
-    add("--fit-steps", type=not_negative, default=0, help="with this or --colors pseudo masks are not the paper's: "
-        "each box gets one, from all that is known of it (refine.py), and its mask heads are fitted to it in so many "
-        "steps, 20 in predict.py")
-    add("--colors", choices=["on", "off"], help="the colours of the image correct such pseudo masks; None: off, or, if "
-        "chosen for boxteacher, on")
+    add("--fit-steps", type=not_negative, default=0, help="steps in which mask heads are fitted to each box "
+        "(predict.py: 20). With this or --colors on, pseudo masks are not the paper's but refined (refine.py)")
+    add("--colors", choices=["on", "off"], help="correct pseudo masks by the colours of the image; None: off, or, if "
+        "chosen, on")
     add("--pixel-loss", choices=PIXEL_LOSSES, default="dice", help="loss on pseudo masks (Table 3)")
     add("--lambda-pixel", type=not_negative_float, default=0.5, help="weight of the pixel loss (Eq. 2)")
     add("--lambda-affinity", type=not_negative_float, default=0.1, help="weight of the affinity loss (Eq. 2)")
@@ -300,8 +300,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--lr-decay", choices=["steps", "cosine"], help="steps: to a tenth twice, where the schedule states it, with "
         "--iters after 2/3 and 8/9; None: cosine if chosen, else steps")
     add("--warmup", type=not_negative, help="iterations of linear warm-up; None: 1000, at most a twentieth of the run")
-    add("--ramp", type=positive, help="iterations in which the pairwise and pseudo-mask losses reach their full "
-        "weight; None: 10000 of 16 images, at most a ninth of the run, or, if chosen, 5/9, with --init a twentieth")
+    add("--ramp", type=positive, help="iterations in which the pairwise loss, and those of the paper's pseudo masks, "
+        "reach their full weight; None: 10000 of 16 images, at most a ninth of the run, or, if chosen, 5/9, with --init "
+        "a twentieth")
     add("--weight-decay", type=not_negative_float, help="weight decay; None: 1e-4 (sgd) or 0.05 (adamw)")
     add("--clip-grad", type=positive_float, help="largest norm of the gradient; None: unlimited, or, if chosen, 10")
     add("--amp", **AMP)

@@ -83,11 +83,12 @@ def ellipse(device: torch.device | str = "cpu") -> Tensor:
 
 @torch.no_grad()
 def fitted_masks(image: Predictions, boxes: Tensor, size: tuple[int, int], classes: Tensor | None = None,
-                 steps: int = FIT_STEPS) -> Tensor:
+                 steps: int = FIT_STEPS, chosen: Tensor | None = None) -> Tensor:
     """Probabilities (G, n, n) in the windows of boxes (G, 4), xyxy pixels of the network's input of (height, width)
     size: what the mask heads of each box see there, fitted to the box.
 
-    image: the predictions of one image. classes (G,): of the boxes in the model, -1: unknown. For the k heads h_j of a
+    image: the predictions of one image. classes (G,): of the boxes in the model, -1: unknown. chosen: places of the
+    boxes that get masks, whose number is then G; the others still own locations. For the k heads h_j of a
     box, with weights w_j of sum one (see box_heads), and the mask features F,
 
         p = sum_j w_j sigmoid(h_j(F)).
@@ -96,7 +97,8 @@ def fitted_masks(image: Predictions, boxes: Tensor, size: tuple[int, int], class
     heads, and nothing else of the network, until projection_loss(p, box) is small. In the end the first guess without
     a network has a say: logit p becomes (1 - ELLIPSE) logit p + ELLIPSE logit ellipse.
     """
-    locations, weights = box_heads(image, boxes, classes)                                       # (G, k) both
+    locations, weights = box_heads(image, boxes, classes, chosen=chosen)                        # (G, k) both
+    boxes = boxes if chosen is None else boxes[chosen]
     parameters = image.controller.at(image.box_maps, [locations.flatten()]).unflatten(0, locations.shape)
     xy, sizes = image.locations.xy[locations], boxes.new_tensor(SIZES_OF_INTEREST)[image.locations.level[locations]]
     fine = boxes.new_empty(len(boxes), FINE, FINE)
@@ -157,8 +159,10 @@ def window_cells(low: Tensor, high: Tensor, count: int, cells: int) -> tuple[Ten
     return (first[:, None] + step[:, None] * number).clamp(0, cells - 1).long(), weights
 
 
-def box_heads(image: Predictions, boxes: Tensor, classes: Tensor | None, count: int = HEADS) -> tuple[Tensor, Tensor]:
-    """The `count` locations (G, k) whose mask heads draw each box (G, 4), and their weights (G, k), of sum 1.
+def box_heads(image: Predictions, boxes: Tensor, classes: Tensor | None, count: int = HEADS,
+              chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The `count` locations (G, k) whose mask heads draw each box (G, 4), or each of the `chosen` ones, and their
+    weights (G, k), of sum 1.
 
     They are the surest of those that FCOS would train on the box, weighted by the confidence in its class (classes
     (G,), -1 or None: in any), sqrt(class probability * centerness). FCOS trains none on a box whose centre smaller
@@ -169,8 +173,9 @@ def box_heads(image: Predictions, boxes: Tensor, classes: Tensor | None, count: 
     probability, centerness = image.class_logits[0].sigmoid(), image.centerness[0].sigmoid()
     numbers, count = torch.arange(len(boxes), device=boxes.device), min(count, len(xy))
     owner = image_targets(image.locations, boxes, torch.zeros_like(numbers), 1)[2]              # (L,)
+    numbers = numbers if chosen is None else chosen
     locations, weights = [owner.new_zeros(0, count)], [boxes.new_zeros(0, count)]
-    for some in chunks(len(boxes)):
+    for some in (numbers[chunk] for chunk in chunks(len(numbers))):
         of = probability.amax(1).expand(len(boxes[some]), -1)                                   # (g, L)
         if classes is not None:
             known = classes[some] >= 0
@@ -179,7 +184,7 @@ def box_heads(image: Predictions, boxes: Tensor, classes: Tensor | None, count: 
         center, half = (boxes[some, :2] + boxes[some, 2:]) / 2, (boxes[some, 2:] - boxes[some, :2]).amax(1) / 2
         own_level = torch.searchsorted(boxes.new_tensor([high for _, high in LEVEL_RANGES]), half)
         far = torch.cdist(center, xy) + 1e5 * (owner >= 0) + 1e6 * (level != own_level[:, None])
-        rank, chosen = torch.where(owner == numbers[some, None], confidence, -far).topk(count)
+        rank, chosen = torch.where(owner == some[:, None], confidence, -far).topk(count)
         usable = (rank > 0) | (rank[:, :1] <= 0)  # a box with locations of its own draws with these alone
         weight = confidence.gather(1, chosen) * usable + 1e-6 * usable
         locations.append(chosen)

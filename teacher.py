@@ -105,16 +105,16 @@ def refined_label(teacher: CondInst, batch: Batch, chosen: Tensor, fit_steps: in
     masks, first = [batch.boxes[0].new_zeros(0, height, width)], 0
     scores = batch.boxes[0].new_zeros(sum(map(len, batch.boxes)))
     for b, (boxes, size, (h, w)) in enumerate(zip(batch.boxes, batch.sizes, batch.teacher_sizes)):
-        own = chosen[(chosen >= first) & (chosen < first + len(boxes))]
-        boxes, labels = boxes[own - first], batch.labels[b][own - first]
+        own = chosen[(chosen >= first) & (chosen < first + len(boxes))] - first
         seen = boxes * boxes.new_tensor([w / size[1], h / size[0]] * 2)  # in pixels of the teacher's view
-        p = fitted_masks(predictions.of_image(b), seen, (h, w), labels, fit_steps)
+        p = fitted_masks(predictions.of_image(b), seen, (h, w), batch.labels[b], fit_steps, own)
         if colors:
-            p = color_masks(batch.teacher_images[b, :, :h, :w].float().contiguous(), seen, p)
+            p = color_masks(batch.teacher_images[b, :, :h, :w].float().contiguous(), seen[own], p)
+        p = p.nan_to_num(0.0)  # of a teacher that overflows in float16: no mask
         sure = p > 0.5
-        scores[own] = (p * sure).sum((1, 2)) / sure.sum((1, 2)).clamp(min=1)
-        masks.append(cell_masks(p, boxes, height, width))
-        first += len(batch.boxes[b])
+        scores[first + own] = (p * sure).sum((1, 2)) / sure.sum((1, 2)).clamp(min=1)
+        masks.append(cell_masks(p, boxes[own], height, width))
+        first += len(boxes)
     return PseudoLabels(torch.cat(masks), chosen, scores)
 
 

@@ -71,7 +71,6 @@ def train_step(run: "Run", batches: list[Batch], iteration: int, stop_asked: boo
     All processes skip both if the loss or the gradient of any of them is not finite.
     """
     args, plan = run.args, run.plan
-    refined = args.fit_steps > 0 or args.colors == "on"  # pseudo masks
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(iteration, plan)
     losses, counts = {}, {}
@@ -80,7 +79,7 @@ def train_step(run: "Run", batches: list[Batch], iteration: int, stop_asked: boo
         if isinstance(run.student, DistributedDataParallel):
             run.student.require_backward_grad_sync = number == len(batches)  # gradients meet once a step
         step = run.losses(batch)
-        loss = total_loss(step.losses, ramp_factor(iteration, plan), refined)
+        loss = total_loss(step.losses, ramp_factor(iteration, plan), step.refined)
         run.scaler.scale(loss / len(batches)).backward()
         for name, value in (step.losses | {"loss": loss}).items():
             losses[name] = losses.get(name, 0) + value.detach() / len(batches)
@@ -91,7 +90,8 @@ def train_step(run: "Run", batches: list[Batch], iteration: int, stop_asked: boo
     norm = nn.utils.get_total_norm([p.grad for p in run.parameters])
     if args.clip_grad:
         nn.utils.clip_grads_with_norm_(run.parameters, args.clip_grad, norm)
-    loss_finite, norm_finite, go_on = agreed(losses["loss"].isfinite(), norm.isfinite(), not stop_asked)
+    loss_finite, norm_finite, go_on = agreed(losses["loss"].isfinite(), norm.isfinite(), not stop_asked,
+                                             device=run.device)
     finite = loss_finite and norm_finite
     if finite:
         run.scaler.step(run.optimizer)
@@ -172,7 +172,7 @@ class Run:
 
     def resume(self, state: dict) -> None:
         """Continue from a checkpoint of the same model. Other options may differ; the changes are printed."""
-        old = state["config"]
+        old = {"colors": "off", "fit_steps": 0} | state["config"]  # earlier versions had the paper's pseudo masks alone
         for key, old_value, new_value in (
                 ("model", state["model"], self.spec), ("classes", state["classes"], self.classes),
                 ("method", state["method"], self.args.method), ("optimizer", old["optimizer"], self.args.optimizer),
@@ -293,7 +293,7 @@ def load_step(run: Run, log: Log, micro_batches: Iterator[Batch], broken: set[st
         check_skipped(micro, broken, images)
     except (UserError, OSError) as error:
         problem = error
-    (all_have_them,) = agreed(torch.tensor(problem is None, device=run.device))
+    (all_have_them,) = agreed(problem is None, device=run.device)
     if not all_have_them:
         save(run, log)
         with together("the images of a step"):
@@ -350,7 +350,7 @@ def describe(run: Run, annotations: CocoBoxes, choices: list[str]) -> None:
           sep="\n")
     print(f"{plan.iterations} iterations of {run.args.batch_size} images, learning rate {plan.lr:g} after "
           f"{plan.warmup} of warm-up, {'cosine' if plan.cosine else f'a tenth at {plan.drops}'}; "
-          f"ramp of pairwise and pseudo-mask losses {plan.ramp}")
+          f"ramp of the noisy losses {plan.ramp}")
     if run.iteration < plan.iterations:  # otherwise these options train nothing
         config = config_of(run.args) | {"plan": plan._asdict()}
         write_whole(run.out / "config.json", json.dumps(config, indent=1).encode())
@@ -361,8 +361,8 @@ def left_out(run: Run, validation: CocoBoxes | None) -> tuple[bool, bool]:
     whether final.pt, also because --iters is now below that iteration."""
     complete = run.iteration >= run.plan.iterations
     due = run.iteration > 0 and (run.iteration == run.plan.iterations or run.iteration % run.args.eval_every == 0)
-    evaluation = due and validation is not None and not evaluated_at(run.out, run.iteration)
-    return from_first((evaluation, complete and not (run.out / "final.pt").exists()), "process 0 to look at the run")
+    return read_by_first(lambda: (due and validation is not None and not evaluated_at(run.out, run.iteration),
+                                  complete and not (run.out / "final.pt").exists()), "process 0 to look at the run")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -371,30 +371,32 @@ def main(argv: list[str] | None = None) -> None:
         if args.tensorboard:
             summary_writer()  # raises before anything is done, on all processes alike
         rank, world_size, device = start_distributed(args.device)
-        with StopSignals() as signals, RunFolder(args.out, args.fresh, rank) as folder:
-            with together("all processes to read the annotations"):
-                annotations, validation = open_data(args, rank)
-            same_data(annotations, validation)
-            run, choices = make_run(args, annotations, rank, world_size, device)
-            with together("all processes to prepare their batches"):
-                batches = training_batches(args, annotations, rank, world_size)  # raises before anything is written
-            with together("process 0 to prepare the folder of the run"):
-                if rank == 0:
-                    folder.begin()
-                    describe(run, annotations, choices)
-            evaluating, saving = left_out(run, validation)
-            if saving:
-                run.save()
-            if evaluating or run.iteration < run.plan.iterations:
-                stopped_by = train(run, batches, validation, signals, evaluating)
-            if dist.is_initialized():
-                dist.destroy_process_group()
-        if rank == 0 and not stopped_by:
-            print(f"{run.out} is complete: {run.iteration} iterations; {next_command(args, annotations, validation)}")
-        if rank == 0 and stopped_by:
-            print(f"stopped at iteration {run.iteration}, saved; to go on: {same_command(argv or sys.argv[1:])}")
-        if stopped_by:
-            sys.exit(128 + stopped_by)
+        with StopSignals() as signals:  # to the end: torchrun forwards a signal when the run may have been saved
+            with RunFolder(args.out, args.fresh, rank) as folder:
+                with together("all processes to read the annotations"):
+                    annotations, validation = open_data(args, rank)
+                same_data(annotations, validation)
+                run, choices = make_run(args, annotations, rank, world_size, device)
+                with together("all processes to prepare their batches"):
+                    batches = training_batches(args, annotations, rank, world_size)  # before anything is written
+                with together("process 0 to prepare the folder of the run"):
+                    if rank == 0:
+                        folder.begin()
+                        describe(run, annotations, choices)
+                evaluating, saving = left_out(run, validation)
+                if saving:
+                    run.save()
+                if evaluating or run.iteration < run.plan.iterations:
+                    stopped_by = train(run, batches, validation, signals, evaluating)
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+            if rank == 0 and not stopped_by:
+                print(f"{run.out} is complete: {run.iteration} iterations; "
+                      f"{next_command(args, annotations, validation)}")
+            if rank == 0 and stopped_by:
+                print(f"stopped at iteration {run.iteration}, saved; to go on: {same_command(argv or sys.argv[1:])}")
+            if stopped_by:
+                sys.exit(128 + stopped_by)
 
 
 if __name__ == "__main__":

@@ -111,6 +111,7 @@ def test_refined_masks_take_the_place_of_those_of_alg_1(student, batch, monkeypa
     two = torch.tensor([[12.0, 12, 64, 48], [1.0, 1, 2, 2]])  # the second lies between the locations
     both = batch._replace(boxes=[two], labels=[torch.tensor([1, 1])])
     assert boxteacher_losses(student, student, both, **how).losses["loss_pixel"] > 0
+    assert boxteacher_losses(student, student, both, **how).refined and len(given) == 2 and given.pop()
     assert given == [([0], (how.get("fit_steps", 0), how.get("colors", False)))]
     boxteacher_losses(student, None, batch, **how)  # BoxInst has no pseudo masks
     assert len(given) == 1
@@ -212,7 +213,7 @@ def test_masks_of_boxes_that_learn_none_are_not_missed(seed):
     batch, leaves, pseudo = random_batch(torch.Generator().manual_seed(seed), 8, 60)
     predictions, every = predictions_on(slice(0, 8), leaves), torch.arange(len(pseudo.scores))
     with patch.object(boxteacher, "pseudo_label", lambda *_: pseudo):
-        ours, _, logits, box, _ = boxteacher_losses(lambda *_: predictions, "teacher", batch)
+        ours, _, logits, box, *_ = boxteacher_losses(lambda *_: predictions, "teacher", batch)
     assert 10 < len(box.unique()) < len(every) - 10
     grid, costs = mask_grid(batch, every, *logits.shape[-2:]), disagreement(logits)
     masks, scores = pseudo.of(every)

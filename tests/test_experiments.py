@@ -202,6 +202,7 @@ def test_runs_of_different_recipes_are_not_mixed(drawn, tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("rows, seeds, share", [
     ({"boxinst": [40, 42], "condinst": [50, 50], "refined": [46, 46]}, [1, 2], "55.6"),  # 5 of 9, of the means
+    ({"boxinst": [40], "condinst": [40], "refined": [46]}, [1], "–"),  # no gap
     ({"boxinst": [40], "refined": [46]}, [1], "–"), ({"condinst": [50], "refined": [46]}, [1], "–")])
 def test_the_share_of_the_gap_is_that_of_the_means(tmp_path, monkeypatch, rows, seeds, share):
     runs = Experiments(parse_arguments(["--data", "food", "--out", str(tmp_path)]))

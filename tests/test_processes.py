@@ -324,7 +324,7 @@ class Mounted:
     """Batches that need a folder; `skipped` is what a batch without it has."""
 
     def __init__(self, folder: Path, skipped: list | None):
-        self.folder, self.skipped = folder, skipped
+        self.folder, self.skipped, self.annotations = folder, skipped, SimpleNamespace(image_dir=folder)
 
     def folders(self, k: int) -> set[str]:
         return {str(self.folder)}
@@ -360,7 +360,7 @@ def test_a_folder_that_comes_back_is_waited_for(tmp_path, monkeypatch, skipped, 
 def test_a_broken_image_is_loaded_twice_only_once(tmp_path):
     """The second time makes sure that its folder was not away the first time."""
     class Broken:
-        calls = []
+        calls, annotations = [], SimpleNamespace(image_dir=tmp_path)
 
         def folders(self, k):
             return {str(tmp_path)}
@@ -374,6 +374,13 @@ def test_a_broken_image_is_loaded_twice_only_once(tmp_path):
     for k in range(6):
         assert bool(images[k].skipped) == (k > 0)
     assert Broken.calls == [0, 1, 1, 2, 2, 3, 4, 5]
+
+
+def test_a_sub_folder_that_never_was_there_is_not_waited_for(tmp_path):
+    """Its images are broken; once it has been seen, they are away."""
+    batches_of = Mounted(tmp_path / "none", ["a.jpg cannot be decoded"])
+    batches_of.annotations.image_dir = tmp_path
+    assert Patient(batches_of)[7].skipped == ["a.jpg cannot be decoded"]
 
 
 def test_a_batch_names_the_folders_of_its_images(drawn, tmp_path):

@@ -170,8 +170,16 @@ def test_a_run_goes_on_with_its_pseudo_masks(own, now, expected, drawn):
     """A run of an earlier version, which had no such option (None), with the paper's."""
     config = {"chosen_from": list(FOOD)} | ({"colors": own} if own else {})
     args = parse_arguments(["--data", str(drawn), "--device", "cpu", *(["--colors", now] if now else [])])
-    choose(args, CocoBoxes(drawn / "annotations/instances_train2017.json", drawn / "train2017"), {}, config)
+    annotations = CocoBoxes(drawn / "annotations/instances_train2017.json", drawn / "train2017")
+    choose(args, annotations, {}, config)
     assert args.colors == expected
+    if now is None:
+        other = parse_arguments(["--data", str(drawn), "--device", "cpu", "--score", "iou"])
+        assert "--score iou rates the paper's" in " ".join(choose(other, annotations, {}, config))
+        assert other.colors == "off"  # the score would have no use
+        boxinst = parse_arguments(["--data", str(drawn), "--device", "cpu", "--method", "boxinst"])
+        choose(boxinst, annotations, {}, config)
+        assert boxinst.colors is None
 
 
 @pytest.mark.parametrize("options", ["--data cityscapes", "--data my-images --schedule 1x",

@@ -350,6 +350,25 @@ def test_refined_masks_are_made_for_the_chosen_boxes_alone():
     assert nobody.masks.shape == (0, 24, 40) and not nobody.scores.any()
 
 
+@pytest.mark.parametrize("chosen", [[0], [1], [0, 1]])
+def test_boxes_that_learn_no_mask_own_their_locations(chosen):
+    """A box does not draw with the mask heads of a smaller one within it, whether that one learns a mask or not."""
+    boxes = [[8.0, 8, 72, 72], [20.0, 20, 60, 60]]
+    batch = make_batch([boxes], (96, 96), (96, 96), (96, 96))._replace(
+        teacher_images=torch.zeros(1, 3, 96, 96, dtype=torch.uint8))
+    predictions = random_predictions(96, 96)
+    everyone, some = (refined_label(lambda *_: predictions, batch, places, 0, False).masks
+                      for places in (torch.arange(2), torch.tensor(chosen)))
+    assert torch.allclose(some, everyone[chosen], atol=1e-6)
+
+
+def test_masks_that_are_not_numbers_count_for_nothing():
+    batch, predictions = disc_batch()
+    broken = predictions._replace(mask_features=predictions.mask_features * torch.nan)
+    pseudo = refined_label(lambda *_: broken, batch, torch.arange(3), 1, True)
+    assert not pseudo.masks.any() and not pseudo.scores.any()
+
+
 def test_steps_and_colours_refine_apart():
     batch, predictions = disc_batch()
     plain, fitted, coloured = (refined_label(lambda *_: predictions, batch, torch.arange(3), *how).masks
@@ -361,10 +380,9 @@ def test_steps_and_colours_refine_apart():
 
 def test_refining_changes_nothing_of_the_teacher_and_repeats():
     batch, _ = disc_batch()
-    teacher = make_teacher(small_model())
-    before = [x.clone() for x in teacher.parameters()]
-    with torch.autocast("cpu", torch.bfloat16):  # whatever the network computes in
-        pseudo, again = (refined_label(teacher, batch, torch.arange(3), 2, True) for _ in range(2))
+    teacher = small_model()  # whose parameters could learn
+    before, teacher.amp_dtype = [x.clone() for x in teacher.parameters()], torch.bfloat16
+    pseudo, again = (refined_label(teacher, batch, torch.arange(3), 2, True) for _ in range(2))
     assert all(map(torch.equal, before, teacher.parameters())) and all(p.grad is None for p in teacher.parameters())
     assert pseudo.masks.dtype == torch.float32 and not pseudo.masks.requires_grad
     assert torch.equal(pseudo.masks, again.masks) and torch.equal(pseudo.scores, again.scores)

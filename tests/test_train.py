@@ -585,11 +585,14 @@ def test_two_processes_are_one_process_with_the_same_batch(drawn, warm, tmp_path
     for method in LOSSES:
         runs[method] = [*only_training(lone), *SMALL, "--iters", 3, "--init", warm, "--method", method,
                         "--batch-size", 2]
+    runs["refined"] = [*only_training(lone), *SMALL, "--iters", 3, "--init", warm, "--batch-size", 2, "--colors", "on",
+                       "--fit-steps", 2]
     (tmp_path / "other.json").write_text((drawn / "annotations/instances_train2017.json").read_text() + " ")
     commands = [*runs.items(), ("scratch", [*runs["scratch"], "--iters", 7])]
     for name, options in commands:
         assert command(*options, "--out", tmp_path / "one" / name) == 0
-    lists = [[[*options, "--out", name], [], 0] for name, options in commands]
+    fresh = {"refined": ["--fresh"]}  # counts for process 0 alone
+    lists = [[[*options, "--out", name], fresh.get(name, []), 0] for name, options in commands]
     lists += [[[*runs["scratch"], "--out", "bad"], different, 1]
               for different in (["--seed", 1], ["--train-json", tmp_path / "other.json"], ["--train-json", "missing"])]
     (tmp_path / "two/1/elsewhere").mkdir(parents=True)

@@ -82,18 +82,23 @@ def check_skipped(batches: list[Batch], broken: set[str], images: int) -> None:
 
 class Patient(Dataset):
     """TrainBatches that waits up to PATIENCE seconds for a folder of images that is away, as one on a network may be,
-    instead of taking its images for broken ones. Raises UserError after that time."""
+    instead of taking its images for broken ones. Raises UserError after that time.
+
+    A sub-folder that this process has never seen is not away: the images that a file names there are broken.
+    """
 
     def __init__(self, batches: Dataset):
-        self.batches, self.broken = batches, set()
+        self.batches, self.broken, self.seen = batches, set(), {str(batches.annotations.image_dir)}
 
     def __getitem__(self, k: int):
         until = time.monotonic() + PATIENCE
+        folders = self.batches.folders(k)
+        self.seen.update(filter(os.path.isdir, folders))
         with contextlib.suppress(UserError):
             batch = self.batches[k]
             if self.broken.issuperset(batch.skipped):
                 return batch
-        while gone := [folder for folder in self.batches.folders(k) if not listed(folder)]:
+        while gone := [folder for folder in folders & self.seen if not listed(folder)]:
             if time.monotonic() > until:
                 raise UserError(f"the images in {gone[0]} have been away for {PATIENCE} seconds")
             time.sleep(1)

@@ -24,6 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from formats.coco import CocoBoxes, datasets
 from formats.files import CommandLine, UserError, one_line_errors, write_whole
 from formats.shapes import write_shapes
@@ -254,7 +256,8 @@ def table(experiments: Experiments, rows: list[str], seeds: list[int]) -> str:
         over = experiments.gains(row, found) if row not in ("start", "boxinst") else []
         bound = experiments.gains("condinst", found) if over and row != "condinst" else []
         cells = [[m["segm"][figure] for m in plain] for figure in ("AP", "AP50", "AP75")]
-        cells[1:1] = over, [100 * statistics.mean(over) / statistics.mean(bound)] if bound else []
+        gap = statistics.mean(bound) if bound else 0
+        cells[1:1] = over, [100 * statistics.mean(over) / gap] if gap > 0 else []
         cells += [[m["segm"]["AP"] for m in rescored], [m["bbox"]["AP"] for m in plain]]
         cells += [[100 * line[name] for line in last if line.get(name) is not None]
                   for name in ("label_iou", "student_iou")]
@@ -310,6 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     with one_line_errors():
         experiments = Experiments(args)
+        torch.set_num_threads(int(experiments.environment["OMP_NUM_THREADS"]))  # labels are measured in this process
         if not args.table:
             if args.data == "shapes" and not Path(experiments.train_json).exists():
                 write_shapes(Path(experiments.train_json).parents[1])

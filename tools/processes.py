@@ -179,9 +179,11 @@ def same_data(annotations: CocoBoxes, validation: CocoBoxes | None) -> None:
     same_everywhere(facts)
 
 
-def agreed(*flags: Tensor | bool) -> list[bool]:
-    """For each flag, whether it holds on all processes. The host waits here for the device."""
-    device = next((flag.device for flag in flags if isinstance(flag, Tensor)), None)
+def agreed(*flags: Tensor | bool, device: torch.device) -> list[bool]:
+    """For each flag, whether it holds on all processes. The host waits here for the device, unless one process has
+    flags that are no tensors."""
+    if not dist.is_initialized() and not any(isinstance(flag, Tensor) for flag in flags):
+        return list(flags)
     values = torch.stack([torch.as_tensor(flag, device=device) for flag in flags]).float()
     if dist.is_initialized():
         dist.all_reduce(values, dist.ReduceOp.MIN)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from formats.files import UserError, check_ordinary, warn
 from tools.command_line import output_file
-from tools.processes import gathered, together
+from tools.processes import from_first, gathered, together
 
 # a file of a run, as a killed process leaves it half written: see `beside` in formats/files.py
 HALF_WRITTEN = re.compile(r"(last\.pt|final\.pt|metrics\.jsonl|config\.json|nonfinite\.json|labels-\d+\.png)"
@@ -30,6 +30,7 @@ class RunFolder:
         self.held = contextlib.ExitStack()
 
     def __enter__(self) -> "RunFolder":
+        self.fresh = from_first(self.fresh, "process 0 to say whether it starts anew")
         if not self.fresh:
             check_first(self.out)
         with together("process 0 to lock the folder of the run"):
@@ -84,6 +85,8 @@ def lock(folder: str | os.PathLike) -> Iterator[None]:
                             "its end, or choose another --out") from None
         except OSError as error:
             warn(f"{folder} cannot be locked ({error.strerror}): start no second run in it")
+        if not os.path.lexists(path) or not os.path.samestat(os.fstat(opened), os.lstat(path)):
+            raise UserError(f"a run in {folder} has just ended or begun; try again")  # its lock file was replaced
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         with contextlib.suppress(OSError):  # the words are for people
             os.ftruncate(file.fileno(), 0)
