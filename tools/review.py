@@ -196,4 +196,5 @@ def apply_decisions(path: str, masks_path: str) -> tuple[dict, str]:
     rejected = [boxes[name] for name, decision in decisions.items() if decision == REJECT]
     for row in rejected:
         row |= {"segmentation": [], "area": row["bbox"][2] * row["bbox"][3]}
-    return content, f"{counted(len(decisions) - len(rejected), 'mask')} kept, {len(rejected)} rejected, {left} not looked at"
+    kept = counted(len(decisions) - len(rejected), "mask")
+    return content, f"{kept} kept, {len(rejected)} rejected, {left} not looked at"
