@@ -259,6 +259,11 @@ def test_letters_in_a_filter_choose_there(person, labelled):
     page.focus("#name")
     press(page, "r")
     assert page.input_value("#name") == "red" and count(page).startswith("8 of 8 left")
+    assert page.evaluate("document.activeElement.id") == "name"
+    page.dispatch_event("#name", "pointerdown")  # who chooses with the mouse goes on with the keys of the masks
+    page.select_option("#name", "green")
+    press(page, "k")
+    assert page.input_value("#name") == "green" and count(page).startswith("7 of 8 left")
 
 
 def test_saved_decisions_are_loaded_elsewhere(person, browser, labelled, tmp_path):
@@ -285,6 +290,15 @@ def test_a_browser_that_stores_nothing_is_named_and_saves(person, labelled, tmp_
     press(page, "kr")
     assert "stores nothing" in page.inner_text("#news") and count(page).startswith("6 of 8 left")
     assert len(save(page, tmp_path / "decisions.json")["decisions"]) == 2
+
+
+def test_what_another_page_has_stored_in_the_meantime_stays(person, labelled, tmp_path):
+    """Also where its storage event has not come yet; a page gets none of what is stored in itself."""
+    page = opened(person, labelled / "review.html")
+    last = review_data(labelled / "review.html")["items"][-1]["id"]
+    page.evaluate("id => localStorage.setItem(KEY, JSON.stringify({[id]: 'reject'}))", last)
+    press(page, "k")
+    assert count(page) == "6 of 8 left: 1 kept, 1 rejected"
 
 
 def test_several_pages_are_one_review(person, labelled, tmp_path, monkeypatch, capsys):
@@ -325,6 +339,7 @@ def test_what_is_not_in_the_file_cannot_be_decided(person, labelled, tmp_path):
     before = count(page)
     press(page, "krskr")
     assert count(page) == before and page.get_attribute("#keep", "aria-disabled") == "true"
+    assert save(page, tmp_path / "decisions.json")["decisions"] == {}
     page.select_option("#source", "no mask")
     assert len(shown(page)) == 2
     page.click("summary")
