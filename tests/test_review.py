@@ -493,7 +493,7 @@ NONE = "not a file of decisions"
 
 
 @pytest.mark.parametrize("decisions, about, message", [
-    ({"777": "reject", "0": "keep"}, None, "decides about 1 annotations that"), ({"00": "reject"}, None, "(id 00)"),
+    ({"777": "reject", "0": "keep"}, None, "decides about 1 annotation that"), ({"00": "reject"}, None, "(id 00)"),
     ({"\x1b[2J": "keep"}, None, r"(id \x1b[2J)"), ({"0": "reject"}, "0" * 64, "is about another file than"),
     ({"0": "reject"}, 7, NONE), ([["0", "keep"]], None, NONE), ({"0": "burn"}, None, NONE), ({"0": None}, None, NONE),
     ({"0": ["keep"]}, None, NONE)])

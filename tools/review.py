@@ -190,7 +190,7 @@ def apply_decisions(path: str, masks_path: str) -> tuple[dict, str]:
     boxes = {str(row["id"]): row for row in content["annotations"] if not row.get("iscrowd")}
     unknown = [printable(name)[:40] for name in decisions if name not in boxes]
     if unknown:
-        raise DataError(f"{path} decides about {len(unknown)} annotations that {masks_path} does not have "
+        raise DataError(f"{path} decides about {counted(len(unknown), 'annotation')} that {masks_path} does not have "
                         f"(id {first_five(unknown)})")
     left = sum(bool(row.get("segmentation")) and name not in decisions for name, row in boxes.items())
     rejected = [boxes[name] for name, decision in decisions.items() if decision == REJECT]
