@@ -3,11 +3,12 @@
     python predict.py --ckpt CKPT images/ photo.jpg --out found                       finds objects in images
     python predict.py --ckpt CKPT --boxes boxes.json --images images/ --out masks     gives each box its mask
     python predict.py --boxes boxes.json --images images/ --out masks                 the same without any training
+    python predict.py --apply decisions.json masks/masks.json --out final.json        leaves out what a person rejected
 
 The first writes `predictions.json` (COCO results, each with its `file_name`) and a drawing of each image. The second
 writes `masks.json`, the annotation file with masks, their scores and their source (tools/label.py), a drawing of each
 image in `pictures/`, and `review.html`, the least certain masks first (tools/review.py); with `--yolo` and `--voc`
-also the files of these formats (tools/export.py).
+also the files of these formats (tools/export.py). The decisions that are made and saved on that page are for `--apply`.
 """
 import argparse
 import os
@@ -33,7 +34,7 @@ from tools.draw import draw_objects
 from tools.export import VOC, YOLO, voc_files, write_voc_objects, write_yolo_labels, yolo_files
 from tools.label import (BoxMasks, label_dataset, label_without_model, model_classes, model_masks, polygons,
                          report_agreement, with_masks)
-from tools.review import write_review
+from tools.review import apply_decisions, write_review
 
 
 # -------------------------------------------------------------------------------------------- finding objects
@@ -131,7 +132,7 @@ def check_outputs(outputs: list[Path], inputs: list[str]) -> None:
     read = {os.path.realpath(path) for path in inputs}
     for path in outputs:
         if os.path.realpath(path) in read:
-            raise DataError(f"{path} is an input and would be overwritten: name another folder with --out")
+            raise DataError(f"{path} is an input and would be overwritten: name another place with --out")
 
 
 # ------------------------------------------------------------------------------------------- command line
@@ -141,10 +142,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = CommandLine(description="Find objects and their masks in images, or give boxes their masks.",
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("inputs", nargs="*", metavar="IMAGE_OR_FOLDER", help="images, and folders of images at any depth")
+    add("inputs", nargs="*", metavar="IMAGE_OR_FOLDER", help="images, and folders of images at any depth; "
+        "with --apply the masks.json")
     add("--ckpt", metavar="FILE", help="a checkpoint of this project, or a released one; without one, --boxes gives "
         "masks from boxes and colours alone")
-    add("--out", required=True, metavar="DIR", help="folder of the results, made if missing")
+    add("--out", required=True, metavar="DIR", help="folder of the results, made if missing; with --apply the file to "
+        "write")
     model_options(add)
     add("--amp", **AMP)
     add("--batch-size", type=positive, default=1, help="images per forward pass")
@@ -173,7 +176,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--measure", action="store_true", help="if the boxes have masks already, print how well the new ones agree "
         "with them")
     add("--review-count", type=positive, help="masks on the review page, the least certain; None: 200")
+
+    add = parser.add_argument_group("after a review").add_argument
+    add("--apply", metavar="FILE", help="instead of images: write masks.json again, without the masks that these "
+        "decisions, saved by its review page, reject")
     args = parser.parse_args(argv)
+    check_options(parser, args)
+    return args
+
+
+def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with argparse's error where options do not go together."""
+    if args.apply:
+        return check_apply_options(parser, args)
     if bool(args.inputs) == bool(args.boxes):
         parser.error("either images (files or folders) or --boxes FILE is needed, not both")
     go_together(parser, args, "--boxes", "--images")
@@ -189,7 +204,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in others:
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"argument --{name.replace('_', '-')}: only with {'images' if args.boxes else '--boxes'}")
-    return args
+
+
+def check_apply_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if len(args.inputs) != 1:
+        parser.error("--apply FILE needs one masks.json")
+    defaults = vars(parser.parse_args(["--out=."]))
+    for name, value in vars(args).items():
+        if name not in ("apply", "inputs", "out") and value != defaults[name]:
+            parser.error(f"argument --{name.replace('_', '-')}: not with --apply")
 
 
 def predict_images(args: argparse.Namespace, model: CondInst, info: dict, size: tuple[int, int],
@@ -279,9 +302,9 @@ def label_boxes(args: argparse.Namespace, *model) -> None:
         write_yolo_labels(annotations, content, kept, out, names)
     if args.voc:
         write_voc_objects(annotations, content, kept, out, names)
-    write_review(annotations, labels, [annotation["id"] for annotation in labelled], list(zip(names, drawings)),
-                 str(out / "review.html"), args.review_count or 200, min_score)
-    print(f"{out / 'review.html'}: the least certain masks first")
+    pages = write_review(annotations, labels, [annotation["id"] for annotation in labelled],
+                         list(zip(names, drawings)), out, args.review_count or 200, min_score)
+    print(f"{pages[0]}: the least certain masks first" + f", on {len(pages)} pages" * (len(pages) > 1))
 
     objects = [annotation | {"segmentation": rle} for annotation, rle in zip(labelled, labels.rles)]
     draw_all([Drawing(paths[i], annotations.size(i),
@@ -293,9 +316,21 @@ def label_boxes(args: argparse.Namespace, *model) -> None:
         warn(line)
 
 
+def apply_review(args: argparse.Namespace) -> None:
+    """predict.py --apply."""
+    masks_path, = args.inputs
+    check_outputs([Path(args.out)], [args.apply, masks_path])
+    content, numbers = apply_decisions(args.apply, masks_path)
+    output_file(args.out)
+    write_json(args.out, content)
+    print(f"{args.out}: {numbers}")
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     with one_line_errors():
+        if args.apply:
+            return apply_review(args)
         for option in ("polygons", "yolo"):
             if getattr(args, option):
                 optional("cv2", f"--{option}")  # raises before the work, not after it

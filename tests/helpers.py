@@ -1,6 +1,7 @@
 """Shared by test modules: comparison with golden numbers, predictions made up by hand, data sets, small runs."""
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -272,6 +273,15 @@ def only_training(data: Path) -> list:
 
 def metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+# the browser that looks at review pages, if there is one
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def review_data(path: Path) -> dict:
+    """What a review page shows."""
+    return json.loads(re.search(r'id="data">(.*?)</script>', path.read_text(), re.DOTALL)[1])
 
 
 def losses_of(out: Path) -> list[dict]:

@@ -1,0 +1,545 @@
+"""The review page in a real browser, from masks to decisions and back (predict.py --boxes, then --apply)."""
+import io
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+import predict
+from helpers import CHROMIUM, draw_dataset, noise_image, one_line_error, review_data, rewrite
+from tools import review
+from tools.review import digest, in_base64, write_page
+
+BIG = 2 ** 60 + 1  # an id that JavaScript's numbers cannot hold
+
+
+def label(out: Path, json_path: Path, images: Path, *options) -> Path:
+    predict.main(["--boxes", str(json_path), "--images", str(images), "--out", str(out), "--workers", "0",
+                  *map(str, options)])
+    return out
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory) -> Path:
+    """The folder with masks.json and review.html of eight boxes in four images; one id is BIG."""
+    folder = tmp_path_factory.mktemp("review")
+    json_path, images = draw_dataset(folder / "set")
+    rewrite(json_path, lambda content: content["annotations"][3].update(id=BIG))
+    return label(folder / "masks", json_path, images)
+
+
+EVIL = "</script><script>alert('x')</script><img src=x onerror=alert(1)> & \"q\" '\x1b[2J\u202e ß"
+
+
+@pytest.fixture(scope="module")
+def evil(labelled, tmp_path_factory) -> Path:
+    """As labelled, but with names that would be markup, or would command a terminal."""
+    folder = tmp_path_factory.mktemp("evil")
+    shutil.copytree(labelled.parent / "set", folder / "set")
+
+    def rename(content):
+        for row in content["categories"]:
+            row["name"] += EVIL
+        content["images"][0]["file_name"] = "<b>#?%20 \"'ü.png"
+    os.rename(folder / "set/val2017/0.png", folder / "set/val2017/<b>#?%20 \"'ü.png")
+    return label(folder / "masks", rewrite(folder / "set/annotations/instances_val2017.json", rename),
+                 folder / "set/val2017")
+
+
+def test_names_end_no_script(evil):
+    """What holds without a browser, too."""
+    text, items = (evil / "review.html").read_text(), review_data(evil / "review.html")["items"]
+    assert text.count("</script>") == text.count("<script") == 2 and not re.search(r"[^\n -~\u0100-\uffff]", text)
+    assert {item["name"].partition("<")[2] for item in items} == {EVIL[1:].replace("\x1b", r"\x1b").replace(
+        "\u202e", r"\u202e")}
+    assert all((evil / unquote(item["drawing"])).exists() for item in items)
+
+
+def applied(decisions: Path, masks: Path, out: Path) -> dict:
+    predict.main(["--apply", str(decisions), str(masks), "--out", str(out)])
+    return {row["id"]: row for row in json.loads(out.read_text())["annotations"]}
+
+
+# --------------------------------------------------------------------------------------------- in the browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="no browser test without: pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium or Chrome is installed")
+    with sync_api.sync_playwright() as started:
+        yield started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+
+
+@pytest.fixture
+def person(browser):
+    """A browser of someone who has decided nothing yet. What goes wrong on a page fails the test."""
+    context, problems = browser.new_context(viewport={"width": 1280, "height": 800}), []
+    context.on("weberror", lambda error: problems.append(str(error.error)))
+    context.on("console", lambda message: problems.append(message.text))
+    context.on("dialog", lambda dialog: problems.append(dialog.message))
+    yield context
+    context.close()
+    assert not problems
+
+
+def opened(person, path: Path):
+    page = person.new_page()
+    page.goto(path.resolve().as_uri())
+    return page
+
+
+def press(page, keys: str) -> None:
+    for key in keys:
+        page.keyboard.press(key)
+
+
+def count(page) -> str:
+    return page.inner_text("#count")
+
+
+def current(page) -> str:
+    """The id of the box that is shown."""
+    return re.search(r"box (\d+)", page.inner_text("#about"))[1]
+
+
+def save(page, path: Path) -> dict:
+    with page.expect_download() as download:
+        page.click("#save")
+    assert download.value.suggested_filename == "decisions.json"
+    download.value.save_as(path)
+    return json.loads(path.read_text())
+
+
+def shown(page) -> list[str]:
+    """The ids of the boxes in the list that pass the filters."""
+    return [re.search(r"box (\d+)", name)[1] for name in
+            page.eval_on_selector_all("#tiles button", "all => all.map(one => one.ariaLabel)")]
+
+
+def colour(page, selector: str = "#stage") -> np.ndarray:
+    """The mean RGB of the middle of what is drawn."""
+    image = np.asarray(Image.open(io.BytesIO(page.locator(selector).screenshot())).convert("RGB"), float)
+    h, w = image.shape[:2]
+    return image[h * 2 // 5:h * 3 // 5, w * 2 // 5:w * 3 // 5].mean((0, 1))
+
+
+def test_from_keys_to_a_new_annotation_file(person, labelled, tmp_path, capsys):
+    """Decisions are made without a mouse, survive a reload, are saved and applied; pycocotools reads the result."""
+    page = opened(person, labelled / "review.html")
+    order = [item["id"] for item in review_data(labelled / "review.html")["items"]]
+    assert count(page) == "8 of 8 left: 0 kept, 0 rejected" and current(page) == order[0]
+    press(page, "kr")
+    assert count(page) == "6 of 8 left: 1 kept, 1 rejected" and current(page) == order[2]
+    press(page, "sbbb")        # skip, and back over all that was shown
+    assert current(page) == order[0] and page.get_attribute("#keep", "aria-pressed") == "true"
+    press(page, "r")           # another mind about the first; what is decided already is not shown again
+    assert current(page) == order[2] and count(page) == "6 of 8 left: 0 kept, 2 rejected"
+    press(page, "kbu")         # the third is undecided again
+    assert current(page) == order[2] and count(page) == "6 of 8 left: 0 kept, 2 rejected"
+    page.keyboard.press("ArrowRight")
+    assert current(page) == order[3]
+    press(page, "kkkk")
+    page.reload()
+    assert count(page) == "2 of 8 left: 4 kept, 2 rejected" and current(page) == order[2]
+    content = save(page, tmp_path / "decisions.json")
+    assert content["masks_sha256"] == digest(labelled / "masks.json") and content["decisions"] == {
+        **dict.fromkeys(order[:2], "reject"), **dict.fromkeys(order[3:7], "keep")}
+    assert str(BIG) in order
+
+    before = {row["id"]: row for row in json.loads((labelled / "masks.json").read_text())["annotations"]}
+    capsys.readouterr()
+    after = applied(tmp_path / "decisions.json", labelled / "masks.json", tmp_path / "deep/final.json")
+    assert capsys.readouterr().out == f"{tmp_path / 'deep/final.json'}: 4 masks kept, 2 rejected, 2 not looked at\n"
+    rejected = set(map(int, order[:2]))
+    for i, row in before.items():
+        x, y, w, h = row["bbox"]
+        assert after[i] == (row | {"segmentation": [], "area": w * h} if i in rejected else row)
+    coco = COCO(tmp_path / "deep/final.json")
+    assert {i for i, row in coco.anns.items() if row["segmentation"]} == before.keys() - rejected
+    for i in before.keys() - rejected:
+        assert coco_mask.area(coco.annToRLE(coco.anns[i])) == coco.anns[i]["area"] > 0
+
+
+def test_a_held_key_and_one_with_control_decide_nothing_more(person, labelled):
+    page = opened(person, labelled / "review.html")
+    page.keyboard.down("k")
+    page.keyboard.down("k")    # as a keyboard repeats it
+    page.keyboard.up("k")
+    page.keyboard.press("Control+k")
+    assert count(page) == "7 of 8 left: 1 kept, 0 rejected"
+
+
+def test_mouse(person, labelled, tmp_path):
+    page = opened(person, labelled / "review.html")
+    order = [item["id"] for item in review_data(labelled / "review.html")["items"]]
+    page.click(f"#tiles button[aria-label*='box {order[5]},']")
+    assert current(page) == order[5]
+    page.click("#reject")
+    page.click("#skip")
+    page.click("#keep")
+    page.click("#back")
+    page.click("#undo")
+    assert current(page) == order[7] and count(page) == "7 of 8 left: 0 kept, 1 rejected"
+    with person.expect_page() as drawing:
+        page.click("#about a")
+    assert drawing.value.url.startswith((labelled / "pictures").resolve().as_uri())
+
+
+def test_at_the_end_nothing_is_left(person, labelled):
+    page = opened(person, labelled / "review.html")
+    press(page, "kkkkkkkk")
+    assert count(page) == "0 of 8 left: 8 kept, 0 rejected" and "Nothing is left" in page.inner_text("#news")
+    assert page.get_attribute("#progress", "value") == "8"
+
+
+def test_with_and_without_the_mask(person, labelled):
+    page = opened(person, labelled / "review.html")
+    with_mask = colour(page)
+    press(page, "m")
+    without = colour(page)
+    assert page.get_attribute("#masks", "aria-pressed") == "false" and np.abs(with_mask - without).max() > 20
+    press(page, "s")           # it stays hidden for the next one
+    assert page.locator("#stage .mask").is_hidden() and page.locator("#tiles .mask").first.is_hidden()
+    press(page, "bm")
+    assert np.abs(colour(page) - with_mask).max() < 1
+
+
+def test_filters(person, labelled):
+    page, items = opened(person, labelled / "review.html"), review_data(labelled / "review.html")["items"]
+    for name in {item["name"] for item in items}:
+        page.select_option("#name", name)
+        assert shown(page) == [item["id"] for item in items if item["name"] == name]
+    of_class = shown(page)
+    assert current(page) in of_class and f"{len(of_class)} pass the filters, {len(of_class)} of them" in count(page)
+    page.focus("#current")
+    press(page, "r" * len(of_class))
+    assert f"; {len(of_class)} pass the filters, 0 of them left" in count(page)
+    page.select_option("#name", "")
+    page.select_option("#decision", "reject")
+    assert sorted(shown(page)) == sorted(of_class)
+    page.select_option("#decision", "open")
+    assert len(shown(page)) == 8 - len(of_class)
+    page.focus("#current")
+    first = current(page)
+    press(page, "k")
+    assert first not in shown(page) and current(page) != first
+    press(page, "b")           # back to one that no longer passes
+    assert current(page) == first and first in shown(page)
+    page.select_option("#decision", "")
+    middle = sorted(item["score"] for item in items)[4]
+    page.fill("#from", str(middle))
+    page.keyboard.press("Enter")
+    assert shown(page) == [item["id"] for item in items if item["score"] >= middle]
+    assert page.evaluate("document.activeElement.id") == "current"
+    page.fill("#from", "")
+    page.fill("#to", str(middle))
+    page.keyboard.press("Escape")
+    assert shown(page) == [item["id"] for item in items if item["score"] <= middle]
+    page.fill("#to", "0")
+    page.keyboard.press("Enter")
+    assert shown(page) == [] and page.inner_text("#about") == "No mask passes the filters."
+    press(page, "krbsum")      # nothing to do anything with
+    page.fill("#to", "")
+    page.select_option("#source", "colours")
+    assert len(shown(page)) == 8
+
+
+def test_letters_in_a_filter_choose_there(person, labelled):
+    page = opened(person, labelled / "review.html")
+    page.focus("#name")
+    press(page, "r")
+    assert page.input_value("#name") == "red" and count(page).startswith("8 of 8 left")
+    assert page.evaluate("document.activeElement.id") == "name"
+    page.dispatch_event("#name", "pointerdown")  # who chooses with the mouse goes on with the keys of the masks
+    page.select_option("#name", "green")
+    press(page, "k")
+    assert page.input_value("#name") == "green" and count(page).startswith("7 of 8 left")
+
+
+def test_saved_decisions_are_loaded_elsewhere(person, browser, labelled, tmp_path):
+    page = opened(person, labelled / "review.html")
+    press(page, "krk")
+    content = save(page, tmp_path / "decisions.json")
+    (tmp_path / "other.json").write_text(json.dumps(content | {"masks_sha256": "0" * 64}))
+    (tmp_path / "none.json").write_text('{"decisions": {"1": "burn"}}')
+    other = browser.new_context()
+    page = opened(other, labelled / "review.html")
+    for name, message, left in (("none.json", "does not hold decisions", 8), ("other.json", "another masks.json", 8),
+                                ("decisions.json", "Loaded 3 decisions", 5)):
+        with page.expect_file_chooser() as chooser:
+            page.click("#load")
+        chooser.value.set_files(tmp_path / name)
+        page.wait_for_function("text => document.getElementById('news').textContent.includes(text)", arg=message)
+        assert count(page).startswith(f"{left} of 8 left")
+    other.close()
+
+
+def test_a_browser_that_stores_nothing_is_named_and_saves(person, labelled, tmp_path):
+    person.add_init_script("Storage.prototype.setItem = () => { throw new Error('full'); }")
+    page = opened(person, labelled / "review.html")
+    press(page, "kr")
+    assert "stores nothing" in page.inner_text("#news") and count(page).startswith("6 of 8 left")
+    assert len(save(page, tmp_path / "decisions.json")["decisions"]) == 2
+
+
+def test_what_another_page_has_stored_in_the_meantime_stays(person, labelled, tmp_path):
+    """Also where its storage event has not come yet; a page gets none of what is stored in itself."""
+    page = opened(person, labelled / "review.html")
+    last = review_data(labelled / "review.html")["items"][-1]["id"]
+    page.evaluate("id => localStorage.setItem(KEY, JSON.stringify({[id]: 'reject'}))", last)
+    press(page, "k")
+    assert count(page) == "6 of 8 left: 1 kept, 1 rejected"
+
+
+def test_several_pages_are_one_review(person, labelled, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(review, "LARGEST", 3 * max(len(item["photo"] + item["mask"]) for item in
+                                                   review_data(labelled / "review.html")["items"]))
+    out = label(tmp_path / "masks", labelled.parent / "set/annotations/instances_val2017.json",
+                labelled.parent / "set/val2017")
+    names = sorted(path.name for path in out.glob("review*.html"))
+    assert names[:2] == ["review-2.html", "review-3.html"] and names[-1] == "review.html"
+    assert f"review.html: the least certain masks first, on {len(names)} pages" in capsys.readouterr().out
+    assert sum(len(review_data(out / name)["items"]) for name in names) == 8
+    first, second = opened(person, out / "review.html"), opened(person, out / "review-2.html")
+    press(first, "k")
+    press(second, "r")         # both are open, and neither loses what the other stored
+    press(first, "k")
+    assert "; on all pages 5 of 8 left" in count(first)
+    second.wait_for_function("document.getElementById('count').textContent.includes('on all pages 5 of 8')")
+    assert sorted(save(first, tmp_path / "d.json")["decisions"].values()) == ["keep", "keep", "reject"]
+    press(second, "krkrkrkr")
+    assert "other pages" in second.inner_text("#news")
+    second.click("nav >> text=Page 1")
+    assert second.url == first.url and second.inner_text("nav [aria-current=page]") == "Page 1"
+
+
+def test_what_is_not_in_the_file_cannot_be_decided(person, labelled, tmp_path):
+    """Boxes below --min-score, those without a mask, and those of an image that cannot be read."""
+    folder = tmp_path / "set"
+    shutil.copytree(labelled.parent / "set", folder)
+    scores = sorted(item["score"] for item in review_data(labelled / "review.html")["items"])
+    (folder / "val2017/0.png").write_bytes((folder / "val2017/0.png").read_bytes()[:80])
+    out = label(tmp_path / "masks", folder / "annotations/instances_val2017.json", folder / "val2017", "--min-score",
+                scores[-2], "--review-count", 6)
+    page, data = opened(person, out / "review.html"), review_data(out / "review.html")
+    assert len(data["items"]) == 6 and [item["given"] for item in data["items"]].count(False) >= 5
+    page.select_option("#decision", "none")
+    page.focus("#current")
+    assert "the image cannot be read" in page.inner_text("#stage").lower() and page.locator("#stage img").count() == 0
+    before = count(page)
+    press(page, "krskr")
+    assert count(page) == before and page.get_attribute("#keep", "aria-disabled") == "true"
+    assert save(page, tmp_path / "decisions.json")["decisions"] == {}
+    page.select_option("#source", "no mask")
+    assert len(shown(page)) == 2
+    page.click("summary")
+    page.wait_for_selector("#others li")
+    assert page.locator("#others li").all_inner_texts() == data["others"] != []
+
+
+def test_names_from_files_are_only_text(person, evil):
+    page = opened(person, evil / "review.html")
+    assert page.locator("script").count() == 2 and page.locator("b").count() == 1
+    name = page.inner_text("#about b")
+    assert "</script><script>alert('x')</script>" in name and r"'\x1b[2J\u202e ß" in name
+    page.select_option("#name", index=1)
+    assert 0 < len(shown(page)) < 8
+    page.select_option("#name", "")
+    page.click("#tiles button[aria-label*='box 0,']")
+    assert "<b>#?%20 \"'ü.png" in page.inner_text("#about")
+    with person.expect_page() as drawing:
+        page.click("#about a")
+    drawing.value.wait_for_load_state()
+    assert drawing.value.locator("img").count() == 1  # the browser found the file
+
+
+def test_nothing_is_loaded_from_elsewhere(browser, labelled):
+    page, requests = browser.new_page(), []
+    page.on("request", lambda request: requests.append(request.url.split(":")[0]))
+    page.goto((labelled / "review.html").resolve().as_uri())
+    press(page, "kskm")
+    assert requests[0] == "file" and requests.count("file") == 1 and set(requests) <= {"file", "data", "blob"}
+    with page.expect_console_message(lambda message: "Content Security Policy" in message.text):
+        page.evaluate("new Image().src = 'https://example.org/a.png'")
+    page.close()
+
+
+def test_five_thousand_boxes(person, tmp_path):
+    """Pictures are decoded as they are scrolled to, and the last one is reached with the keyboard."""
+    photo = in_base64(noise_image(0, 60, 90), "JPEG")
+    items = [{"id": str(i), "name": f"class {i % 7}", "source": "model", "score": i / 5000, "file": "a.jpg",
+              "drawing": "pictures/a.jpg", "photo": photo, "mask": "", "given": True} for i in range(5000)]
+    write_page(tmp_path / "review.html", {"masks_sha256": "0" * 64, "summary": "", "total": 5000, "others": [],
+                                          "items": items, "page": 0, "pages": ["review.html"]})
+    page = opened(person, tmp_path / "review.html")
+    page.wait_for_selector("#tiles img")
+    assert 0 < page.locator("#tiles img").count() < 100
+    assert page.get_attribute("#tiles li", "aria-setsize") == "5000"
+    press(page, "kr")
+    assert count(page).startswith("4998 of 5000 left")
+    press(page, "bbb")         # round the beginning to the last one, which the list scrolls to
+    assert current(page) == "4999"
+    assert page.locator("#tiles img").count() < 100
+    assert page.get_attribute("#tiles [aria-current=true] >> xpath=..", "aria-posinset") == "5000"
+    box, around = (page.locator(name).bounding_box() for name in ("#tiles [aria-current=true]", "#list"))
+    assert around["y"] <= box["y"] and box["y"] + box["height"] <= around["y"] + around["height"]
+    page.locator("#list").hover()
+    page.mouse.wheel(0, -10 ** 6)
+    page.wait_for_selector("#tiles li[aria-posinset='1'] img")
+    assert shown(page)[:2] == ["0", "1"]
+    page.select_option("#name", "class 3")
+    assert page.get_attribute("#tiles li", "aria-setsize") == "714" and current(page) == "3"
+
+
+# ------------------------------------------------------------------------------ for those who do not use a mouse
+
+
+def test_every_control_has_a_name_and_the_count_is_spoken(person, labelled):
+    page = opened(person, labelled / "review.html")
+    tree = person.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]
+    nodes = [(node["role"]["value"], node.get("name", {}).get("value", "").strip()) for node in tree
+             if not node["ignored"] and "role" in node]
+    controls = [(role, name) for role, name in nodes if role in (
+        "button", "link", "combobox", "spinbutton", "textbox", "image", "progressbar", "form", "navigation", "region")]
+    assert len(controls) > 20 and all(name for role, name in controls if name or role != "image")
+    assert {("button", "Keep"), ("button", "Reject"), ("button", "Back"), ("button", "Skip"), ("button", "Mask"),
+            ("combobox", "Class"), ("combobox", "Source"), ("spinbutton", "Score from"), ("progressbar", "Decided"),
+            ("form", "Filters"), ("region", "Current mask")} <= set(controls)
+    item = review_data(labelled / "review.html")["items"][0]
+    assert ("image", f"{item['name']}, score {item['score']:.2f}, box {item['id']}") in controls
+    assert ("button", f"{item['name']}, score {item['score']:.2f}, box {item['id']}, not decided") in controls
+    assert [page.get_attribute(f"#{name}", "role") for name in ("count", "news")] == ["status"] * 2
+    assert page.get_attribute("#about", "aria-live") == "polite"
+
+
+def test_the_tab_key_reaches_everything_and_is_seen(person, labelled):
+    page, reached = opened(person, labelled / "review.html"), []
+    for _ in range(25):
+        page.keyboard.press("Tab")
+        name, outline = page.evaluate("""() => { const one = document.activeElement;
+            return [one.id || one.ariaLabel || one.localName, getComputedStyle(one).outlineStyle]; }""")
+        assert outline != "none" or name == "body", name
+        reached.append(name)
+    assert {"name", "source", "decision", "from", "to", "keep", "reject", "skip", "back", "undo", "masks", "save",
+            "load"} <= set(reached)
+    assert len({name for name in reached if "decided" in name}) == 1  # the list is one stop
+    page.focus("#reject")
+    page.keyboard.press("Enter")
+    assert count(page) == "7 of 8 left: 0 kept, 1 rejected"
+
+
+CONTRAST = """() => {
+  const light = text => text.match(/[\\d.]+/g).slice(0, 3).map(Number).map(v => v / 255)
+    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = one => { const colour = getComputedStyle(one).backgroundColor;
+    return colour !== "rgba(0, 0, 0, 0)" || !one.parentElement ? colour : behind(one.parentElement); };
+  return [...document.querySelectorAll("h1, p, a, label, button, select, input, .state, .name, .score, kbd")]
+    .filter(one => one.offsetParent && one.textContent.trim()).map(one => {
+      const [a, b] = [light(getComputedStyle(one).color), light(behind(one))].sort((x, y) => y - x);
+      return (a + 0.05) / (b + 0.05); });
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 400])
+def test_light_and_dark_wide_and_narrow(browser, labelled, scheme, width):
+    """Text is read on its background (WCAG 1.4.3), and nothing is wider than the window."""
+    context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 800})
+    page = opened(context, labelled / "review.html")
+    press(page, "kr")
+    contrasts = page.evaluate(CONTRAST)
+    assert len(contrasts) > 40 and min(contrasts) >= 4.5
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+    assert dark == (scheme == "dark")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("#keep").bounding_box()["y"] < 800 and page.locator("#stage").bounding_box()["height"] > 250
+    context.close()
+
+
+# -------------------------------------------------------------------------------- decisions that come as a file
+
+
+def decide(labelled: Path, path: Path, decisions: dict, masks_sha256=None) -> Path:
+    path.write_text(json.dumps({"masks_sha256": masks_sha256 or digest(labelled / "masks.json"),
+                                "decisions": decisions}))
+    return path
+
+
+def test_no_decision_changes_no_byte(labelled, tmp_path, capsys):
+    applied(decide(labelled, tmp_path / "d.json", {}), labelled / "masks.json", tmp_path / "final.json")
+    assert (tmp_path / "final.json").read_bytes() == (labelled / "masks.json").read_bytes()
+    assert "0 masks kept, 0 rejected, 8 not looked at" in capsys.readouterr().out
+
+
+def test_a_rejected_box_trains_as_one_without_a_mask(labelled, tmp_path):
+    row = applied(decide(labelled, tmp_path / "d.json", {str(BIG): "reject", "0": "keep"}), labelled / "masks.json",
+                  tmp_path / "final.json")[BIG]
+    assert row["segmentation"] == [] and row["area"] == row["bbox"][2] * row["bbox"][3]
+    assert 0 < row["score"] <= 1 and row["source"] == "colours"
+
+
+NONE = "not a file of decisions"
+
+
+@pytest.mark.parametrize("decisions, about, message", [
+    ({"777": "reject", "0": "keep"}, None, "decides about 1 annotation that"), ({"00": "reject"}, None, "(id 00)"),
+    ({"\x1b[2J": "keep"}, None, r"(id \x1b[2J)"), ({"0": "reject"}, "0" * 64, "is about another file than"),
+    ({"0": "reject"}, 7, NONE), ([["0", "keep"]], None, NONE), ({"0": "burn"}, None, NONE), ({"0": None}, None, NONE),
+    ({"0": ["keep"]}, None, NONE)])
+def test_decisions_that_do_not_fit_are_one_line(decisions, about, message, labelled, tmp_path, capsys):
+    path = decide(labelled, tmp_path / "d.json", decisions, about)
+    refused(path, labelled / "masks.json", tmp_path / "deep/final.json", message, capsys)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"[" * 10 ** 6, b"[]", b"null", b'{"images": []}'])
+def test_files_that_are_no_decisions_are_one_line(content, labelled, tmp_path, capsys):
+    (tmp_path / "d.json").write_bytes(content)
+    refused(tmp_path / "d.json", labelled / "masks.json", tmp_path / "deep/final.json", NONE, capsys)
+
+
+def refused(decisions: Path, masks: Path, out: Path, message: str, capsys) -> None:
+    """One line, exit status 1, and every file as it was."""
+    def files():
+        return {path: path.read_bytes() for path in decisions.parent.rglob("*") if path.is_file()}
+    before = files()
+    with pytest.raises(SystemExit) as end:
+        predict.main(["--apply", str(decisions), str(masks), "--out", str(out)])
+    assert end.value.code == 1 and message in one_line_error(capsys) and files() == before
+
+
+def test_files_that_are_away_or_cannot_be_written(labelled, tmp_path, capsys):
+    good, masks = decide(labelled, tmp_path / "d.json", {"0": "reject"}), labelled / "masks.json"
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    refused(tmp_path / "gone.json", masks, tmp_path / "deep/final.json", "gone.json", capsys)
+    refused(tmp_path / "pipe", masks, tmp_path / "deep/final.json", "no ordinary file", capsys)
+    refused(good, tmp_path / "gone.json", tmp_path / "deep/final.json", "gone.json is missing", capsys)
+    refused(good, good, tmp_path / "deep/final.json", "not a COCO annotation file", capsys)
+    refused(good, masks, tmp_path / "folder", "cannot write", capsys)
+    refused(good, masks, tmp_path / "file/final.json", "cannot write", capsys)
+    copy = shutil.copy(masks, tmp_path / "masks.json")
+    refused(good, copy, copy, "would be overwritten", capsys)
+    refused(good, copy, good, "would be overwritten", capsys)
+
+
+@pytest.mark.parametrize("options, message", [
+    ([], "needs one masks.json"), (["a.json", "b.json"], "needs one masks.json"),
+    *[(["a.json", *more], f"{more[0]}: not with --apply") for more in (
+        ["--ckpt", "c.pt"], ["--boxes", "b.json"], ["--images", "i"], ["--polygons"], ["--min-score", "0.5"],
+        ["--review-count", "3"], ["--workers", "0"], ["--device", "meta"], ["--score-threshold", "0.5"])]])
+def test_options_that_do_not_go_with_apply(options, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        predict.main(["--apply", "d.json", *options, "--out", "x"])
+    assert end.value.code == 2 and message in one_line_error(capsys)
