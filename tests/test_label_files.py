@@ -1,4 +1,4 @@
-"""tools/export.py: masks back to YOLO and Pascal VOC, read again by a parser of their own rules and by Pillow."""
+"""tools/label_files.py: masks back to YOLO and Pascal VOC, read again by a parser of their own rules and by Pillow."""
 import contextlib
 import json
 import re
@@ -18,9 +18,9 @@ from formats.voc import write_voc
 from formats.yolo import write_yolo
 from helpers import one_line_error
 from label_folders import put, put_image, read, xml, xml_object
-from tools import export
-from tools.export import bridged, object_numbers, one_polygon, yolo_files, yolo_line, yolo_places
+from tools import label_files
 from tools.label import BoxMasks
+from tools.label_files import bridged, object_numbers, one_polygon, yolo_files, yolo_line, yolo_places
 
 
 def as_rle(mask: np.ndarray) -> dict:
@@ -175,9 +175,9 @@ def test_speckles_and_filled_holes():
         mask = np.zeros((60, 80), bool)
         for x, y, w, h in zip(*(rng.integers(0, high, 12) for high in (70, 50, 12, 12))):
             mask[y:y + h + 1, x:x + w + 1] = True
-        counts.append(len(export.polygons(as_rle(mask))))
+        counts.append(len(label_files.polygons(as_rle(mask))))
         (_, drawn), = yolo_objects(yolo_line(0, as_rle(mask)), mask.shape)
-        filled = coco_mask.merge(coco_mask.frPyObjects(export.polygons(as_rle(mask)), 60, 80))
+        filled = coco_mask.merge(coco_mask.frPyObjects(label_files.polygons(as_rle(mask)), 60, 80))
         assert iou(drawn, filled) == 1
     assert max(counts) > 5
     ring = blocks((20, 30), (5, 5, 25, 15)) & ~blocks((20, 30), (8, 8, 20, 12))
@@ -299,7 +299,7 @@ def test_voc_and_its_pngs(drawn, tmp_path):
 
 def test_the_palette_is_vocs():
     """Colours of the devkit: aeroplane, bicycle, person, tv monitor, and the cream of void."""
-    colours = np.reshape(export.PALETTE, (256, 3)).tolist()
+    colours = np.reshape(label_files.PALETTE, (256, 3)).tolist()
     assert [colours[k] for k in (0, 1, 2, 7, 8, 15, 20, 255)] == [
         [0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 128], [64, 0, 0], [192, 128, 128], [0, 64, 128],
         [224, 224, 192]]
@@ -320,7 +320,8 @@ def test_smaller_masks_are_in_front_and_numbers_stay(tmp_path, given):
     expected = np.zeros((20, 30), int)
     expected[10:, 20:] = expected[18:, :3] = 255
     expected[:16, :20], expected[1:5, 1:5], expected[12:14, 22:24] = 3, 1, 6
-    assert image.mode == "P" and image.getpalette() == export.PALETTE and np.array_equal(np.asarray(image), expected)
+    assert image.mode == "P" and image.getpalette() == label_files.PALETTE
+    assert np.array_equal(np.asarray(image), expected)
     assert not np.asarray(Image.open(tmp_path / "out/SegmentationObject/b.png")).any()
 
 
