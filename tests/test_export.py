@@ -1,0 +1,221 @@
+"""tools/export.py: the files give what the program gives, and docs/onnx_example.py runs one without the project."""
+import ast
+import json
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from helpers import made_up, one_line_error, random_predictions
+from masks import decode, paste_masks
+from model import Instances, detect, find_instances, load, mask_logits
+from tools import export
+
+EXAMPLE = Path(__file__).parents[1] / "docs/onnx_example.py"
+LOW = 0.2  # a threshold for the few steps of `warm`
+
+
+@pytest.fixture(scope="module")
+def packages() -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+
+
+@pytest.fixture(scope="module")
+def program(warm) -> torch.export.ExportedProgram:
+    """Traced once, which takes ten seconds."""
+    return export.traced(load(warm))
+
+
+def exported(warm: Path, program: torch.export.ExportedProgram, out: Path) -> Path:
+    with patch.object(export, "traced", lambda model: program), patch.object(export, "default_threshold", lambda _: LOW):
+        export.main(["--ckpt", str(warm), "--out", str(out)])
+    return out
+
+
+@pytest.fixture(scope="module")
+def pt2(warm, program, tmp_path_factory) -> Path:
+    return exported(warm, program, tmp_path_factory.mktemp("pt2") / "new/model.pt2")
+
+
+@pytest.fixture(scope="module")
+def onnx(packages, warm, program, tmp_path_factory) -> Path:
+    return exported(warm, program, tmp_path_factory.mktemp("onnx") / "model.onnx")
+
+
+@pytest.fixture(scope="module")
+def session(onnx):
+    return sys.modules["onnxruntime"].InferenceSession(onnx)
+
+
+@pytest.fixture(scope="module")
+def loaded(pt2):
+    return torch.export.load(pt2).module()
+
+
+def tiled(drawn: Path, height: int, width: int) -> Tensor:
+    """Images (1, 3, height, width) of the kind that `warm` was trained on, side by side."""
+    rows = [np.concatenate([np.asarray(Image.open(path))] * 6, 1) for path in sorted((drawn / "train2017").iterdir())]
+    return torch.from_numpy(np.concatenate(rows[:6])[:height, :width]).permute(2, 0, 1)[None].float()
+
+
+def by_program(warm: Path, images: Tensor) -> tuple[Instances, Tensor]:
+    """What the program finds and reports, and the probabilities of its masks at stride 4."""
+    model, size = load(warm), tuple(images.shape[2:])
+    with torch.no_grad():
+        predictions = model.network(images, [size])
+        found, = find_instances(predictions, [size], [size], rescore=model.rescore)
+        return found, mask_logits(predictions, [detect(predictions).locations]).sigmoid()
+
+
+def check_equal(warm: Path, images: Tensor, boxes: Tensor, scores: Tensor, labels: Tensor, masks: Tensor) -> None:
+    found, probabilities = by_program(warm, images)
+    height, width, number = *images.shape[2:], len(found.scores)
+    assert (boxes.shape, scores.shape, labels.shape) == ((100, 4), (100,), (100,))
+    assert masks.shape == (100, height // 4, width // 4)
+    assert (found.scores.max() > 0.5 or number < 100) and not scores[number:].any()
+    assert torch.equal(labels[:number], found.labels)
+    torch.testing.assert_close(boxes[:number], found.boxes, rtol=0, atol=1e-2)
+    # a pixel at the threshold belongs to a mask or not, by the last digit: a thousandth of a small mask's quality
+    torch.testing.assert_close(scores[:number], found.scores, rtol=0, atol=1e-3)
+    torch.testing.assert_close(masks[:number], probabilities, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(32, 64), (64, 96), (320, 256)])
+def test_onnx_gives_what_the_program_gives(warm, drawn, session, size):
+    images = tiled(drawn, *size)
+    check_equal(warm, images, *map(torch.from_numpy, session.run(export.OUTPUTS, {"images": images.numpy()})))
+
+
+@pytest.mark.parametrize("size", [(160, 192), (256, 160), (320, 256)])
+def test_pt2_gives_what_the_program_gives(warm, drawn, loaded, size):
+    images = tiled(drawn, *size)
+    check_equal(warm, images, *loaded(images))
+
+
+def test_rows_without_a_detection_have_score_0():
+    instances = [([8, 8, 40, 40], 0.9, torch.zeros(8, 12)), ([10, 8, 41, 40], 0.8, torch.zeros(8, 12)),
+                 ([8, 8, 40, 40], 0.7, torch.zeros(8, 12)), ([10, 8, 41, 41], 0.6, torch.zeros(8, 12))]
+    for one in (random_predictions(64, 96), made_up([instances], (64, 96)), random_predictions(32, 32)):
+        expected, found = detect(one), export.detect(one)
+        number = len(expected.scores)
+        assert {len(x) for x in found} == {100} and not found.scores[number:].any()
+        assert all(torch.equal(x[:number], y) for x, y in zip(found, expected))
+    assert len(detect(made_up([instances], (64, 96))).scores) == 3  # the fourth has the first's class
+
+
+def test_quality_is_that_of_pasted_masks():
+    logits = torch.randn(40, 1, 5, 7, generator=torch.Generator().manual_seed(0))
+    logits = 4 * F.interpolate(logits, size=(24, 32), mode="bilinear")[:, 0]
+    logits[0] = -9.0
+    _, quality = paste_masks(logits, (96, 128), (96, 128))
+    assert quality[0] == 0 and (quality[1:] > 0.5).all()
+    torch.testing.assert_close(export.mask_quality(logits.sigmoid()), quality, rtol=0, atol=1e-4)
+
+
+def test_without_rescoring_the_score_is_the_detectors(warm, drawn):
+    model, images = load(warm), tiled(drawn, 64, 96)
+    with torch.no_grad():
+        _, scores, _, _ = export.Exported(model.network, rescore=False)(images)
+        found = detect(model.network(images, [(64, 96)]))
+    assert torch.allclose(scores[:len(found.scores)], found.scores) and not scores[len(found.scores):].any()
+
+
+def test_the_files_describe_themselves(warm, onnx, pt2, session):
+    extra = {"description.json": ""}
+    torch.export.load(pt2, extra_files=extra)
+    facts = json.loads(extra["description.json"])
+    model = load(warm)
+    assert facts["format"] == "boxteacher-1" and facts["classes"] == model.classes
+    assert (facts["min_size"], facts["max_size"]) == model.size == (64, 64) and facts["score_threshold"] == LOW
+    assert "mask quality" in facts["score"] and facts["padding"] == [123.675, 116.28, 103.53]
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert {name: json.loads(text) for name, text in metadata.items()} == facts
+    assert [path.name for file in (onnx, pt2) for path in file.parent.iterdir()] == ["model.onnx", "model.pt2"]
+
+
+@pytest.mark.parametrize("size", [(100, 160), (160, 324)])
+def test_sides_that_are_no_multiples_of_32_are_named(session, loaded, size):
+    images = torch.zeros(1, 3, *size)
+    with pytest.raises(Exception, match="sides_must_be_multiples_of_32.*{1,3,%d,%d}" % size):
+        session.run(None, {"images": images.numpy()})
+    with pytest.raises(AssertionError, match=r"^Guard failed: images.size\(\)\[\d\] (% 32 == 0|>= 160)$"):
+        loaded(images)
+
+
+# ------------------------------------------------------------------------------------------------ the example
+
+
+def test_the_example_stands_alone():
+    nodes = list(ast.walk(ast.parse(EXAMPLE.read_text())))
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert modules == {"json", "sys", "numpy", "onnxruntime", "PIL"}
+
+
+@pytest.mark.parametrize("size", [(64, 64), (80, 100), (150, 96)])
+def test_the_example_finds_what_the_program_finds(warm, drawn, session, size):
+    """At the training size, and at sizes that are resized and padded."""
+    sys.path.insert(0, str(EXAMPLE.parent))
+    try:
+        import onnx_example
+    finally:
+        sys.path.pop(0)
+    image = Image.fromarray(tiled(drawn, 64, 64)[0].byte().permute(1, 2, 0).numpy()).resize(size[::-1])
+    model = load(warm)
+    expected, found = model.predict(image, LOW), onnx_example.find(session, image)
+    boxes, labels = torch.tensor([box for _, _, box, _ in found]), [model.classes.index(name) for name, *_ in found]
+    sure = (expected.scores > LOW + 0.1).nonzero()[:, 0].tolist()  # about the threshold the scores differ
+    assert len(sure) > 5 and len(found) <= (expected.scores > 0).sum()
+    for k in sure:
+        near = (boxes - expected.boxes[k]).abs().amax(1) + 9 * (torch.tensor(labels) != expected.labels[k])
+        _, score, _, mask = found[near.argmin()]
+        wanted = decode([expected.rles[k]], size)[0].numpy()
+        assert near.min() < 0.05
+        # quality counts what of a mask lies in the padding, with `warm` much
+        assert score == pytest.approx(float(expected.scores[k]), abs=1e-3 if size == (64, 64) else 0.1)
+        assert (mask & wanted).sum() >= 0.99 * (mask | wanted).sum() > 0
+    assert onnx_example.draw(image.copy(), found) != image
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+
+def refused(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as end:
+        export.main([str(argument) for argument in arguments])
+    line = one_line_error(capsys)
+    assert end.value.code == (2 if line.startswith("error: argument") else 1)
+    return line
+
+
+def test_what_cannot_be_exported_is_one_line_and_no_file(warm, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export, "traced", None)
+    (tmp_path / "file").write_text("no checkpoint")
+    assert "must end with .onnx or .pt2" in refused(capsys, "--ckpt", warm, "--out", tmp_path / "a/model.pth")
+    assert "file" in refused(capsys, "--ckpt", tmp_path / "file", "--out", tmp_path / "a/model.pt2")
+    assert "cannot write" in refused(capsys, "--ckpt", warm, "--out", tmp_path / "file/model.pt2")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_a_missing_package_is_named_before_the_work(package, warm, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export, "load", None)
+    for present in ("onnx", "onnxscript"):
+        monkeypatch.setitem(sys.modules, present, None if present == package else sys)
+    assert f"pip install {package}\n" in refused(capsys, "--ckpt", warm, "--out", tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_that_fails_leaves_the_old_file(warm, program, tmp_path, monkeypatch):
+    (tmp_path / "model.pt2").write_text("old")
+    monkeypatch.setattr("formats.files.os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(SystemExit):
+        exported(warm, program, tmp_path / "model.pt2")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
