@@ -34,7 +34,7 @@ def program(warm) -> torch.export.ExportedProgram:
 
 
 def exported(warm: Path, program: torch.export.ExportedProgram, out: Path) -> Path:
-    with patch.object(export, "traced", lambda model: program), patch.object(export, "default_threshold", lambda _: LOW):
+    with patch.multiple(export, traced=lambda model: program, default_threshold=lambda rescore: LOW):
         export.main(["--ckpt", str(warm), "--out", str(out)])
     return out
 
