@@ -1,7 +1,8 @@
 """What training, inference and data cost on this device, and where the time goes: python benchmark.py
 
-    python benchmark.py                                  R-50, two images of 480 x 640, everything but the next two
+    python benchmark.py                                  R-50, two images of 480 x 640, everything but the next three
     python benchmark.py --only annotations               100,000 annotated images in memory
+    python benchmark.py --only export                    a model as an ONNX or pt2 file (tools/export.py), on the CPU
     python benchmark.py --growth growth.png              also how the cost of a step grows (tools/growth.py)
     python benchmark.py --size 800 1333 --device cuda    the paper's size
     torchrun --nproc_per_node=2 benchmark.py --only training
@@ -53,7 +54,7 @@ from recipe import parse_arguments as training_arguments
 from tools.command_line import AMP, DEVICE, not_negative, output_file, pick_amp, positive, write_json
 from tools.growth import draw_growth, measure_growth, show_growth
 from tools.measuring import (Clock, Yardstick, imported_functions, made_up_data, measure_annotations,
-                             measure_labels, medians, peak_memory, reset_peak, tensor_peak)
+                             measure_export, measure_labels, medians, peak_memory, reset_peak, tensor_peak)
 from tools.processes import start_distributed
 from tools.start import Start
 
@@ -366,6 +367,7 @@ def show(title: str, figures: dict) -> None:
 MEASURES = {"training": measure_training, "mask-memory": lambda args, folder: measure_mask_memory(args),
             "inference": measure_inference, "evaluation": measure_evaluation, "labels": measure_labels_of,
             "data": measure_data,
+            "export": lambda args, folder: measure_export(args.backbone, tuple(args.size), args.rounds),
             "annotations": lambda args, folder: measure_annotations(folder, args.annotated), "step": measure_step}
 TOGETHER = ("training", "step")  # measured by all processes; the others by the first one
 
@@ -389,9 +391,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--compile", action="store_true", help="compile the training step, as train.py does")
     add("--workers", type=not_negative, default=0, help="loading processes; 0: loading is part of a step's time")
     add("--rounds", type=positive, default=5, help="each figure is the median of that many")
-    add("--only", nargs="+", choices=MEASURES, default=list(MEASURES)[:-2],
+    add("--only", nargs="+", choices=MEASURES, default=list(MEASURES)[:-3],
         help="measure only these; step: the time and memory of a step alone; annotations: what a long annotation file "
-        "takes to load and to hold (Linux)")
+        "takes to load and to hold (Linux); export: a model as a file, on the CPU (pip install onnx onnxscript "
+        "onnxruntime)")
     add("--annotated", type=positive, default=100000, help="images of that annotation file")
     add("--json", metavar="FILE", help="write all figures there")
     add("--growth", metavar="FILE", help="also measure how a step grows, and draw it there (PNG); takes a quarter of "

@@ -339,28 +339,40 @@ def decode_boxes(ltrb: Tensor, locations: Locations) -> Tensor:
     return torch.cat([locations.xy - ltrb[..., :2], locations.xy + ltrb[..., 2:]], -1)
 
 
+SCORE_THRESHOLD, PER_LEVEL, NMS_THRESHOLD, LIMIT = 0.05, 1000, 0.6, 100  # of `detect`
+
+
 @torch.no_grad()
-def detect(one: Predictions, score_threshold: float = 0.05, per_level: int = 1000, nms_threshold: float = 0.6,
-           limit: int = 100) -> Detections:
+def detect(one: Predictions, score_threshold: float = SCORE_THRESHOLD, per_level: int = PER_LEVEL,
+           nms_threshold: float = NMS_THRESHOLD, limit: int = LIMIT) -> Detections:
     """Detections from the predictions of one image, see Predictions.of_image (FCOS Sec. 3.3).
 
     A (location, class) pair is a candidate if class probability * centerness > score_threshold, and among the
     `per_level` best of its level. NMS runs class by class over all levels; the `limit` best remain.
     """
-    quality = one.class_logits[0].sigmoid() * one.centerness[0].sigmoid()[:, None]                     # (L, C)
-    num_classes, first, values, pairs = quality.shape[1], 0, [], []
-    for level in quality.split([x[0, 0].numel() for x in one.box_maps]):
-        best = level.flatten().topk(min(per_level, level.numel()))
-        values.append(best.values)
-        pairs.append(best.indices + first)
-        first += level.numel()
-    pairs = torch.cat(pairs)[torch.cat(values) > score_threshold]
-    locations, labels = pairs // num_classes, pairs % num_classes
-    scores = quality[locations, labels].sqrt()
+    quality, locations, labels = best_pairs(one, per_level)
+    chosen = quality > score_threshold
+    scores, locations, labels = quality[chosen].sqrt(), locations[chosen], labels[chosen]
     boxes = decode_boxes(one.ltrb[0], one.locations)[locations]
     # batched_nms shifts each class by the largest coordinate: classes would overlap if some were negative
     keep = batched_nms(boxes - boxes.min() if len(boxes) else boxes, scores, labels, nms_threshold)[:limit]
     return Detections(boxes[keep], scores[keep], labels[keep], locations[keep])
+
+
+def best_pairs(one: Predictions, per_level: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `per_level` best (location, class) pairs of each level: class probability * centerness, location and class.
+
+    A level of fewer pairs is filled up with pairs of quality 0: their number does not depend on the image's size.
+    """
+    quality = one.class_logits[0].sigmoid() * one.centerness[0].sigmoid()[:, None]                     # (L, C)
+    num_classes, first, values, pairs = quality.shape[1], 0, [], []
+    for level in quality.split([x[0, 0].numel() for x in one.box_maps]):
+        best = F.pad(level.flatten(), (0, per_level)).topk(per_level)
+        values.append(best.values)
+        pairs.append(best.indices + first)
+        first += level.numel()
+    pairs = torch.cat(pairs)
+    return torch.cat(values), pairs // num_classes, pairs % num_classes
 
 
 @torch.no_grad()

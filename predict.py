@@ -8,7 +8,7 @@
 The first writes `predictions.json` (COCO results, each with its `file_name`) and a drawing of each image. The second
 writes `masks.json`, the annotation file with masks, their scores and their source (tools/label.py), a drawing of each
 image in `pictures/`, and `review.html`, the least certain masks first (tools/review.py); with `--yolo` and `--voc`
-also the files of these formats (tools/export.py). The decisions that are made and saved on that page are for `--apply`.
+also the files of these formats (tools/label_files.py). The decisions that are made and saved on that page are for `--apply`.
 """
 import argparse
 import os
@@ -31,9 +31,9 @@ from refine import FIT_STEPS
 from tools.command_line import (AMP, RESCORE, go_together, image_words, input_size, model_options, not_negative,
                                 output_file, pick_amp, positive, positive_float, probability, rescored, write_json)
 from tools.draw import draw_objects
-from tools.export import VOC, YOLO, voc_files, write_voc_objects, write_yolo_labels, yolo_files
 from tools.label import (BoxMasks, label_dataset, label_without_model, model_classes, model_masks, polygons,
                          report_agreement, with_masks)
+from tools.label_files import VOC, YOLO, voc_files, write_voc_objects, write_yolo_labels, yolo_files
 from tools.review import apply_decisions, write_review
 
 

@@ -121,8 +121,9 @@ def write_whole(path: str | Path, content: bytes) -> None:
 
 
 def optional(package: str, needed_by: str) -> ModuleType:
-    """Imports a package that only some users need: cv2, yaml, torch.utils.tensorboard or a module of
-    cityscapesscripts. Raises UserError naming the pip command; `needed_by` (an option or a file) begins its message."""
+    """Imports a package that only some users need: cv2, yaml, torch.utils.tensorboard, onnx, onnxscript, onnxruntime or
+    a module of cityscapesscripts. Raises UserError naming the pip command; `needed_by` (an option or a file) begins its
+    message."""
     try:
         return importlib.import_module(package)
     except ImportError as error:

@@ -3,6 +3,7 @@ person to judge, never for a test."""
 import json
 import math
 import subprocess
+import sys
 import time
 import types
 from pathlib import Path
@@ -21,7 +22,7 @@ from formats.files import UserError
 from helpers import random_predictions
 from masks import box_masks
 from model import build_model, detect
-from tools import growth
+from tools import growth, measuring
 from tools.measuring import (Clock, imported_functions, made_up_data, many_annotations, measure_labels, medians,
                              process_memory, tensor_peak)
 
@@ -248,3 +249,19 @@ def test_labels_are_measured_for_each_number_of_boxes(tmp_path):
         seconds = figures["seconds"][f"3 boxes, {how} a network"]
         assert figures[f"milliseconds a box, {how} a network"]["3"] == pytest.approx(1000 * seconds / 3)
     assert all(mib > 0 for mib in figures["peak MiB for 3 boxes"].values())
+
+
+def test_the_file_of_a_model_is_timed_with_as_many_threads_as_the_program(monkeypatch):
+    """With stand-ins for the files, which take a minute to make (tests/test_export.py)."""
+    options, runs = types.SimpleNamespace(), []
+    session = types.SimpleNamespace(run=lambda names, inputs: runs.append(inputs["images"].shape))
+    runtime = types.SimpleNamespace(SessionOptions=lambda: options, InferenceSession=lambda *given: session)
+    monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
+    monkeypatch.setattr(torch.export, "load", lambda file: types.SimpleNamespace(
+        module=lambda: lambda images: runs.append(len(file.getvalue()))))
+    for name, content in (("traced", None), ("as_onnx", bytes(2 * 10 ** 6)), ("as_pt2", bytes(3 * 10 ** 6))):
+        monkeypatch.setattr(measuring, name, lambda *given, content=content: content)
+    figures = measuring.measure_export("r18-slim", (60, 90), 2)
+    assert runs == [3 * 10 ** 6, (1, 3, 64, 96)] * 3 and options.intra_op_num_threads == torch.get_num_threads()
+    assert list(figures["seconds"]) == ["program", "pt2", "onnxruntime"] and min(figures["seconds"].values()) >= 0
+    assert figures["MB"]["onnx"] == 2 and figures["MB"]["pt2"] == 3 and figures["MB"]["weights"] > 10

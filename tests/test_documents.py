@@ -17,7 +17,7 @@ from formats.checkpoint import load
 from helpers import SMALL, command, losses_of, same
 from losses import PIXEL_LOSSES
 from teacher import SCORES
-from tools import checkpoint, compare, experiments, selftraining
+from tools import checkpoint, compare, experiments, export, selftraining
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -32,7 +32,7 @@ PARSERS = {"train.py": train.parse_arguments, "evaluate.py": evaluate.parse_argu
            "predict.py": predict.parse_arguments, "data.py": commands.parse_arguments,
            "benchmark.py": benchmark.parse_arguments, "tools.selftraining": selftraining.parse_arguments,
            "tools.experiments": experiments.parse_arguments, "tools.checkpoint": checkpoint.parse_arguments,
-           "tools.compare": compare.parse_arguments,
+           "tools.compare": compare.parse_arguments, "tools.export": export.parse_arguments,
            "tests/overfit.py": overfit_arguments, "tests/released_files.py": lambda options: None,
            "tests/storm.py": lambda options: None, "tests/review_speed.py": lambda options: None}
 TORCHRUN = re.compile(r"torchrun( --[a-z_]+=\S+)+ ")

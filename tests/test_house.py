@@ -11,7 +11,7 @@ STOREYS = ["formats", "masks backbone", "data", "model", "assign", "losses", "re
 STOREY = {name: number for number, names in enumerate(STOREYS) for name in names.split()}
 PATHS = [path.relative_to(ROOT) for path in sorted(ROOT.rglob("*.py"))]
 FILES = {".".join(path.with_suffix("").parts): ast.parse((ROOT / path).read_text()) for path in PATHS
-         if path.parts[0] not in ("tests", "runs", "datasets") and not path.parts[0].startswith(".")}
+         if path.parts[0] not in ("tests", "docs", "runs", "datasets") and not path.parts[0].startswith(".")}
 OPTIONAL = ("formats.files", "optional")  # the only function that imports: packages which few people need
 
 

@@ -1,5 +1,6 @@
 """What benchmark.py measures with: a clock for the parts of the work, memory, and made-up data."""
 import inspect
+import io
 import json
 import math
 import multiprocessing
@@ -23,11 +24,13 @@ from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
-from data import TestImages, TrainBatches
+from data import TestImages, TrainBatches, canvas_of
 from formats.coco import CocoBoxes
-from model import CondInst
+from formats.files import optional
+from model import CondInst, Predictor, build_model, predict
 from refine import ellipse
 from tools.command_line import write_json
+from tools.export import as_onnx, as_pt2, description, traced
 from tools.label import COLOURS, at_pixels, model_masks
 
 # -------------------------------------------------------------------------------------------------- seconds
@@ -230,6 +233,26 @@ def measure_labels(folder: Path, network: CondInst, size: tuple[int, int], round
             figures.setdefault(f"milliseconds a box, {name} a network", {})[str(count)] = 1000 * seconds[name] / count
     figures[f"peak MiB for {count} boxes"] = {name: tensor_peak(work, device) for name, work in works.items()}
     return figures
+
+
+@torch.no_grad()
+def measure_export(backbone: str, size: tuple[int, int], rounds: int) -> dict:
+    """Seconds of an image of `size` with 100 objects on the CPU, and MB of the files. The program makes run lengths at
+    the image's size, the files (tools/export.py) masks at stride 4. Raises UserError: a package is missing."""
+    runtime, network = optional("onnxruntime", "--only export"), build_model(backbone, 80).eval()
+    torch.nn.init.zeros_(network.head.class_logits.bias)  # of probability 0.5: objects everywhere
+    model = Predictor(network, [str(label) for label in range(80)], size, rescore=True)
+    program = traced(model)
+    pt2, onnx = as_pt2(program, description(model)), as_onnx(program, description(model))
+    loaded = torch.export.load(io.BytesIO(pt2)).module()
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = runtime.InferenceSession(onnx, options)
+    images = torch.rand(1, 3, *canvas_of([size])) * 255
+    seconds = medians(rounds, torch.device("cpu"), program=lambda: predict(network, images, [size], [size]),
+                      pt2=lambda: loaded(images), onnxruntime=lambda: session.run(None, {"images": images.numpy()}))
+    weights = sum(x.nbytes for x in network.state_dict().values())
+    return {"seconds": seconds, "MB": {"weights": weights / 1e6, "pt2": len(pt2) / 1e6, "onnx": len(onnx) / 1e6}}
 
 
 def many_annotations(folder: Path, count: int, instances: int = 7) -> Path:

@@ -1,0 +1,49 @@
+"""Objects and their masks by a file of tools/export.py, with onnxruntime, numpy and Pillow alone.
+
+    python docs/onnx_example.py model.onnx photo.jpg found.png
+"""
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageDraw, ImageOps
+
+
+def find(session: onnxruntime.InferenceSession, image: Image.Image) -> list[tuple]:
+    """(class name, score, box xyxy, mask (height, width) bool) of each object, in pixels of an RGB image."""
+    about = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
+    scale = min(about["min_size"] / min(image.size), about["max_size"] / max(image.size))
+    width, height = (max(1, int(side * scale + 0.5)) for side in image.size)
+    # the model takes multiples of 32: pad on the right and at the bottom
+    pixels = np.empty((-(-height // 32) * 32, -(-width // 32) * 32, 3), np.float32)
+    pixels[:] = about["padding"]
+    pixels[:height, :width] = image.resize((width, height), Image.BILINEAR)
+    outputs = session.run(["boxes", "scores", "labels", "masks"], {"images": pixels.transpose(2, 0, 1)[None]})
+    found = []
+    for box, score, label, mask in zip(*outputs):
+        box = np.clip(box.reshape(2, 2) * image.size / (width, height), 0, image.size)
+        if score >= about["score_threshold"] and (box[1] > box[0]).all():  # a box in the padding is empty
+            # cell i lies on pixel 4 i + 2; one more cell on each side, so that the image's border has neighbours too
+            cells = Image.fromarray(np.pad(mask, 1, mode="edge"))
+            part = (0.875, 0.875, 0.875 + width / 4, 0.875 + height / 4)
+            mask = cells.resize((width, height), Image.BILINEAR, part).resize(image.size, Image.BILINEAR)
+            mask = np.asarray(mask) > about["mask_threshold"]
+            found.append((about["classes"][label], float(score), box.flatten().tolist(), mask))
+    return found
+
+
+def draw(image: Image.Image, found: list[tuple]) -> Image.Image:
+    for i, (name, score, box, mask) in enumerate(found):
+        colour = tuple(np.random.default_rng(i).integers(60, 256, 3).tolist())
+        image.paste(Image.blend(image, Image.new("RGB", image.size, colour), 0.5), mask=Image.fromarray(mask))
+        pen = ImageDraw.Draw(image)
+        pen.rectangle(box, outline=colour, width=2)
+        pen.text(box[:2], f"{name} {score:.2f}", fill="white", stroke_width=2, stroke_fill="black")
+    return image
+
+
+if __name__ == "__main__":
+    model, photo, out = sys.argv[1:]
+    picture = ImageOps.exif_transpose(Image.open(photo)).convert("RGB")
+    draw(picture, find(onnxruntime.InferenceSession(model), picture)).save(out)
