@@ -8,7 +8,8 @@
 The first writes `predictions.json` (COCO results, each with its `file_name`) and a drawing of each image. The second
 writes `masks.json`, the annotation file with masks, their scores and their source (tools/label.py), a drawing of each
 image in `pictures/`, and `review.html`, the least certain masks first (tools/review.py); with `--yolo` and `--voc`
-also the files of these formats (tools/label_files.py). The decisions that are made and saved on that page are for `--apply`.
+also the files of these formats (tools/label_files.py). The decisions that a person saves on that page are for
+`--apply`.
 """
 import argparse
 import os

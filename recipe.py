@@ -301,8 +301,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--iters after 2/3 and 8/9; None: cosine if chosen, else steps")
     add("--warmup", type=not_negative, help="iterations of linear warm-up; None: 1000, at most a twentieth of the run")
     add("--ramp", type=positive, help="iterations in which the pairwise loss, and those of the paper's pseudo masks, "
-        "reach their full weight; None: 10000 of 16 images, at most a ninth of the run, or, if chosen, 5/9, with --init "
-        "a twentieth")
+        "reach their full weight; None: 10000 of 16 images, at most a ninth of the run, or, if chosen, 5/9, with "
+        "--init a twentieth")
     add("--weight-decay", type=not_negative_float, help="weight decay; None: 1e-4 (sgd) or 0.05 (adamw)")
     add("--clip-grad", type=positive_float, help="largest norm of the gradient; None: unlimited, or, if chosen, 10")
     add("--amp", **AMP)

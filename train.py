@@ -41,7 +41,7 @@ from recipe import RECIPES, choose, learning_rate, make_plan, parse_arguments, r
 from tools.batches import check_skipped, loaded_batches, open_data, training_batches
 from tools.command_line import next_command, pick_amp
 from tools.log import Log, draw_sheet, evaluated_at, summary_writer
-from tools.processes import (StopSignals, agreed, ending_loaders, from_first, gathered, ignore_signals, joined,
+from tools.processes import (StopSignals, agreed, ending_loaders, gathered, ignore_signals, joined,
                              lasting_output, read_by_first, same_command, same_data, same_everywhere,
                              start_distributed, together)
 from tools.quality import measure
