@@ -34,7 +34,8 @@ PARSERS = {"train.py": train.parse_arguments, "evaluate.py": evaluate.parse_argu
            "tools.experiments": experiments.parse_arguments, "tools.checkpoint": checkpoint.parse_arguments,
            "tools.compare": compare.parse_arguments, "tools.export": export.parse_arguments,
            "tests/overfit.py": overfit_arguments, "tests/released_files.py": lambda options: None,
-           "tests/storm.py": lambda options: None, "tests/review_speed.py": lambda options: None}
+            "tests/storm.py": lambda options: None, "tests/review_speed.py": lambda options: None,
+            "tests/exported.py": lambda options: None}
 TORCHRUN = re.compile(r"torchrun( --[a-z_]+=\S+)+ ")
 OURS = re.compile(r"python ((tests/)?\w+\.py|-m tools\.\w+)( (?!--help)|$)")
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)

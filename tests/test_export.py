@@ -119,6 +119,17 @@ def test_quality_is_that_of_pasted_masks():
     torch.testing.assert_close(export.mask_quality(logits.sigmoid()), quality, rtol=0, atol=1e-4)
 
 
+def test_attention_has_the_four_dimensions_that_onnx_takes(monkeypatch):
+    q, k, v = torch.randn(3, 1, 6, 2, 49, 8, generator=torch.Generator().manual_seed(0))
+    attend, dimensions = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(export, "scaled_dot_product_attention",
+                        lambda *x, **options: dimensions.extend(y.dim() for y in x) or attend(*x, **options))
+    for bias in (torch.randn(1, 2, 49, 49), torch.randn(6, 2, 49, 49)):  # of all windows, and of each of a shifted map
+        found = export.attention(q, k, v, attn_mask=bias)
+        torch.testing.assert_close(found, attend(q, k, v, attn_mask=bias))
+        assert found.is_contiguous() and dimensions == [4] * len(dimensions)
+
+
 def test_without_rescoring_the_score_is_the_detectors(warm, drawn):
     model, images = load(warm), tiled(drawn, 64, 96)
     with torch.no_grad():

@@ -19,11 +19,13 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.functional import scaled_dot_product_attention
 from torchvision.ops import clip_boxes_to_image, nms
 
 from data import STRIDE
@@ -92,6 +94,14 @@ def mask_quality(p: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ files
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    """F.scaled_dot_product_attention of Swin's (1, windows, heads, 49, C), for ONNX's with the windows as the batch.
+
+    In one layout, since torch has several ways to compute it."""
+    x = scaled_dot_product_attention(*(x.flatten(0, -4) for x in (q, k, v)), **options)
+    return x.contiguous().unflatten(0, q.shape[:-3])
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without the warnings of torch and torchvision about themselves."""
@@ -106,7 +116,7 @@ def traced(model: Predictor) -> ExportedProgram:
     fewest, most = TILES
     sides = {2: STRIDE * Dim("rows", min=fewest, max=most), 3: STRIDE * Dim("columns", min=fewest, max=most)}
     example = torch.zeros(1, 3, 8 * STRIDE, 10 * STRIDE)
-    with torch.no_grad():
+    with torch.no_grad(), patch.object(F, "scaled_dot_product_attention", attention):
         return torch.export.export(Exported(model.network, model.rescore).eval(), (example,), dynamic_shapes=(sides,),
                                    strict=False)
 
