@@ -73,7 +73,8 @@ def compare(title: str, expected: tuple[Tensor, ...], outputs: tuple[Tensor, ...
     nearest = ((boxes[:, None] - found[0]).abs().amax(2) + (scores[:, None] - found[1]).abs()
                + 1e6 * (labels[:, None] != found[2])).argmin(1)
     print(f"{title:30} {len(scores)} and {len(found[1])} objects; boxes "
-          f"{(boxes - found[0][nearest]).abs().max():.0e}, scores {(scores - found[1][nearest]).abs().max():.0e}, masks {(masks - found[3][nearest]).abs().max():.0e}",
+          f"{(boxes - found[0][nearest]).abs().max():.0e}, scores "
+          f"{(scores - found[1][nearest]).abs().max():.0e}, masks {(masks - found[3][nearest]).abs().max():.0e}",
           flush=True)
 
 
