@@ -24,7 +24,7 @@ from formats.files import optional  # noqa: E402
 from model import CondInst, Predictor, build_model, detect, find_instances, mask_logits  # noqa: E402
 from tools import export  # noqa: E402
 
-SIZES = {"ONNX": [(64, 96), (256, 320), (480, 352)], "pt2": [(160, 192), (256, 320), (480, 352)]}
+SIZES = {"ONNX": [(64, 96), (256, 320), (480, 352)], "pt2": [(256, 288), (256, 320), (480, 352)]}
 
 
 def blobs(height: int, width: int) -> Tensor:
@@ -72,7 +72,8 @@ def compare(title: str, expected: tuple[Tensor, ...], outputs: tuple[Tensor, ...
     (boxes, scores, labels, masks), found = ([x[one[1] > 0] for x in one] for one in (expected, outputs))
     nearest = ((boxes[:, None] - found[0]).abs().amax(2) + (scores[:, None] - found[1]).abs()
                + 1e6 * (labels[:, None] != found[2])).argmin(1)
-    print(f"{title:30} {len(scores)} and {len(found[1])} objects; boxes {(boxes - found[0][nearest]).abs().max():.0e}, scores "
+    print(f"{title:30} {len(scores)} and {len(found[1])} objects; boxes "
+          f"{(boxes - found[0][nearest]).abs().max():.0e}, scores "
           f"{(scores - found[1][nearest]).abs().max():.0e}, masks {(masks - found[3][nearest]).abs().max():.0e}",
           flush=True)
 
