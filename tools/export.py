@@ -3,7 +3,7 @@
     python -m tools.export --ckpt CKPT --out model.onnx     for onnxruntime, see docs/onnx_example.py
     python -m tools.export --ckpt CKPT --out model.pt2      for torch.export.load, with torch and torchvision
 
-    images (1, 3, H, W) float32    RGB 0 to 255, padded with "padding" to multiples of 32; for .pt2 at least 160
+    images (1, 3, H, W) float32    RGB 0 to 255, padded with "padding" to multiples of 32; for .pt2 at least 256
     boxes (100, 4)                 xyxy pixels of the input
     scores (100,)                  those that the program reports, of BoxTeacher sqrt(detection score * mask quality)
                                    (model.rescores); 0: nothing was found, and the row's other values mean nothing
@@ -37,7 +37,7 @@ from model import (LIMIT, NMS_THRESHOLD, PER_LEVEL, PIXEL_MEAN, SCORE_THRESHOLD,
 from tools.command_line import output_file
 
 OUTPUTS = ["boxes", "scores", "labels", "masks"]
-TILES = 5, 256        # of 32 pixels, a side: below 160 pixels P7 has a side of one cell, to torch.export a constant
+TILES = 8, 256        # of 32 pixels, a side: to torch.export one cell of P7 or one window of Swin would be a constant
 MASK_THRESHOLD = 0.5  # of masks.paste_masks
 PART = 20             # masks at the input's size that are in memory at once
 
