@@ -29,7 +29,7 @@ class Step(NamedTuple):
     logits: Tensor                # (K, h, w) masks of the instances, at stride 4
     box: Tensor                   # (K,) index of the instance's box in torch.cat(batch.boxes)
     pseudo: PseudoLabels | None   # the teacher's masks of the boxes
-    refined: bool = False         # these are refined ones
+    refined: bool = False         # whether these are refined ones, not the paper's
 
 
 def boxteacher_losses(student: nn.Module, teacher: CondInst | None, batch: Batch, score: str = "mask-aware",
@@ -91,5 +91,5 @@ def total_loss(losses: dict[str, Tensor], ramp: float, refined: bool = False) ->
 
     Refined pseudo masks need no trained network to be good, so they count in full from the first step.
     """
-    ramped = RAMPED[:1] if refined else RAMPED
+    ramped = set(RAMPED) - {"loss_pixel", "loss_affinity"} if refined else RAMPED
     return sum(loss * (ramp if name in ramped else 1.0) for name, loss in losses.items())
