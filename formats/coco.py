@@ -270,7 +270,10 @@ def image_problems(path: str, images: list[dict], image_dir: str) -> Iterator[st
         name = images[missing[0]]["file_name"]
         elsewhere = sorted(entry.name for entry in os.scandir(image_dir)
                            if os.path.isdir(entry) and os.path.exists(os.path.join(entry.path, name)))
-        hint = f"; name {os.path.join(image_dir, elsewhere[0])} instead" if elsewhere else ""
+        # train2017/ and val2017/ may hold other images of the same names
+        elsewhere = [folder for folder in elsewhere if folder in os.path.basename(path)] or elsewhere
+        folders = " or ".join(os.path.join(image_dir, folder) for folder in elsewhere[:3])
+        hint = f"; name {folders} instead" if elsewhere else ""
         yield (f"{len(missing)} of {len(images)} images of {path} are missing in {image_dir}, "
                f"the first: {name!r} ({first_rows(images, missing)}){hint}")
 

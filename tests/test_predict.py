@@ -300,6 +300,17 @@ def test_a_folder_above_the_images_ends_in_a_line_that_names_theirs(drawn, tmp_p
     assert f"name {drawn / 'train2017'} instead" in one_line_error(capsys)
 
 
+def test_a_folder_above_the_images_of_one_name_ends_in_a_line_that_names_those_of_the_file(drawn, boxes, tmp_path,
+                                                                                           capsys):
+    for split in ("train2017", "val2017"):
+        shutil.copytree(drawn / "train2017", tmp_path / split)
+    for name, named in (("instances_val2017.json", "val2017 instead"),
+                        ("our.json", f"train2017 or {tmp_path / 'val2017'} instead")):
+        (tmp_path / name).write_text(json.dumps(boxes[1]))
+        assert failing("--boxes", tmp_path / name, "--images", tmp_path, "--out", tmp_path / "m") == 1
+        assert f"; name {tmp_path}/{named}" in one_line_error(capsys)
+
+
 def test_low_scores_are_left_out_and_listed(drawn, sure, boxes, tmp_path, capsys):
     path, content = boxes
     out, images = tmp_path / "masks", drawn / "train2017"
