@@ -1,6 +1,7 @@
 """tools/export.py: the files give what the program gives, and docs/onnx_example.py runs one without the project."""
 import ast
 import json
+import runpy
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -196,6 +197,24 @@ def test_the_example_finds_what_the_program_finds(warm, drawn, session, size):
         assert score == pytest.approx(float(expected.scores[k]), abs=1e-3 if size == (64, 64) else 0.1)
         assert (mask & wanted).sum() >= 0.99 * (mask | wanted).sum() > 0
     assert onnx_example.draw(image.copy(), found) != image
+
+
+def test_the_example_as_a_program_sees_what_is_transparent_as_white(drawn, onnx, tmp_path, monkeypatch):
+    """As the program does, which composes it on white, too."""
+    image = Image.fromarray(tiled(drawn, 64, 96)[0].byte().permute(1, 2, 0).numpy())
+    alpha = Image.new("L", image.size, 255)
+    alpha.paste(0, (0, 0, 30, 64))
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=alpha)
+    image.putalpha(alpha)
+    for name, one in {"transparent": image, "white": white}.items():
+        one.save(tmp_path / f"{name}.png")
+        monkeypatch.setattr(sys, "argv", ["", *map(str, (onnx, tmp_path / f"{name}.png", tmp_path / f"{name}.bmp"))])
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    found = (tmp_path / "white.bmp").read_bytes()
+    assert found == (tmp_path / "transparent.bmp").read_bytes()
+    white.save(tmp_path / "white.bmp")
+    assert found != (tmp_path / "white.bmp").read_bytes()  # something is drawn
 
 
 # ------------------------------------------------------------------------------------------------- bad input
