@@ -144,10 +144,13 @@ def test_from_keys_to_a_new_annotation_file(person, labelled, tmp_path, capsys):
     assert current(page) == order[0] and page.get_attribute("#keep", "aria-pressed") == "true"
     press(page, "r")           # another mind about the first; what is decided already is not shown again
     assert current(page) == order[2] and count(page) == "6 of 8 left: 0 kept, 2 rejected"
-    press(page, "kbu")         # the third is undecided again
+    press(page, "kb")
+    assert page.get_attribute("#undo", "aria-disabled") == "false"
+    press(page, "u")           # the third is undecided again
     assert current(page) == order[2] and count(page) == "6 of 8 left: 0 kept, 2 rejected"
+    assert page.get_attribute("#undo", "aria-disabled") == "true"  # nothing is left to undo
     page.keyboard.press("ArrowRight")
-    assert current(page) == order[3]
+    assert current(page) == order[3] and page.get_attribute("#undo", "aria-disabled") == "true"
     press(page, "kkkk")
     page.reload()
     assert count(page) == "2 of 8 left: 4 kept, 2 rejected" and current(page) == order[2]
@@ -266,16 +269,52 @@ def test_letters_in_a_filter_choose_there(person, labelled):
     assert page.input_value("#name") == "green" and count(page).startswith("7 of 8 left")
 
 
+def test_filters_that_a_browser_would_restore_are_empty(person, labelled):
+    """Or they would show what they no longer do."""
+    page = opened(person, labelled / "review.html")
+    page.fill("#to", "0")
+    page.keyboard.press("Enter")
+    assert shown(page) == []
+    page.goto("about:blank")
+    page.go_back()
+    assert page.input_value("#to") == "" and len(shown(page)) == 8
+
+
+def test_a_page_that_is_gone_back_to_reads_what_others_stored(person, labelled):
+    """A browser that kept it as it was tells it so."""
+    page = opened(person, labelled / "review.html")
+    page.evaluate("localStorage.setItem(KEY + '0', 'reject')")
+    page.evaluate("dispatchEvent(new PageTransitionEvent('pageshow', {persisted: true}))")
+    assert count(page) == "7 of 8 left: 0 kept, 1 rejected"
+
+
+@pytest.mark.parametrize("number, counts", [(0, "0 of 0 left: 0 kept, 0 rejected"),
+                                            (1, "0 of 1 left: 1 kept, 0 rejected")])
+def test_no_box_and_one(number, counts, person, labelled, tmp_path):
+    shutil.copytree(labelled.parent / "set", tmp_path / "set")
+    json_path = rewrite(tmp_path / "set/annotations/instances_val2017.json",
+                        lambda content: content.update(annotations=content["annotations"][:number]))
+    page = opened(person, label(tmp_path / "masks", json_path, tmp_path / "set/val2017") / "review.html")
+    assert page.inner_text("#summary").startswith(["", "1 box, 1 with a mask"][number])
+    assert (page.inner_text("#about") == "There are no boxes.") == (number == 0)
+    press(page, "rbskm")
+    assert count(page) == counts
+    assert len(save(page, tmp_path / "decisions.json")["decisions"]) == number
+    assert page.inner_text("#news").startswith(["Saved 0 decisions.", "Saved 1 decision."][number])
+
+
 def test_saved_decisions_are_loaded_elsewhere(person, browser, labelled, tmp_path):
     page = opened(person, labelled / "review.html")
     press(page, "krk")
     content = save(page, tmp_path / "decisions.json")
     (tmp_path / "other.json").write_text(json.dumps(content | {"masks_sha256": "0" * 64}))
     (tmp_path / "none.json").write_text('{"decisions": {"1": "burn"}}')
+    (tmp_path / "list.json").write_text(json.dumps(content | {"decisions": ["keep"]}))
     other = browser.new_context()
     page = opened(other, labelled / "review.html")
-    for name, message, left in (("none.json", "does not hold decisions", 8), ("other.json", "another masks.json", 8),
-                                ("decisions.json", "Loaded 3 decisions", 5)):
+    for name, message, left in (("none.json", "none.json does not hold decisions", 8),
+                                ("list.json", "list.json does not hold decisions", 8),
+                                ("other.json", "another masks.json", 8), ("decisions.json", "Loaded 3 decisions", 5)):
         with page.expect_file_chooser() as chooser:
             page.click("#load")
         chooser.value.set_files(tmp_path / name)
@@ -322,6 +361,10 @@ def test_several_pages_are_one_review(person, labelled, tmp_path, monkeypatch, c
     second.click("nav >> text=Page 1")
     assert second.url == first.url and second.inner_text("nav [aria-current=page]") == "Page 1"
 
+    monkeypatch.setattr(review, "LARGEST", 1e9)  # a later review of fewer pages
+    label(out, labelled.parent / "set/annotations/instances_val2017.json", labelled.parent / "set/val2017")
+    assert [path.name for path in out.glob("review*.html")] == ["review.html"]
+
 
 def test_what_is_not_in_the_file_cannot_be_decided(person, labelled, tmp_path):
     """Boxes below --min-score, those without a mask, and those of an image that cannot be read."""
@@ -342,7 +385,9 @@ def test_what_is_not_in_the_file_cannot_be_decided(person, labelled, tmp_path):
     assert save(page, tmp_path / "decisions.json")["decisions"] == {}
     page.select_option("#source", "no mask")
     assert len(shown(page)) == 2
-    page.click("summary")
+    page.focus("summary")
+    page.dispatch_event("#list", "scroll")  # as when the Tab key brings it into view: it keeps the focus
+    page.keyboard.press("Enter")
     page.wait_for_selector("#others li")
     assert page.locator("#others li").all_inner_texts() == data["others"] != []
 
