@@ -334,10 +334,20 @@ def test_a_browser_that_stores_nothing_is_named_and_saves(person, labelled, tmp_
 def test_what_another_page_has_stored_in_the_meantime_stays(person, labelled, tmp_path):
     """Also where its storage event has not come yet; a page gets none of what is stored in itself."""
     page = opened(person, labelled / "review.html")
-    last = review_data(labelled / "review.html")["items"][-1]["id"]
+    first, *_, last = [item["id"] for item in review_data(labelled / "review.html")["items"]]
     page.evaluate("id => localStorage.setItem(KEY + id, 'reject')", last)
     press(page, "k")
-    assert count(page) == "6 of 8 left: 1 kept, 1 rejected"
+    assert save(page, tmp_path / "decisions.json")["decisions"] == {first: "keep", last: "reject"}
+
+
+def test_a_decision_reads_nothing_that_is_stored(person, labelled):
+    """All files share a browser's memory: after many reviews each key would take long."""
+    page = opened(person, labelled / "review.html")
+    press(page, "k")
+    page.evaluate("""() => { const get = Storage.prototype.getItem; window.reads = 0;
+        Storage.prototype.getItem = function(key) { window.reads++; return get.call(this, key); } }""")
+    press(page, "rbu")
+    assert count(page) == "7 of 8 left: 1 kept, 0 rejected" and page.evaluate("window.reads") == 0
 
 
 def test_several_pages_are_one_review(person, labelled, tmp_path, monkeypatch, capsys):
@@ -406,6 +416,18 @@ def test_names_from_files_are_only_text(person, evil):
         page.click("#about a")
     drawing.value.wait_for_load_state()
     assert drawing.value.locator("img").count() == 1  # the browser found the file
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_long_names_leave_the_buttons_in_view(width, person, tmp_path):
+    item = {"id": "1", "name": "\u00c4" * 2000, "source": "model", "score": 0.5, "file": "x" * 255, "drawing": "a.jpg",
+            "photo": "", "mask": "", "given": True}
+    write_page(tmp_path / "review.html", {"masks_sha256": "0" * 64, "summary": "", "total": 1, "others": [],
+                                          "items": [item], "page": 0, "pages": ["review.html"]})
+    page = opened(person, tmp_path / "review.html")
+    page.set_viewport_size({"width": width, "height": 800})
+    place = page.locator("#keep").bounding_box()
+    assert place["y"] + place["height"] <= 800 and page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_nothing_is_loaded_from_elsewhere(browser, labelled):
