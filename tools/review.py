@@ -78,8 +78,8 @@ def summary(labels: BoxMasks, shown: int, low: int, min_score: float) -> str:
     number, none = len(labels.rles), labels.sources.count(None)
     if not number:
         return ""
-    return (f"{counted(number, 'box')}, {number - none} with a mask" + ", made without a model" * (COLOURS in labels.sources)
-            + f"; {none} have none" * bool(none) + ". "
+    return (f"{counted(number, 'box')}, {number - none} with a mask"
+            + ", made without a model" * (COLOURS in labels.sources) + f"; {none} have none" * bool(none) + ". "
             + f"Half of the scores are above {np.median(labels.scores):.2f}. "
             + f"Masks below {min_score:g} were left out of the file: {low}. " * bool(low)
             + f"Here are the lowest {shown}.")
