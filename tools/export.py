@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import io
 import json
-import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -109,11 +108,7 @@ def quiet() -> Iterator[None]:
     network that it refuses."""
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        logging.disable()
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
+        yield
 
 
 @quiet()
