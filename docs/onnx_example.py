@@ -45,5 +45,6 @@ def draw(image: Image.Image, found: list[tuple]) -> Image.Image:
 
 if __name__ == "__main__":
     model, photo, out = sys.argv[1:]
-    picture = ImageOps.exif_transpose(Image.open(photo)).convert("RGB")
+    picture = ImageOps.exif_transpose(Image.open(photo)).convert("RGBA")
+    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     draw(picture, find(onnxruntime.InferenceSession(model), picture)).save(out)

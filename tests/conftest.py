@@ -11,13 +11,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)  # small tensors: more threads only get in each other's way
-pytest.register_assert_rewrite("helpers")
+pytest.register_assert_rewrite("helpers", "review_page")
 
 from label_folders import put, put_image, xml_object, xml  # noqa: E402
 from formats.checkpoint import save  # noqa: E402
 from formats.shapes import write_shapes  # noqa: E402
-from helpers import CHECKED, draw_dataset, new_run, one_batch, real_images  # noqa: E402
+from helpers import CHECKED, CHROMIUM, draw_dataset, new_run, one_batch, real_images, rewrite  # noqa: E402
 from model import build_model  # noqa: E402
+from review_page import BIG, label  # noqa: E402
 from train import train_step  # noqa: E402
 
 
@@ -102,6 +103,36 @@ def checkpoint(tmp_path):
     save({"model": model, "classes": classes, "method": "boxteacher", "iteration": 7, "student": weights,
           "teacher": weights, "config": {"test_min_size": 64, "test_max_size": 128}}, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory) -> Path:
+    """The folder with masks.json and review.html of eight boxes in four images; one id is BIG."""
+    folder = tmp_path_factory.mktemp("review")
+    json_path, images = draw_dataset(folder / "set")
+    rewrite(json_path, lambda content: content["annotations"][3].update(id=BIG))
+    return label(folder / "masks", json_path, images)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="no browser test without: pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium or Chrome is installed")
+    with sync_api.sync_playwright() as started:
+        yield started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+
+
+@pytest.fixture
+def person(browser):
+    """A browser of someone who has decided nothing yet. What goes wrong on a page fails the test."""
+    context, problems = browser.new_context(viewport={"width": 1280, "height": 800}), []
+    context.on("weberror", lambda error: problems.append(str(error.error)))
+    context.on("console", lambda message: problems.append(message.text))
+    context.on("dialog", lambda dialog: problems.append(dialog.message))
+    yield context
+    context.close()
+    assert not problems
 
 
 def pytest_terminal_summary(terminalreporter):

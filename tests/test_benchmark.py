@@ -256,7 +256,8 @@ def test_the_file_of_a_model_is_timed_with_as_many_threads_as_the_program(monkey
     options, runs = types.SimpleNamespace(), []
     session = types.SimpleNamespace(run=lambda names, inputs: runs.append(inputs["images"].shape))
     runtime = types.SimpleNamespace(SessionOptions=lambda: options, InferenceSession=lambda *given: session)
-    monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
+    for package in ("onnxruntime", "onnx", "onnxscript"):
+        monkeypatch.setitem(sys.modules, package, runtime)
     monkeypatch.setattr(torch.export, "load", lambda file: types.SimpleNamespace(
         module=lambda: lambda images: runs.append(len(file.getvalue()))))
     for name, content in (("traced", None), ("as_onnx", bytes(2 * 10 ** 6)), ("as_pt2", bytes(3 * 10 ** 6))):
@@ -265,3 +266,12 @@ def test_the_file_of_a_model_is_timed_with_as_many_threads_as_the_program(monkey
     assert runs == [3 * 10 ** 6, (1, 3, 64, 96)] * 3 and options.intra_op_num_threads == torch.get_num_threads()
     assert list(figures["seconds"]) == ["program", "pt2", "onnxruntime"] and min(figures["seconds"].values()) >= 0
     assert figures["MB"]["onnx"] == 2 and figures["MB"]["pt2"] == 3 and figures["MB"]["weights"] > 10
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_package_that_export_lacks_is_named_before_the_work(package, monkeypatch):
+    monkeypatch.setattr(measuring, "traced", None)
+    for present in ("onnx", "onnxscript", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, present, None if present == package else sys)
+    with pytest.raises(UserError, match=f"pip install {package}$"):
+        measuring.measure_export("r18-slim", (60, 90), 1)

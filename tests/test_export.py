@@ -1,6 +1,7 @@
 """tools/export.py: the files give what the program gives, and docs/onnx_example.py runs one without the project."""
 import ast
 import json
+import runpy
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from backbone import ResNet
 from helpers import made_up, one_line_error, random_predictions
 from masks import decode, paste_masks
 from model import Instances, detect, find_instances, load, mask_logits
@@ -197,6 +199,24 @@ def test_the_example_finds_what_the_program_finds(warm, drawn, session, size):
     assert onnx_example.draw(image.copy(), found) != image
 
 
+def test_the_example_as_a_program_sees_what_is_transparent_as_white(drawn, onnx, tmp_path, monkeypatch):
+    """As the program does, which composes it on white, too."""
+    image = Image.fromarray(tiled(drawn, 64, 96)[0].byte().permute(1, 2, 0).numpy())
+    alpha = Image.new("L", image.size, 255)
+    alpha.paste(0, (0, 0, 30, 64))
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=alpha)
+    image.putalpha(alpha)
+    for name, one in {"transparent": image, "white": white}.items():
+        one.save(tmp_path / f"{name}.png")
+        monkeypatch.setattr(sys, "argv", ["", *map(str, (onnx, tmp_path / f"{name}.png", tmp_path / f"{name}.bmp"))])
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    found = (tmp_path / "white.bmp").read_bytes()
+    assert found == (tmp_path / "transparent.bmp").read_bytes()
+    white.save(tmp_path / "white.bmp")
+    assert found != (tmp_path / "white.bmp").read_bytes()  # something is drawn
+
+
 # ------------------------------------------------------------------------------------------------- bad input
 
 
@@ -212,9 +232,32 @@ def test_what_cannot_be_exported_is_one_line_and_no_file(warm, tmp_path, capsys,
     monkeypatch.setattr(export, "traced", None)
     (tmp_path / "file").write_text("no checkpoint")
     assert "must end with .onnx or .pt2" in refused(capsys, "--ckpt", warm, "--out", tmp_path / "a/model.pth")
-    assert "file" in refused(capsys, "--ckpt", tmp_path / "file", "--out", tmp_path / "a/model.pt2")
+    assert "not a readable checkpoint" in refused(capsys, "--ckpt", tmp_path / "file", "--out", tmp_path / "a/m.pt2")
     assert "cannot write" in refused(capsys, "--ckpt", warm, "--out", tmp_path / "file/model.pt2")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_backbone_that_torch_cannot_translate_is_one_line(warm, tmp_path, capfd, monkeypatch):
+    def branching(self, x):
+        return usual(self, x) if x.sum() > 0 else usual(self, -x)
+    usual = ResNet.forward
+    monkeypatch.setattr(ResNet, "forward", branching)
+    line = refused(capfd, "--ckpt", warm, "--out", tmp_path / "model.pt2")
+    assert str(warm) in line and "data-dependent expression" in line and not list(tmp_path.iterdir())
+
+
+def test_what_onnx_lacks_is_named(warm, tmp_path, capsys, monkeypatch):
+    """torch raises an error of many lines, and what it met is the cause of its cause."""
+    def as_onnx(program, facts):
+        try:
+            raise KeyError("the operation")
+        except KeyError as error:
+            raise RuntimeError("Failed to convert") from error
+    monkeypatch.setattr(export, "traced", lambda model: None)
+    monkeypatch.setitem(export.WRITERS, ".onnx", as_onnx)
+    monkeypatch.setattr(export, "optional", lambda *_: None)
+    assert "('the operation')" in refused(capsys, "--ckpt", warm, "--out", tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])

@@ -1,5 +1,4 @@
 """The review page in a real browser, from masks to decisions and back (predict.py --boxes, then --apply)."""
-import io
 import json
 import os
 import re
@@ -9,32 +8,13 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-import predict
-from helpers import CHROMIUM, draw_dataset, noise_image, one_line_error, review_data, rewrite
+from helpers import noise_image, review_data, rewrite
+from review_page import BIG, applied, colour, count, current, label, made_up_page, opened, press, save, shown
 from tools import review
-from tools.review import digest, in_base64, write_page
-
-BIG = 2 ** 60 + 1  # an id that JavaScript's numbers cannot hold
-
-
-def label(out: Path, json_path: Path, images: Path, *options) -> Path:
-    predict.main(["--boxes", str(json_path), "--images", str(images), "--out", str(out), "--workers", "0",
-                  *map(str, options)])
-    return out
-
-
-@pytest.fixture(scope="module")
-def labelled(tmp_path_factory) -> Path:
-    """The folder with masks.json and review.html of eight boxes in four images; one id is BIG."""
-    folder = tmp_path_factory.mktemp("review")
-    json_path, images = draw_dataset(folder / "set")
-    rewrite(json_path, lambda content: content["annotations"][3].update(id=BIG))
-    return label(folder / "masks", json_path, images)
-
+from tools.review import digest, in_base64
 
 EVIL = "</script><script>alert('x')</script><img src=x onerror=alert(1)> & \"q\" '\x1b[2J\u202e ß"
 
@@ -63,74 +43,7 @@ def test_names_end_no_script(evil):
     assert all((evil / unquote(item["drawing"])).exists() for item in items)
 
 
-def applied(decisions: Path, masks: Path, out: Path) -> dict:
-    predict.main(["--apply", str(decisions), str(masks), "--out", str(out)])
-    return {row["id"]: row for row in json.loads(out.read_text())["annotations"]}
-
-
 # --------------------------------------------------------------------------------------------- in the browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="no browser test without: pip install playwright")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium or Chrome is installed")
-    with sync_api.sync_playwright() as started:
-        yield started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-
-
-@pytest.fixture
-def person(browser):
-    """A browser of someone who has decided nothing yet. What goes wrong on a page fails the test."""
-    context, problems = browser.new_context(viewport={"width": 1280, "height": 800}), []
-    context.on("weberror", lambda error: problems.append(str(error.error)))
-    context.on("console", lambda message: problems.append(message.text))
-    context.on("dialog", lambda dialog: problems.append(dialog.message))
-    yield context
-    context.close()
-    assert not problems
-
-
-def opened(person, path: Path):
-    page = person.new_page()
-    page.goto(path.resolve().as_uri())
-    return page
-
-
-def press(page, keys: str) -> None:
-    for key in keys:
-        page.keyboard.press(key)
-
-
-def count(page) -> str:
-    return page.inner_text("#count")
-
-
-def current(page) -> str:
-    """The id of the box that is shown."""
-    return re.search(r"box (\d+)", page.inner_text("#about"))[1]
-
-
-def save(page, path: Path) -> dict:
-    with page.expect_download() as download:
-        page.click("#save")
-    assert download.value.suggested_filename == "decisions.json"
-    download.value.save_as(path)
-    return json.loads(path.read_text())
-
-
-def shown(page) -> list[str]:
-    """The ids of the boxes in the list that pass the filters."""
-    return [re.search(r"box (\d+)", name)[1] for name in
-            page.eval_on_selector_all("#tiles button", "all => all.map(one => one.ariaLabel)")]
-
-
-def colour(page, selector: str = "#stage") -> np.ndarray:
-    """The mean RGB of the middle of what is drawn."""
-    image = np.asarray(Image.open(io.BytesIO(page.locator(selector).screenshot())).convert("RGB"), float)
-    h, w = image.shape[:2]
-    return image[h * 2 // 5:h * 3 // 5, w * 2 // 5:w * 3 // 5].mean((0, 1))
 
 
 def test_from_keys_to_a_new_annotation_file(person, labelled, tmp_path, capsys):
@@ -144,10 +57,13 @@ def test_from_keys_to_a_new_annotation_file(person, labelled, tmp_path, capsys):
     assert current(page) == order[0] and page.get_attribute("#keep", "aria-pressed") == "true"
     press(page, "r")           # another mind about the first; what is decided already is not shown again
     assert current(page) == order[2] and count(page) == "6 of 8 left: 0 kept, 2 rejected"
-    press(page, "kbu")         # the third is undecided again
+    press(page, "kb")
+    assert page.get_attribute("#undo", "aria-disabled") == "false"
+    press(page, "u")           # the third is undecided again
     assert current(page) == order[2] and count(page) == "6 of 8 left: 0 kept, 2 rejected"
+    assert page.get_attribute("#undo", "aria-disabled") == "true"  # nothing is left to undo
     page.keyboard.press("ArrowRight")
-    assert current(page) == order[3]
+    assert current(page) == order[3] and page.get_attribute("#undo", "aria-disabled") == "true"
     press(page, "kkkk")
     page.reload()
     assert count(page) == "2 of 8 left: 4 kept, 2 rejected" and current(page) == order[2]
@@ -266,16 +182,52 @@ def test_letters_in_a_filter_choose_there(person, labelled):
     assert page.input_value("#name") == "green" and count(page).startswith("7 of 8 left")
 
 
+def test_filters_that_a_browser_would_restore_are_empty(person, labelled):
+    """Or they would show what they no longer do."""
+    page = opened(person, labelled / "review.html")
+    page.fill("#to", "0")
+    page.keyboard.press("Enter")
+    assert shown(page) == []
+    page.goto("about:blank")
+    page.go_back()
+    assert page.input_value("#to") == "" and len(shown(page)) == 8
+
+
+def test_a_page_that_is_gone_back_to_reads_what_others_stored(person, labelled):
+    """A browser that kept it as it was tells it so."""
+    page = opened(person, labelled / "review.html")
+    page.evaluate("localStorage.setItem(KEY + '0', 'reject')")
+    page.evaluate("dispatchEvent(new PageTransitionEvent('pageshow', {persisted: true}))")
+    assert count(page) == "7 of 8 left: 0 kept, 1 rejected"
+
+
+@pytest.mark.parametrize("number, counts", [(0, "0 of 0 left: 0 kept, 0 rejected"),
+                                            (1, "0 of 1 left: 1 kept, 0 rejected")])
+def test_no_box_and_one(number, counts, person, labelled, tmp_path):
+    shutil.copytree(labelled.parent / "set", tmp_path / "set")
+    json_path = rewrite(tmp_path / "set/annotations/instances_val2017.json",
+                        lambda content: content.update(annotations=content["annotations"][:number]))
+    page = opened(person, label(tmp_path / "masks", json_path, tmp_path / "set/val2017") / "review.html")
+    assert page.inner_text("#summary").startswith(["", "1 box, 1 with a mask"][number])
+    assert (page.inner_text("#about") == "There are no boxes.") == (number == 0)
+    press(page, "rbskm")
+    assert count(page) == counts
+    assert len(save(page, tmp_path / "decisions.json")["decisions"]) == number
+    assert page.inner_text("#news").startswith(["Saved 0 decisions.", "Saved 1 decision."][number])
+
+
 def test_saved_decisions_are_loaded_elsewhere(person, browser, labelled, tmp_path):
     page = opened(person, labelled / "review.html")
     press(page, "krk")
     content = save(page, tmp_path / "decisions.json")
     (tmp_path / "other.json").write_text(json.dumps(content | {"masks_sha256": "0" * 64}))
     (tmp_path / "none.json").write_text('{"decisions": {"1": "burn"}}')
+    (tmp_path / "list.json").write_text(json.dumps(content | {"decisions": ["keep"]}))
     other = browser.new_context()
     page = opened(other, labelled / "review.html")
-    for name, message, left in (("none.json", "does not hold decisions", 8), ("other.json", "another masks.json", 8),
-                                ("decisions.json", "Loaded 3 decisions", 5)):
+    for name, message, left in (("none.json", "none.json does not hold decisions", 8),
+                                ("list.json", "list.json does not hold decisions", 8),
+                                ("other.json", "another masks.json", 8), ("decisions.json", "Loaded 3 decisions", 5)):
         with page.expect_file_chooser() as chooser:
             page.click("#load")
         chooser.value.set_files(tmp_path / name)
@@ -295,10 +247,20 @@ def test_a_browser_that_stores_nothing_is_named_and_saves(person, labelled, tmp_
 def test_what_another_page_has_stored_in_the_meantime_stays(person, labelled, tmp_path):
     """Also where its storage event has not come yet; a page gets none of what is stored in itself."""
     page = opened(person, labelled / "review.html")
-    last = review_data(labelled / "review.html")["items"][-1]["id"]
+    first, *_, last = [item["id"] for item in review_data(labelled / "review.html")["items"]]
     page.evaluate("id => localStorage.setItem(KEY + id, 'reject')", last)
     press(page, "k")
-    assert count(page) == "6 of 8 left: 1 kept, 1 rejected"
+    assert save(page, tmp_path / "decisions.json")["decisions"] == {first: "keep", last: "reject"}
+
+
+def test_a_decision_reads_nothing_that_is_stored(person, labelled):
+    """All files share a browser's memory: after many reviews each key would take long."""
+    page = opened(person, labelled / "review.html")
+    press(page, "k")
+    page.evaluate("""() => { const get = Storage.prototype.getItem; window.reads = 0;
+        Storage.prototype.getItem = function(key) { window.reads++; return get.call(this, key); } }""")
+    press(page, "rbu")
+    assert count(page) == "7 of 8 left: 1 kept, 0 rejected" and page.evaluate("window.reads") == 0
 
 
 def test_several_pages_are_one_review(person, labelled, tmp_path, monkeypatch, capsys):
@@ -322,6 +284,10 @@ def test_several_pages_are_one_review(person, labelled, tmp_path, monkeypatch, c
     second.click("nav >> text=Page 1")
     assert second.url == first.url and second.inner_text("nav [aria-current=page]") == "Page 1"
 
+    monkeypatch.setattr(review, "LARGEST", 1e9)  # a later review of fewer pages
+    label(out, labelled.parent / "set/annotations/instances_val2017.json", labelled.parent / "set/val2017")
+    assert [path.name for path in out.glob("review*.html")] == ["review.html"]
+
 
 def test_what_is_not_in_the_file_cannot_be_decided(person, labelled, tmp_path):
     """Boxes below --min-score, those without a mask, and those of an image that cannot be read."""
@@ -342,7 +308,9 @@ def test_what_is_not_in_the_file_cannot_be_decided(person, labelled, tmp_path):
     assert save(page, tmp_path / "decisions.json")["decisions"] == {}
     page.select_option("#source", "no mask")
     assert len(shown(page)) == 2
-    page.click("summary")
+    page.focus("summary")
+    page.dispatch_event("#list", "scroll")  # as when the Tab key brings it into view: it keeps the focus
+    page.keyboard.press("Enter")
     page.wait_for_selector("#others li")
     assert page.locator("#others li").all_inner_texts() == data["others"] != []
 
@@ -379,9 +347,7 @@ def test_five_thousand_boxes(person, tmp_path):
     photo = in_base64(noise_image(0, 60, 90), "JPEG")
     items = [{"id": str(i), "name": f"class {i % 7}", "source": "model", "score": i / 5000, "file": "a.jpg",
               "drawing": "pictures/a.jpg", "photo": photo, "mask": "", "given": True} for i in range(5000)]
-    write_page(tmp_path / "review.html", {"masks_sha256": "0" * 64, "summary": "", "total": 5000, "others": [],
-                                          "items": items, "page": 0, "pages": ["review.html"]})
-    page = opened(person, tmp_path / "review.html")
+    page = opened(person, made_up_page(tmp_path / "review.html", items))
     page.wait_for_selector("#tiles img")
     assert 0 < page.locator("#tiles img").count() < 100
     assert page.get_attribute("#tiles li", "aria-setsize") == "5000"
@@ -401,145 +367,3 @@ def test_five_thousand_boxes(person, tmp_path):
     assert page.get_attribute("#tiles li", "aria-setsize") == "714" and current(page) == "3"
 
 
-# ------------------------------------------------------------------------------ for those who do not use a mouse
-
-
-def test_every_control_has_a_name_and_the_count_is_spoken(person, labelled):
-    page = opened(person, labelled / "review.html")
-    tree = person.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]
-    nodes = [(node["role"]["value"], node.get("name", {}).get("value", "").strip()) for node in tree
-             if not node["ignored"] and "role" in node]
-    controls = [(role, name) for role, name in nodes if role in (
-        "button", "link", "combobox", "spinbutton", "textbox", "image", "progressbar", "form", "navigation", "region")]
-    assert len(controls) > 20 and all(name for role, name in controls if name or role != "image")
-    assert {("button", "Keep"), ("button", "Reject"), ("button", "Back"), ("button", "Skip"), ("button", "Mask"),
-            ("combobox", "Class"), ("combobox", "Source"), ("spinbutton", "Score from"), ("progressbar", "Decided"),
-            ("form", "Filters"), ("region", "Current mask")} <= set(controls)
-    item = review_data(labelled / "review.html")["items"][0]
-    assert ("image", f"{item['name']}, score {item['score']:.2f}, box {item['id']}") in controls
-    assert ("button", f"{item['name']}, score {item['score']:.2f}, box {item['id']}, not decided") in controls
-    assert [page.get_attribute(f"#{name}", "role") for name in ("count", "news")] == ["status"] * 2
-    assert page.get_attribute("#about", "aria-live") == "polite"
-
-
-def test_the_tab_key_reaches_everything_and_is_seen(person, labelled):
-    page, reached = opened(person, labelled / "review.html"), []
-    for _ in range(25):
-        page.keyboard.press("Tab")
-        name, outline = page.evaluate("""() => { const one = document.activeElement;
-            return [one.id || one.ariaLabel || one.localName, getComputedStyle(one).outlineStyle]; }""")
-        assert outline != "none" or name == "body", name
-        reached.append(name)
-    assert {"name", "source", "decision", "from", "to", "keep", "reject", "skip", "back", "undo", "masks", "save",
-            "load"} <= set(reached)
-    assert len({name for name in reached if "decided" in name}) == 1  # the list is one stop
-    page.focus("#reject")
-    page.keyboard.press("Enter")
-    assert count(page) == "7 of 8 left: 0 kept, 1 rejected"
-
-
-CONTRAST = """() => {
-  const light = text => text.match(/[\\d.]+/g).slice(0, 3).map(Number).map(v => v / 255)
-    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-  const behind = one => { const colour = getComputedStyle(one).backgroundColor;
-    return colour !== "rgba(0, 0, 0, 0)" || !one.parentElement ? colour : behind(one.parentElement); };
-  return [...document.querySelectorAll("h1, p, a, label, button, select, input, .state, .name, .score, kbd")]
-    .filter(one => one.offsetParent && one.textContent.trim()).map(one => {
-      const [a, b] = [light(getComputedStyle(one).color), light(behind(one))].sort((x, y) => y - x);
-      return (a + 0.05) / (b + 0.05); });
-}"""
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 400])
-def test_light_and_dark_wide_and_narrow(browser, labelled, scheme, width):
-    """Text is read on its background (WCAG 1.4.3), and nothing is wider than the window."""
-    context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 800})
-    page = opened(context, labelled / "review.html")
-    press(page, "kr")
-    contrasts = page.evaluate(CONTRAST)
-    assert len(contrasts) > 40 and min(contrasts) >= 4.5
-    dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
-    assert dark == (scheme == "dark")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert page.locator("#keep").bounding_box()["y"] < 800 and page.locator("#stage").bounding_box()["height"] > 250
-    context.close()
-
-
-# -------------------------------------------------------------------------------- decisions that come as a file
-
-
-def decide(labelled: Path, path: Path, decisions: dict, masks_sha256=None) -> Path:
-    path.write_text(json.dumps({"masks_sha256": masks_sha256 or digest(labelled / "masks.json"),
-                                "decisions": decisions}))
-    return path
-
-
-def test_no_decision_changes_no_byte(labelled, tmp_path, capsys):
-    applied(decide(labelled, tmp_path / "d.json", {}), labelled / "masks.json", tmp_path / "final.json")
-    assert (tmp_path / "final.json").read_bytes() == (labelled / "masks.json").read_bytes()
-    assert "0 masks kept, 0 rejected, 8 not looked at" in capsys.readouterr().out
-
-
-def test_a_rejected_box_trains_as_one_without_a_mask(labelled, tmp_path):
-    row = applied(decide(labelled, tmp_path / "d.json", {str(BIG): "reject", "0": "keep"}), labelled / "masks.json",
-                  tmp_path / "final.json")[BIG]
-    assert row["segmentation"] == [] and row["area"] == row["bbox"][2] * row["bbox"][3]
-    assert 0 < row["score"] <= 1 and row["source"] == "colours"
-
-
-NONE = "not a file of decisions"
-
-
-@pytest.mark.parametrize("decisions, about, message", [
-    ({"777": "reject", "0": "keep"}, None, "decides about 1 annotation that"), ({"00": "reject"}, None, "(id 00)"),
-    ({"\x1b[2J": "keep"}, None, r"(id \x1b[2J)"), ({"0": "reject"}, "0" * 64, "is about another file than"),
-    ({"0": "reject"}, 7, NONE), ([["0", "keep"]], None, NONE), ({"0": "burn"}, None, NONE), ({"0": None}, None, NONE),
-    ({"0": ["keep"]}, None, NONE)])
-def test_decisions_that_do_not_fit_are_one_line(decisions, about, message, labelled, tmp_path, capsys):
-    path = decide(labelled, tmp_path / "d.json", decisions, about)
-    refused(path, labelled / "masks.json", tmp_path / "deep/final.json", message, capsys)
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"[" * 10 ** 6, b"[]", b"null", b'{"images": []}'])
-def test_files_that_are_no_decisions_are_one_line(content, labelled, tmp_path, capsys):
-    (tmp_path / "d.json").write_bytes(content)
-    refused(tmp_path / "d.json", labelled / "masks.json", tmp_path / "deep/final.json", NONE, capsys)
-
-
-def refused(decisions: Path, masks: Path, out: Path, message: str, capsys) -> None:
-    """One line, exit status 1, and every file as it was."""
-    def files():
-        return {path: path.read_bytes() for path in decisions.parent.rglob("*") if path.is_file()}
-    before = files()
-    with pytest.raises(SystemExit) as end:
-        predict.main(["--apply", str(decisions), str(masks), "--out", str(out)])
-    assert end.value.code == 1 and message in one_line_error(capsys) and files() == before
-
-
-def test_files_that_are_away_or_cannot_be_written(labelled, tmp_path, capsys):
-    good, masks = decide(labelled, tmp_path / "d.json", {"0": "reject"}), labelled / "masks.json"
-    (tmp_path / "file").write_text("")
-    (tmp_path / "folder").mkdir()
-    os.mkfifo(tmp_path / "pipe")
-    refused(tmp_path / "gone.json", masks, tmp_path / "deep/final.json", "gone.json", capsys)
-    refused(tmp_path / "pipe", masks, tmp_path / "deep/final.json", "no ordinary file", capsys)
-    refused(good, tmp_path / "gone.json", tmp_path / "deep/final.json", "gone.json is missing", capsys)
-    refused(good, good, tmp_path / "deep/final.json", "not a COCO annotation file", capsys)
-    refused(good, masks, tmp_path / "folder", "cannot write", capsys)
-    refused(good, masks, tmp_path / "file/final.json", "cannot write", capsys)
-    copy = shutil.copy(masks, tmp_path / "masks.json")
-    refused(good, copy, copy, "would be overwritten", capsys)
-    refused(good, copy, good, "would be overwritten", capsys)
-
-
-@pytest.mark.parametrize("options, message", [
-    ([], "needs one masks.json"), (["a.json", "b.json"], "needs one masks.json"),
-    *[(["a.json", *more], f"{more[0]}: not with --apply") for more in (
-        ["--ckpt", "c.pt"], ["--boxes", "b.json"], ["--images", "i"], ["--polygons"], ["--min-score", "0.5"],
-        ["--review-count", "3"], ["--workers", "0"], ["--device", "meta"], ["--score-threshold", "0.5"])]])
-def test_options_that_do_not_go_with_apply(options, message, capsys):
-    with pytest.raises(SystemExit) as end:
-        predict.main(["--apply", "d.json", *options, "--out", "x"])
-    assert end.value.code == 2 and message in one_line_error(capsys)

@@ -29,8 +29,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torchvision.ops import clip_boxes_to_image, nms
 
 from data import STRIDE
-from formats.checkpoint import FORMAT
-from formats.files import CommandLine, one_line_errors, optional, write_whole
+from formats.checkpoint import FORMAT, first_line
+from formats.files import CommandLine, UserError, one_line_errors, optional, write_whole
 from masks import aligned_bilinear
 from model import (LIMIT, NMS_THRESHOLD, PER_LEVEL, PIXEL_MEAN, SCORE_THRESHOLD, CondInst, Detections, Predictions,
                    Predictor, best_pairs, decode_boxes, default_threshold, load, mask_logits)
@@ -104,8 +104,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warnings of torch and torchvision about themselves."""
-    with warnings.catch_warnings():
+    """Without the warnings of torch and torchvision about themselves, and without the graph that torch prints of a
+    network that it refuses."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
 
@@ -151,6 +152,18 @@ def as_pt2(program: ExportedProgram, facts: dict) -> bytes:
 WRITERS = {".onnx": as_onnx, ".pt2": as_pt2}
 
 
+@contextlib.contextmanager
+def translating(ckpt: str, out: str) -> Iterator[None]:
+    """Raises UserError for whatever torch raises in the block: not every backbone can be translated."""
+    try:
+        yield
+    except Exception as error:
+        while error.__cause__:  # what torch raises last does not say what it met
+            error = error.__cause__
+        raise UserError(f"{out} cannot be written: torch cannot translate the network of {ckpt} ({first_line(error)}); "
+                        "docs/export.md says what a backbone may do") from None
+
+
 # ----------------------------------------------------------------------------------------- command line
 
 
@@ -177,7 +190,8 @@ def main(argv: list[str] | None = None) -> None:
             optional(package, f"--out {args.out}")
         model = load(args.ckpt, weights=args.weights)
         output_file(args.out)
-        content = WRITERS[ending(args.out)](traced(model), description(model))
+        with translating(args.ckpt, args.out):
+            content = WRITERS[ending(args.out)](traced(model), description(model))
         write_whole(args.out, content)
         print(f"{args.out}: {len(model.classes)} classes, {len(content) / 1e6:.1f} MB")
 

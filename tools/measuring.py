@@ -239,7 +239,8 @@ def measure_labels(folder: Path, network: CondInst, size: tuple[int, int], round
 def measure_export(backbone: str, size: tuple[int, int], rounds: int) -> dict:
     """Seconds of an image of `size` with 100 objects on the CPU, and MB of the files. The program makes run lengths at
     the image's size, the files (tools/export.py) masks at stride 4. Raises UserError: a package is missing."""
-    runtime, network = optional("onnxruntime", "--only export"), build_model(backbone, 80).eval()
+    runtime, *_ = [optional(package, "--only export") for package in ("onnxruntime", "onnx", "onnxscript")]
+    network = build_model(backbone, 80).eval()
     torch.nn.init.zeros_(network.head.class_logits.bias)  # of probability 0.5: objects everywhere
     model = Predictor(network, [str(label) for label in range(80)], size, rescore=True)
     program = traced(model)

@@ -7,6 +7,7 @@ saves its decisions as a file that names the masks.json they are about by its SH
 import base64
 import hashlib
 import io
+import itertools
 import json
 import os
 from pathlib import Path
@@ -40,7 +41,8 @@ KEEP, REJECT = "keep", "reject"
 def write_review(annotations: CocoBoxes, labels: BoxMasks, ids: list[int], links: list[tuple[str, str]], out: Path,
                  count: int, min_score: float) -> list[Path]:
     """Write the pages about out/masks.json with the `count` lowest-scored masks, and a list of further boxes below
-    min_score. Returns their paths: review.html, and review-2.html, ... if the pictures are too much for one.
+    min_score. Returns their paths: review.html, and review-2.html, ... if the pictures are too much for one. Removes
+    those that an earlier review had beyond them.
 
     ids: of the annotation of each box. links: for each image its name and the path of its drawing from the page.
     """
@@ -65,15 +67,21 @@ def write_review(annotations: CocoBoxes, labels: BoxMasks, ids: list[int], links
     paths = [out / (f"review-{page}.html" if page else "review.html") for page in (0, *range(2, len(pages) + 1))]
     for page, path in enumerate(paths):
         write_page(path, content | {"items": pages[page], "page": page, "pages": [path.name for path in paths]})
-    return paths
+    for number in itertools.count(max(2, len(pages) + 1)):  # of an earlier review: about another masks.json
+        try:
+            (out / f"review-{number}.html").unlink()
+        except FileNotFoundError:
+            return paths
 
 
 def summary(labels: BoxMasks, shown: int, low: int, min_score: float) -> str:
     number, none = len(labels.rles), labels.sources.count(None)
-    return (f"{number} boxes, {number - none} with a mask" + ", made without a model" * (COLOURS in labels.sources)
-            + f"; {none} have none" * bool(none) + ". "
-            + f"Half of the scores are above {np.median(labels.scores) if number else 0:.2f}. "
-            + f"{low} are below {min_score:g}: these masks were left out of the file. " * bool(low)
+    if not number:
+        return ""
+    return (f"{counted(number, 'box')}, {number - none} with a mask"
+            + ", made without a model" * (COLOURS in labels.sources) + f"; {none} have none" * bool(none) + ". "
+            + f"Half of the scores are above {np.median(labels.scores):.2f}. "
+            + f"Masks below {min_score:g} were left out of the file: {low}. " * bool(low)
             + f"Here are the lowest {shown}.")
 
 
