@@ -24,8 +24,8 @@ from formats.pictures import image_options
 from formats.released import IMAGENET
 from losses import PIXEL_LOSSES
 from teacher import SCORES
-from tools.command_line import (AMP, DEVICE, cores, go_together, not_negative, not_negative_float, positive,
-                                positive_float, probability)
+from tools.command_line import (AMP, DEVICE, go_together, not_negative, not_negative_float, positive, positive_float,
+                                probability)
 
 # name: iterations of 16 images, and the two at which the learning rate falls to a tenth
 SCHEDULES = {"1x": (90_000, 60_000, 80_000), "2x": (180_000, 120_000, 160_000), "3x": (270_000, 210_000, 250_000)}
@@ -248,8 +248,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--max-size", type=positive, metavar="PIXELS",
         help="longest side, pixels; None: 1333, or, if chosen, 5/3 of the largest --min-size")
     add("--augment", choices=AUGMENTATIONS, default="none", help="colour augmentation of the student's view (Table 9)")
-    add("--workers", type=not_negative, default=min(4, cores()),
-        help="loading processes of each process; 4, but no more than CPU cores")
+    add("--workers", type=not_negative, default=4, help="loading processes of each process")
     image_options(add)
 
     add = parser.add_argument_group("model").add_argument

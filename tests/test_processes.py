@@ -320,6 +320,15 @@ def test_loading_processes_say_nothing_of_a_loader_that_failed_before(capfd, mon
     assert "Exception ignored" not in capfd.readouterr().err
 
 
+def test_more_loading_processes_than_cores_are_no_reason_to_warn():
+    code = ("from tools.processes import loaded, DataLoader\n"
+            f"make = lambda i: DataLoader(range(i, 3), batch_size=None, num_workers={(os.cpu_count() or 1) + 1})\n"
+            "print(list(loaded(make, 0, 3)))")
+    done = subprocess.run([sys.executable, "-W", "always:This DataLoader", "-c", code], capture_output=True, text=True,
+                          cwd=Path(train.__file__).parent)
+    assert (done.stdout, done.stderr) == ("[0, 1, 2]\n", "")
+
+
 class Mounted:
     """Batches that need a folder; `skipped` is what a batch without it has."""
 

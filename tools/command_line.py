@@ -13,12 +13,6 @@ from formats.files import UserError, beside, positive, printable, replacing
 from formats.pictures import image_options
 from model import rescores, test_size
 
-
-def cores() -> int:
-    """The number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 # ------------------------------------------------------------------------------------------------ argument types
 
 
@@ -78,7 +72,7 @@ def model_options(add: Callable) -> None:
     add("--max-size", type=positive, metavar="PIXELS",
         help="longest side of the input; None: the checkpoint's test size, or 1333")
     add("--device", **DEVICE)
-    add("--workers", type=not_negative, default=min(2, cores()), help="loading processes of one process")
+    add("--workers", type=not_negative, default=2, help="loading processes of one process")
     image_options(add)
 
 

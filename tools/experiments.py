@@ -30,7 +30,7 @@ from formats.coco import CocoBoxes, datasets
 from formats.files import CommandLine, UserError, one_line_errors, write_whole
 from formats.shapes import write_shapes
 from model import load_model, test_size
-from tools.command_line import AMP, cores, not_negative, positive
+from tools.command_line import AMP, not_negative, positive
 from tools.label import agreement, label_dataset, model_classes, model_masks
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -86,6 +86,11 @@ ROWS = {
 
 
 # ------------------------------------------------------------------------------------------------------- running
+
+
+def cores() -> int:
+    """The number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Experiments:

@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -34,6 +35,7 @@ STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # SIGUSR1
 FORWARDED = 2    # seconds within which torchrun has forwarded a Ctrl-C, which its processes get themselves too
 SILENT = 60      # seconds that a process waits for others without saying so
 ATTEMPTS = 5     # times in a row that loading processes may die without a batch
+warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores: they wait for files, too
 # the DDP option that copies the buffers of process 0 to the others in each forward pass; torch 2.14 renamed it
 SYNC_BUFFERS = next(name for name in ("forward_sync_buffers", "broadcast_buffers")
                     if name in inspect.signature(DistributedDataParallel).parameters)
