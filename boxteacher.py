@@ -21,6 +21,9 @@ from model import CondInst, mask_logits
 from teacher import PseudoLabels, pseudo_label, refined_label
 
 
+REFINED_WEIGHT = 4.0  # of refined pseudo masks in Eq. 2: nearer to the true ones than the paper's (EXPERIMENTS.md)
+
+
 class Step(NamedTuple):
     """The losses of a batch; the other fields are for measuring (tools/quality.py)."""
 
@@ -39,7 +42,7 @@ def boxteacher_losses(student: nn.Module, teacher: CondInst | None, batch: Batch
 
     student: the network, or DDP around it; teacher: None for BoxInst; score: one of teacher.SCORES, or "released";
     pixel_loss: one of losses.PIXEL_LOSSES. With fit_steps or colors pseudo masks are refined ones, see
-    teacher.refined_label, and `score` has no use.
+    teacher.refined_label, which weigh REFINED_WEIGHT times as much, and `score` has no use.
     """
     refined = bool(fit_steps or colors)
     pseudo = None if teacher is None or refined else pseudo_label(teacher, batch, score)    # Eq. 1, Alg. 1
@@ -58,8 +61,9 @@ def boxteacher_losses(student: nn.Module, teacher: CondInst | None, batch: Batch
         masks, scores = pseudo.of(chosen)
         affine = affinity_pairs(masks, grid)                                        # Eq. 3, 4
         noisy = mask_supervised_losses(logits, costs, masks, scores, affine, place, pixel_loss)     # Eq. 5
-        losses |= {"loss_pixel": lambda_pixel * noisy["loss_pixel"],
-                   "loss_affinity": lambda_affinity * noisy["loss_affinity"]}
+        weight = REFINED_WEIGHT if refined else 1.0
+        losses |= {"loss_pixel": weight * lambda_pixel * noisy["loss_pixel"],
+                   "loss_affinity": weight * lambda_affinity * noisy["loss_affinity"]}
     return Step(losses, positives, logits, box, pseudo, refined)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from backbone import BACKBONES
+from boxteacher import REFINED_WEIGHT
 from data import AUGMENTATIONS
 from formats.coco import NAMES, CocoBoxes
 from formats.files import CommandLine
@@ -281,8 +282,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--colors", choices=["on", "off"], help="correct pseudo masks by the colours of the image; None: off, or, if "
         "chosen, on")
     add("--pixel-loss", choices=PIXEL_LOSSES, default="dice", help="loss on pseudo masks (Table 3)")
-    add("--lambda-pixel", type=not_negative_float, default=0.5, help="weight of the pixel loss (Eq. 2)")
-    add("--lambda-affinity", type=not_negative_float, default=0.1, help="weight of the affinity loss (Eq. 2)")
+    add("--lambda-pixel", type=not_negative_float, default=0.5, help="weight of the pixel loss (Eq. 2); refined pseudo "
+        f"masks weigh {REFINED_WEIGHT:g} times as much")
+    add("--lambda-affinity", type=not_negative_float, default=0.1, help="weight of the affinity loss (Eq. 2); as above")
     add("--measure-labels", action="store_true", help="if the training annotations have masks, log the mean IoU of the "
         "teacher's and of the student's masks with them (label_iou, student_iou); they are not learnt")
 

@@ -87,6 +87,11 @@ def test_lambdas_scale_their_loss_and_no_other(student, batch, monkeypatch):
     ratio = {name: float(paper[name] / one[name]) for name in one}
     assert ratio == pytest.approx(dict.fromkeys(one, 1.0) | {"loss_pixel": 0.5, "loss_affinity": 0.1})
     assert all(one[name] > 0 for name in ("loss_pixel", "loss_affinity"))
+    monkeypatch.setattr(boxteacher, "refined_label", pseudo_mask)  # the same masks, taken for refined ones
+    with torch.no_grad():
+        refined = boxteacher_losses(student, student, batch, colors=True).losses
+    ratio = {name: float(refined[name] / one[name]) for name in one}
+    assert ratio == pytest.approx(dict.fromkeys(one, 1.0) | {"loss_pixel": 2.0, "loss_affinity": 0.4})
 
 
 def test_the_pixel_loss_is_a_parameter(student, batch, monkeypatch):

@@ -53,6 +53,7 @@ RUNS = {
     "mean-entropy": "--score mean-entropy".split(),
     "weights-x4": "--lambda-pixel 2 --lambda-affinity 0.4".split(),
     "refined": REFINED,
+    "refined-x1": [*REFINED, *"--lambda-pixel 0.125 --lambda-affinity 0.025".split()],  # weights as of the paper's masks
     "refined-scratch": REFINED,  # from random weights, as long as the start and a run from it together
 }
 
@@ -81,6 +82,7 @@ ROWS = {
     "weights-x4": Row("weights-x4", "teacher", "BoxTeacher, weights 2.0 and 0.4 (Table 4)"),
     "boxteacher": Row("boxteacher", "teacher", "BoxTeacher: dice + affinity, mask-aware score"),
     "refined": Row("refined", "teacher", "BoxTeacher, refined masks"),
+    "refined-x1": Row("refined-x1", "teacher", "BoxTeacher, refined masks with the paper's weights"),
     "refined-scratch": Row("refined-scratch", "teacher", "BoxTeacher, refined masks, from random weights"),
 }
 
