@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data import Sample, readable_batches, resized_size, view
 from evaluate import coco_results
 from formats.coco import UPRIGHT, CocoBoxes, DataError, UndecodableImage, first_five
-from formats.files import CommandLine, one_line_errors, optional, warn
+from formats.files import CommandLine, counted, one_line_errors, optional, warn
 from formats.pictures import check_sizes, find_images, left_out, load_image, readable_headers, remarks, save_image
 from model import CondInst, default_threshold, load_model, predict_confident
 from refine import FIT_STEPS
@@ -109,7 +109,7 @@ def draw_all(drawings: list[Drawing], classes: list[dict], workers: int, reading
     loader = DataLoader(Drawings(drawings, classes, reading), batch_size=None, num_workers=workers)
     problems = [problem for problem in tqdm(loader, desc="draw", unit="image", disable=None) if problem]
     if problems:
-        raise DataError(f"{len(problems)} of {len(drawings)} images were not drawn, the first: {problems[0]}")
+        raise DataError(f"{len(problems)} of {counted(len(drawings), 'image')} not drawn, the first: {problems[0]}")
 
 
 def drawing_names(names: list[str]) -> list[str]:
@@ -232,16 +232,17 @@ def predict_images(args: argparse.Namespace, model: CondInst, info: dict, size: 
     results, seen = find_objects(model, Images(paths, *size, reading), classes, score_threshold=threshold,
                                  rescore=rescore, **options)
     if not seen:
-        raise DataError(f"none of the {len(paths)} images can be decoded")
+        raise DataError(f"none of {counted(len(paths), 'image')} can be decoded")
     objects = [[] for _ in paths]
     for result in results:
         result["file_name"] = paths[result["image_id"] - 1]
         objects[result["image_id"] - 1].append(result)
     write_json(str(out / "predictions.json"), results)
-    print(f"{out / 'predictions.json'}: {len(results)} objects of score >= {threshold:g} in {seen} images")
+    print(f"{out / 'predictions.json'}: {counted(len(results), 'object')} of score >= {threshold:g} in "
+          f"{counted(seen, 'image')}")
     draw_all([Drawing(*one) for one in zip(paths, [None] * len(paths), objects, map(str, drawings))], classes,
              args.workers, reading)
-    print(f"{out}: drawings of {seen} images")
+    print(f"{out}: drawings of {counted(seen, 'image')}")
     for line in [*remarks(readable_headers(paths), exif=None, max_pixels=args.max_pixels), *left_out(others)]:
         warn(line)
 
@@ -293,7 +294,7 @@ def label_boxes(args: argparse.Namespace, *model) -> None:
             annotation["segmentation"] = annotation["segmentation"] and polygons(annotation["segmentation"])
     write_json(str(out / "masks.json"), content)
     none = labels.sources.count(None)
-    print(f"{out / 'masks.json'}: masks for {len(rows) - none} of {len(rows)} boxes")
+    print(f"{out / 'masks.json'}: masks for {len(rows) - none} of {counted(len(rows), 'box')}")
     if args.measure:
         report_agreement(annotations, labels)
     if min_score:

@@ -7,7 +7,9 @@ import sys
 
 import numpy as np
 import onnxruntime
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+COLOURS = "#e6194b #3cb44b #4363d8 #ffe119 #f032e6 #42d4f4 #f58231 #911eb4 #bfef45 #469990".split()
 
 
 def find(session: onnxruntime.InferenceSession, image: Image.Image) -> list[tuple]:
@@ -34,17 +36,28 @@ def find(session: onnxruntime.InferenceSession, image: Image.Image) -> list[tupl
 
 
 def draw(image: Image.Image, found: list[tuple]) -> Image.Image:
-    for i, (name, score, box, mask) in enumerate(found):
-        colour = tuple(np.random.default_rng(i).integers(60, 256, 3).tolist())
-        image.paste(Image.blend(image, Image.new("RGB", image.size, colour), 0.5), mask=Image.fromarray(mask))
-        pen = ImageDraw.Draw(image)
-        pen.rectangle(box, outline=colour, width=2)
-        pen.text(box[:2], f"{name} {score:.2f}", fill="white", stroke_width=2, stroke_fill="black")
+    """Draw the objects into an image, the surest on top."""
+    line, found = max(2, max(image.size) // 300), sorted(found, key=lambda one: one[1])
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(max(12, max(image.size) // 45))
+    colours = [COLOURS[i % len(COLOURS)] for i in range(len(found))]
+    for colour, (_, _, _, mask) in zip(colours, found):
+        inside = np.pad(mask, line)
+        for axis in (0, 1):
+            inside = inside & np.roll(inside, line, axis) & np.roll(inside, -line, axis)
+        strength = np.where(mask & ~inside[line:-line, line:-line], 255, 110 * mask)  # the outline, and what is in it
+        image.paste(colour, mask=Image.fromarray(strength.astype(np.uint8)))
+    for colour, (name, score, box, _) in zip(colours, found):
+        pen.rectangle(box, outline=colour, width=line)
+        pen.text(box[:2], f"{name} {score:.2f}", "white", font, stroke_width=line, stroke_fill="black")
     return image
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit("usage: python onnx_example.py model.onnx photo.jpg found.png")
     model, photo, out = sys.argv[1:]
     picture = ImageOps.exif_transpose(Image.open(photo)).convert("RGBA")
     picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    draw(picture, find(onnxruntime.InferenceSession(model), picture)).save(out)
+    objects = find(onnxruntime.InferenceSession(model), picture)
+    draw(picture, objects).save(out)
+    print(f"objects found: {len(objects)}, drawn in {out}")

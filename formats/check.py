@@ -39,6 +39,9 @@ def check(paths: list[str], images: str | None = None, exif: str | None = None, 
     failed, summaries = False, []
     for path in paths:
         data_set = path in NAMES or os.path.isdir(path)
+        masks = os.path.join(path, "masks.json")
+        if data_set and os.path.isfile(masks) and not os.path.exists(os.path.join(path, "annotations")):
+            raise DataError(f"{path} is what predict.py wrote: name {masks}, and its images with --images")
         if data_set and images:
             raise DataError(f"--images is for an annotation file; {path} is a data set with its own images")
         reading = dict(exif=exif, max_pixels=max_pixels)

@@ -40,13 +40,26 @@ class SaidElsewhere(UserError):
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """For a program's main: a UserError or OSError ends it with one line on stderr and exit status 1."""
+    """For a program's main: a UserError or OSError ends it with one line on stderr and exit status 1, without a line if
+    nobody reads what it prints any more."""
     try:
         yield
+        sys.stdout.flush()
     except (UserError, OSError) as error:
-        if not isinstance(error, SaidElsewhere):
+        silent = isinstance(error, SaidElsewhere) or isinstance(error, BrokenPipeError) and reader_has_gone()
+        if not silent:
             print(printable(f"error: {error}"), file=sys.stderr)
         sys.exit(1)
+
+
+def reader_has_gone() -> bool:
+    """Whether what is printed goes into a pipe that was closed at its other end, as by `| head`."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again at its end
+        return True
+    return False
 
 
 def positive(text: str) -> int:

@@ -170,6 +170,8 @@ def read(path: str | Path):
                 return ArrayUnpickler(file, encoding="latin1").load()
             if start == b"PK\3\4":
                 check_zip(file, size, limit)
+            elif start[:1] != b"\x80":                                   # how each pickle of torch begins
+                raise ValueError("it is no file of PyTorch")
             else:
                 for _ in range(5):                                       # pickles, then the numbers: torch before 1.6
                     check_pickle(file, limit)

@@ -24,7 +24,7 @@ from formats.files import optional  # noqa: E402
 from model import CondInst, Predictor, build_model, detect, find_instances, mask_logits  # noqa: E402
 from tools import export  # noqa: E402
 
-SIZES = {"ONNX": [(64, 96), (256, 320), (480, 352)], "pt2": [(256, 288), (256, 320), (480, 352)]}
+SIZES = {"ONNX": [(64, 96), (256, 320), (480, 352)], "pt2": [(160, 192), (256, 320), (480, 352)]}
 
 
 def blobs(height: int, width: int) -> Tensor:

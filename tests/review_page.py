@@ -25,8 +25,8 @@ def applied(decisions: Path, masks: Path, out: Path) -> dict:
 
 
 def made_up_page(path: Path, items: list[dict]) -> Path:
-    write_page(path, {"masks_sha256": "0" * 64, "summary": "", "total": len(items), "others": [], "items": items,
-                      "page": 0, "pages": [path.name]})
+    write_page(path, {"masks_sha256": "0" * 64, "masks": "masks.json", "summary": "", "total": len(items),
+                      "others": [], "items": items, "page": 0, "pages": [path.name]})
     return path
 
 

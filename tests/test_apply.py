@@ -65,9 +65,13 @@ def test_files_that_are_away_or_cannot_be_written(labelled, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
-    refused(tmp_path / "gone.json", masks, tmp_path / "deep/final.json", "gone.json", capsys)
+    refused(tmp_path / "gone.json", masks, tmp_path / "deep/final.json", "gone.json is missing: name the decis", capsys)
     refused(tmp_path / "pipe", masks, tmp_path / "deep/final.json", "no ordinary file", capsys)
-    refused(good, tmp_path / "gone.json", tmp_path / "deep/final.json", "gone.json is missing", capsys)
+    for path, message in ((tmp_path / "gone.json", "gone.json is missing: name the masks.json beside the review page"),
+                          (tmp_path / "folder", "folder is a folder: name the masks.json beside the review page"),
+                          (labelled, f"masks is a folder: name {labelled}/masks.json\n"),
+                          (tmp_path / "pipe", "pipe is no file: name the masks.json")):
+        refused(good, path, tmp_path / "deep/final.json", message, capsys)
     refused(good, good, tmp_path / "deep/final.json", "not a COCO annotation file", capsys)
     refused(good, masks, tmp_path / "folder", "cannot write", capsys)
     refused(good, masks, tmp_path / "file/final.json", "cannot write", capsys)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import train
+from formats.check import check as check_paths
 from formats.coco import CocoBoxes, DataError, content_problems
 from formats.commands import main
 from helpers import annotation, noise_image, real_images, write_set
@@ -607,6 +608,12 @@ def test_keys_that_are_not_followed(tmp_path, check):
 
 
 # --------------------------------------------------------------------------------------- seen and not used
+
+def test_a_folder_of_predict_is_named(tmp_path):
+    (tmp_path / "masks.json").write_text("{}")
+    with pytest.raises(DataError, match=f"name {tmp_path}/masks.json, and its images with --images"):
+        check_paths([str(tmp_path)])
+
 
 def test_other_annotation_files_are_named(folder, check, capsys):
     """Beside the two that are read; where one of these is missing, by train.py too."""

@@ -1,16 +1,18 @@
 """tools/export.py: the files give what the program gives, and docs/onnx_example.py runs one without the project."""
 import ast
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageColor
 from torch import Tensor
 
 from backbone import ResNet
@@ -48,7 +50,7 @@ def pt2(warm, program, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def onnx(packages, warm, program, tmp_path_factory) -> Path:
-    return exported(warm, program, tmp_path_factory.mktemp("onnx") / "model.onnx")
+    return exported(warm, program, tmp_path_factory.mktemp("onnx") / "model.ONNX")
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +97,24 @@ def test_onnx_gives_what_the_program_gives(warm, drawn, session, size):
     check_equal(warm, images, *map(torch.from_numpy, session.run(export.OUTPUTS, {"images": images.numpy()})))
 
 
-@pytest.mark.parametrize("size", [(256, 256), (256, 288), (320, 256)])
+@pytest.mark.parametrize("size", [(160, 160), (160, 192), (256, 288), (320, 256)])
 def test_pt2_gives_what_the_program_gives(warm, drawn, loaded, size):
     images = tiled(drawn, *size)
     check_equal(warm, images, *loaded(images))
+
+
+def test_an_image_in_which_nothing_is_found(pt2):
+    model, images = torch.export.load(pt2).module(), torch.zeros(1, 3, 160, 160)
+    model.get_parameter("network.head.class_logits.bias").data.fill_(-30)
+    _, scores, labels, masks = model(images)
+    assert not scores.any() and masks.shape == (100, 40, 40) and set(labels.tolist()) == {0}
+
+
+def test_the_files_say_nothing_of_where_they_were_made(onnx, pt2):
+    """torch notes for each node in which line of which file it was made."""
+    for file in (onnx, pt2):
+        content = file.read_bytes()
+        assert str(EXAMPLE.parents[1]).encode() not in content and b"export.py" not in content
 
 
 def test_rows_without_a_detection_have_score_0():
@@ -149,8 +165,9 @@ def test_the_files_describe_themselves(warm, onnx, pt2, session):
     assert (facts["min_size"], facts["max_size"]) == model.size == (64, 64) and facts["score_threshold"] == LOW
     assert "mask quality" in facts["score"] and facts["padding"] == [123.675, 116.28, 103.53]
     metadata = session.get_modelmeta().custom_metadata_map
-    assert {name: json.loads(text) for name, text in metadata.items()} == facts
-    assert [path.name for file in (onnx, pt2) for path in file.parent.iterdir()] == ["model.onnx", "model.pt2"]
+    assert {name: json.loads(text) for name, text in metadata.items()} == facts | {"min_side": 32}
+    assert facts["min_side"] == 160
+    assert [path.name for file in (onnx, pt2) for path in file.parent.iterdir()] == ["model.ONNX", "model.pt2"]
 
 
 @pytest.mark.parametrize("size", [(300, 320), (256, 324)])
@@ -160,11 +177,16 @@ def test_sides_that_are_no_multiples_of_32_are_named(session, loaded, size):
         session.run(None, {"images": images.numpy()})
     with pytest.raises(AssertionError, match=r"^Guard failed: images.size\(\)\[\d\] % 32 == 0$"):
         loaded(images)
-    with pytest.raises(AssertionError, match=r"^Guard failed: images.size\(\)\[\d\] >= 256$"):
-        loaded(images[:, :, :224, :224])
+    with pytest.raises(AssertionError, match=r"^Guard failed: images.size\(\)\[\d\] >= 160$"):
+        loaded(images[:, :, :128, :128])
 
 
 # ------------------------------------------------------------------------------------------------ the example
+
+
+@pytest.fixture
+def example(packages) -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(EXAMPLE)))
 
 
 def test_the_example_stands_alone():
@@ -175,16 +197,11 @@ def test_the_example_stands_alone():
 
 
 @pytest.mark.parametrize("size", [(64, 64), (80, 100), (150, 96)])
-def test_the_example_finds_what_the_program_finds(warm, drawn, session, size):
+def test_the_example_finds_what_the_program_finds(warm, drawn, session, example, size):
     """At the training size, and at sizes that are resized and padded."""
-    sys.path.insert(0, str(EXAMPLE.parent))
-    try:
-        import onnx_example
-    finally:
-        sys.path.pop(0)
     image = Image.fromarray(tiled(drawn, 64, 64)[0].byte().permute(1, 2, 0).numpy()).resize(size[::-1])
     model = load(warm)
-    expected, found = model.predict(image, LOW), onnx_example.find(session, image)
+    expected, found = model.predict(image, LOW), example.find(session, image)
     boxes, labels = torch.tensor([box for _, _, box, _ in found]), [model.classes.index(name) for name, *_ in found]
     sure = (expected.scores > LOW + 0.1).nonzero()[:, 0].tolist()  # about the threshold the scores differ
     assert len(sure) > 5 and len(found) <= (expected.scores > 0).sum()
@@ -196,10 +213,26 @@ def test_the_example_finds_what_the_program_finds(warm, drawn, session, size):
         # quality counts what of a mask lies in the padding, with `warm` much
         assert score == pytest.approx(float(expected.scores[k]), abs=1e-3 if size == (64, 64) else 0.1)
         assert (mask & wanted).sum() >= 0.99 * (mask | wanted).sum() > 0
-    assert onnx_example.draw(image.copy(), found) != image
+    assert example.draw(image.copy(), found) != image
 
 
-def test_the_example_as_a_program_sees_what_is_transparent_as_white(drawn, onnx, tmp_path, monkeypatch):
+def test_the_example_draws_the_surest_object_on_top(example):
+    masks = np.zeros((2, 60, 80), bool)
+    masks[0, 5:45, 10:70] = masks[1, 20:30, 40:60] = True
+    found = [("sure", 0.9, [0, 50, 9, 59], masks[0]), ("doubtful", 0.4, [0, 50, 9, 59], masks[1])]
+    image, other = (example.draw(Image.new("RGB", (80, 60)), some) for some in (found, found[::-1]))
+    outlines = [ImageColor.getrgb(colour) for colour in example.COLOURS]
+    assert image == other and image.getpixel((10, 25)) in outlines and image.getpixel((40, 25)) not in outlines
+    assert (0, 0, 0) == image.getpixel((5, 25)) != image.getpixel((20, 25)) != image.getpixel((50, 25))
+
+
+def test_the_example_without_arguments_says_how(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["onnx_example.py"])
+    with pytest.raises(SystemExit, match="^usage: .* model.onnx photo.jpg found.png$"):
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+
+
+def test_the_example_as_a_program_sees_what_is_transparent_as_white(drawn, onnx, tmp_path, monkeypatch, capsys):
     """As the program does, which composes it on white, too."""
     image = Image.fromarray(tiled(drawn, 64, 96)[0].byte().permute(1, 2, 0).numpy())
     alpha = Image.new("L", image.size, 255)
@@ -215,6 +248,7 @@ def test_the_example_as_a_program_sees_what_is_transparent_as_white(drawn, onnx,
     assert found == (tmp_path / "transparent.bmp").read_bytes()
     white.save(tmp_path / "white.bmp")
     assert found != (tmp_path / "white.bmp").read_bytes()  # something is drawn
+    assert re.search(rf"objects found: [1-9]\d*, drawn in {tmp_path}/white.bmp\n$", capsys.readouterr().out)
 
 
 # ------------------------------------------------------------------------------------------------- bad input

@@ -3,6 +3,7 @@ import os
 import resource
 import signal
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +24,25 @@ def test_an_error_is_one_line_and_exit_status_1(capsys, error, line):
         raise error
     assert exit.value.code == 1
     assert capsys.readouterr() == ("", line)
+
+
+@pytest.mark.parametrize("count", [1, 10 ** 5])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_nobody_reads_any_more_is_no_error(count, unbuffered):
+    """As with `| head`: a pipe that is closed. Also where what is printed waits for the end."""
+    code = f"from formats.files import one_line_errors\nwith one_line_errors(): print({count} * 'a line\\n')"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE,
+                          cwd=Path(__file__).parents[1], env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
+    os.close(writing)
+    assert done.returncode == 1 and done.stderr == b""
+
+
+def test_another_broken_pipe_is_an_error(capsys):
+    with pytest.raises(SystemExit), one_line_errors():
+        raise BrokenPipeError(32, "Broken pipe")
+    assert "Broken pipe" in one_line_error(capsys)
 
 
 def test_other_errors_pass():

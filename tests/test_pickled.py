@@ -32,6 +32,13 @@ def test_a_pickle_may_hold_arrays_and_nothing_else(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("content", [b"# A heading\n", b"\x89PNG\r\n", b"{}"])
+def test_what_is_no_file_of_torch_is_said_in_plain_words(content, tmp_path):
+    (tmp_path / "README.md").write_bytes(content)
+    with pytest.raises(ValueError, match="^it is no file of PyTorch$"):
+        read(tmp_path / "README.md")
+
+
 class Crafted:
     """A pickle that describes a type of 8 bytes which are a pointer, and lets numpy follow it."""
 

@@ -81,7 +81,7 @@ def test_images_of_all_kinds_in_folders_below(drawn, sure, tmp_path, capsys):
         assert max(coco_mask.iou([one["segmentation"]], [r["segmentation"]], [0])[0, 0] for r in others) > 0.99
     capsys.readouterr()
     assert failing("--ckpt", sure, folder / "b.png", "--out", tmp_path / "none", "--workers", 0) == 1
-    assert "none of the 1 images can be decoded" in capsys.readouterr().err
+    assert "none of 1 image can be decoded" in capsys.readouterr().err
     assert not (tmp_path / "none" / "predictions.json").exists()
 
 

@@ -3,7 +3,7 @@
     python -m tools.export --ckpt CKPT --out model.onnx     for onnxruntime, see docs/onnx_example.py
     python -m tools.export --ckpt CKPT --out model.pt2      for torch.export.load, with torch and torchvision
 
-    images (1, 3, H, W) float32    RGB 0 to 255, padded with "padding" to multiples of 32; for .pt2 at least 256
+    images (1, 3, H, W) float32    RGB 0 to 255, padded with "padding" to multiples of 32, at least "min_side"
     boxes (100, 4)                 xyxy pixels of the input
     scores (100,)                  those that the program reports, of BoxTeacher sqrt(detection score * mask quality)
                                    (model.rescores); 0: nothing was found, and the row's other values mean nothing
@@ -25,9 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
 from torch.nn.functional import scaled_dot_product_attention
 from torchvision.ops import clip_boxes_to_image, nms
 
+from backbone import ResNet
 from data import STRIDE
 from formats.checkpoint import FORMAT, first_line
 from formats.files import CommandLine, UserError, one_line_errors, optional, write_whole
@@ -37,7 +39,7 @@ from model import (LIMIT, NMS_THRESHOLD, PER_LEVEL, PIXEL_MEAN, SCORE_THRESHOLD,
 from tools.command_line import output_file
 
 OUTPUTS = ["boxes", "scores", "labels", "masks"]
-TILES = 8, 256        # of 32 pixels, a side: to torch.export one cell of P7 or one window of Swin would be a constant
+MOST_TILES = 256      # of 32 pixels, a side
 MASK_THRESHOLD = 0.5  # of masks.paste_masks
 PART = 20             # masks at the input's size that are in memory at once
 
@@ -73,11 +75,13 @@ def detect(one: Predictions) -> Detections:
     """model.detect with LIMIT rows whatever is found; the rows that are left have score 0."""
     quality, locations, labels = best_pairs(one, PER_LEVEL)
     chosen = quality > SCORE_THRESHOLD
-    # one more pair, which stands for nothing: NMS always has a box, and the last row fills up the others
-    scores, locations, labels = (F.pad(x[chosen], (0, 1)) for x in (quality.sqrt(), locations, labels))
+    # two more pairs, which stand for nothing: the last row fills up the others. The one before has a class of its own,
+    # since a .pt2 fails where NMS keeps less than two boxes
+    classes = F.pad(F.pad(labels[chosen], (0, 1), value=-1), (0, 1))
+    scores, locations, labels = (F.pad(x[chosen], (0, 2)) for x in (quality.sqrt(), locations, labels))
     boxes = decode_boxes(one.ltrb[0], one.locations)[locations]
     shifted = boxes - boxes.min()  # class by class, as batched_nms
-    keep = nms(shifted + (labels * (shifted.max() + 1))[:, None], scores, NMS_THRESHOLD)
+    keep = nms(shifted + (classes * (shifted.max() + 1))[:, None], scores, NMS_THRESHOLD)
     keep = F.pad(keep, (0, LIMIT), value=-1)[:LIMIT]
     return Detections(boxes[keep], scores[keep], labels[keep], locations[keep])
 
@@ -111,24 +115,35 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def fewest_tiles(network: CondInst) -> int:
+    """The least side: to torch.export one cell of P7 or one window of Swin, 224 pixels, would be a constant."""
+    return 5 if isinstance(network.backbone, ResNet) else 8
+
+
 @quiet()
 def traced(model: Predictor) -> ExportedProgram:
-    """The model for all input sizes."""
-    fewest, most = TILES
-    sides = {2: STRIDE * Dim("rows", min=fewest, max=most), 3: STRIDE * Dim("columns", min=fewest, max=most)}
+    """The model for all input sizes, without what torch notes about each node: lines of code and where they are."""
+    fewest = fewest_tiles(model.network)
+    rows, columns = (STRIDE * Dim(name, min=fewest, max=MOST_TILES) for name in ("rows", "columns"))
     example = torch.zeros(1, 3, 8 * STRIDE, 10 * STRIDE)
     with torch.no_grad(), patch.object(F, "scaled_dot_product_attention", attention):
-        return torch.export.export(Exported(model.network, model.rescore).eval(), (example,), dynamic_shapes=(sides,),
-                                   strict=False)
+        program = torch.export.export(Exported(model.network, model.rescore).eval(), (example,),
+                                      dynamic_shapes=({2: rows, 3: columns},), strict=False)
+    for part in program.graph_module.modules():  # what runs without autocast is a part of its own
+        for node in part.graph.nodes if isinstance(part, GraphModule) else ():
+            node.meta.pop("stack_trace", None)
+            node.meta.pop("nn_module_stack", None)
+    return program
 
 
-def description(model: Predictor) -> dict:
+def description(model: Predictor, pt2: bool) -> dict:
     """What a program that runs the file needs to know. Sizes are in pixels."""
     min_size, max_size = model.size
     return {"format": FORMAT, "classes": model.classes, "min_size": min_size, "max_size": max_size, "stride": STRIDE,
-            "padding": PIXEL_MEAN, "score": "sqrt(detection score x mask quality)" if model.rescore else
-            "detection score", "score_threshold": default_threshold(model.rescore),
-            "mask_threshold": MASK_THRESHOLD, "candidate_threshold": SCORE_THRESHOLD, "nms_threshold": NMS_THRESHOLD}
+            "min_side": STRIDE * fewest_tiles(model.network) if pt2 else STRIDE, "padding": PIXEL_MEAN,
+            "score": "sqrt(detection score x mask quality)" if model.rescore else "detection score",
+            "score_threshold": default_threshold(model.rescore), "mask_threshold": MASK_THRESHOLD,
+            "candidate_threshold": SCORE_THRESHOLD, "nms_threshold": NMS_THRESHOLD}
 
 
 @quiet()
@@ -180,7 +195,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def ending(path: str) -> str:
-    return os.path.splitext(path)[1]
+    return os.path.splitext(path)[1].lower()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -190,8 +205,9 @@ def main(argv: list[str] | None = None) -> None:
             optional(package, f"--out {args.out}")
         model = load(args.ckpt, weights=args.weights)
         output_file(args.out)
+        print(f"writing {args.out} takes about a minute, with Swin some minutes", flush=True)
         with translating(args.ckpt, args.out):
-            content = WRITERS[ending(args.out)](traced(model), description(model))
+            content = WRITERS[ending(args.out)](traced(model), description(model, ending(args.out) == ".pt2"))
         write_whole(args.out, content)
         print(f"{args.out}: {len(model.classes)} classes, {len(content) / 1e6:.1f} MB")
 

@@ -244,7 +244,7 @@ def measure_export(backbone: str, size: tuple[int, int], rounds: int) -> dict:
     torch.nn.init.zeros_(network.head.class_logits.bias)  # of probability 0.5: objects everywhere
     model = Predictor(network, [str(label) for label in range(80)], size, rescore=True)
     program = traced(model)
-    pt2, onnx = as_pt2(program, description(model)), as_onnx(program, description(model))
+    pt2, onnx = as_pt2(program, description(model, True)), as_onnx(program, description(model, False))
     loaded = torch.export.load(io.BytesIO(pt2)).module()
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()

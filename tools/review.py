@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import os
+import shlex
 from pathlib import Path
 from urllib.parse import quote
 
@@ -60,7 +61,8 @@ def write_review(annotations: CocoBoxes, labels: BoxMasks, ids: list[int], links
     items = [described(k) | {"given": labels.rles[k] is not None and bool(labels.scores[k] >= min_score)} | pictures[k]
              for k in shown]
     rest = [described(k) for k in order[len(shown):max(low, len(shown))][:LISTED].tolist()]
-    content = {"masks_sha256": digest(out / "masks.json"), "summary": summary(labels, len(shown), low, min_score),
+    content = {"masks_sha256": digest(out / "masks.json"), "masks": printable(shlex.quote(str(out / "masks.json"))),
+               "summary": summary(labels, len(shown), low, min_score),
                "total": sum(item["given"] for item in items),
                "others": [f"{one['score']:.2f} {one['name']}, box {one['id']}, {one['file']}" for one in rest]}
     pages = split(items)
@@ -82,7 +84,7 @@ def summary(labels: BoxMasks, shown: int, low: int, min_score: float) -> str:
             + ", made without a model" * (COLOURS in labels.sources) + f"; {none} have none" * bool(none) + ". "
             + f"Half of the scores are above {np.median(labels.scores):.2f}. "
             + f"Masks below {min_score:g} were left out of the file: {low}. " * bool(low)
-            + f"Here are the lowest {shown}.")
+            + ("All are here." if shown == number else f"Here are the lowest {shown}."))
 
 
 def split(items: list[dict]) -> list[list[dict]]:
@@ -171,10 +173,15 @@ def digest(path: str | Path) -> str:
 def read_decisions(path: str) -> tuple[str, dict[str, str]]:
     """The digest of the masks.json that a decisions file is about, and KEEP or REJECT for annotation ids, as texts.
 
-    Raises DataError if it is no such file, and OSError."""
-    check_ordinary(path)
+    Raises DataError if it is no such file."""
     try:
+        check_ordinary(path)
         content = json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing: name the decisions.json that the review page saved, mostly in the folder "
+                        "of your downloads") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):
         content = None
     decisions = content.get("decisions") if isinstance(content, dict) else None
@@ -184,6 +191,15 @@ def read_decisions(path: str) -> tuple[str, dict[str, str]]:
     return content["masks_sha256"], decisions
 
 
+def check_masks(path: str) -> None:
+    """Raises DataError if there is no file, with what was meant."""
+    if not os.path.isfile(path):
+        inside = os.path.join(path, "masks.json")
+        what = "is a folder" if os.path.isdir(path) else "is no file" if os.path.exists(path) else "is missing"
+        raise DataError(f"{path} {what}: name " + (inside if os.path.isfile(inside) else
+                        "the masks.json beside the review page that the decisions were made on"))
+
+
 def apply_decisions(path: str, masks_path: str) -> tuple[dict, str]:
     """The content of masks.json with the rejected masks emptied, and how many were, in words.
 
@@ -191,6 +207,7 @@ def apply_decisions(path: str, masks_path: str) -> tuple[dict, str]:
     `source` stay, as for masks below --min-score: they are about the mask that was made. Raises DataError and OSError.
     """
     about, decisions = read_decisions(path)
+    check_masks(masks_path)
     content = read_coco(masks_path)
     if about != digest(masks_path):
         raise DataError(f"{path} is about another file than {masks_path}, or that has changed since its review page "
