@@ -37,16 +37,11 @@ def find(session: onnxruntime.InferenceSession, image: Image.Image) -> list[tupl
 
 def draw(image: Image.Image, found: list[tuple]) -> Image.Image:
     """Draw the objects into an image, the surest on top."""
-    line, found = max(2, max(image.size) // 300), sorted(found, key=lambda one: one[1])
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(max(12, max(image.size) // 45))
-    colours = [COLOURS[i % len(COLOURS)] for i in range(len(found))]
-    for colour, (_, _, _, mask) in zip(colours, found):
-        inside = np.pad(mask, line)
-        for axis in (0, 1):
-            inside = inside & np.roll(inside, line, axis) & np.roll(inside, -line, axis)
-        strength = np.where(mask & ~inside[line:-line, line:-line], 255, 110 * mask)  # the outline, and what is in it
-        image.paste(colour, mask=Image.fromarray(strength.astype(np.uint8)))
-    for colour, (name, score, box, _) in zip(colours, found):
+    line, font = max(2, max(image.size) // 300), ImageFont.load_default(max(12, max(image.size) // 45))
+    pen, found = ImageDraw.Draw(image), list(zip(COLOURS * len(found), sorted(found, key=lambda one: one[1])))
+    for colour, (_, _, _, mask) in found:
+        image.paste(colour, mask=Image.fromarray(np.uint8(128 * mask)))
+    for colour, (name, score, box, _) in found:
         pen.rectangle(box, outline=colour, width=line)
         pen.text(box[:2], f"{name} {score:.2f}", "white", font, stroke_width=line, stroke_fill="black")
     return image
