@@ -1,4 +1,4 @@
-# make demo          masks for boxes in photographs, without training and after it, measured: 20 minutes on 2 busy CPU cores
+# make demo          masks for boxes in photographs, without training and after it, measured: 15 minutes of one CPU core
 # make test          runs the tests
 # make experiments   compares the paper's methods and ablations on drawn shapes, 3 seeds each: hours; resumes if stopped
 # Each first creates .venv, or updates it after a change of requirements.txt.

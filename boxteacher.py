@@ -21,7 +21,9 @@ from model import CondInst, mask_logits
 from teacher import PseudoLabels, pseudo_label, refined_label
 
 
-REFINED_WEIGHT = 4.0  # of refined pseudo masks in Eq. 2: nearer to the true ones than the paper's (EXPERIMENTS.md)
+# The lambdas of Eq. 2 are multiplied by this for refined pseudo masks, which are nearer to the true ones than the
+# teacher's own. Measured in EXPERIMENTS.md, not from the paper.
+REFINED_WEIGHT = 4.0
 
 
 class Step(NamedTuple):
@@ -42,7 +44,7 @@ def boxteacher_losses(student: nn.Module, teacher: CondInst | None, batch: Batch
 
     student: the network, or DDP around it; teacher: None for BoxInst; score: one of teacher.SCORES, or "released";
     pixel_loss: one of losses.PIXEL_LOSSES. With fit_steps or colors pseudo masks are refined ones, see
-    teacher.refined_label, which weigh REFINED_WEIGHT times as much, and `score` has no use.
+    teacher.refined_label: these weigh REFINED_WEIGHT times as much, and `score` has no use.
     """
     refined = bool(fit_steps or colors)
     pseudo = None if teacher is None or refined else pseudo_label(teacher, batch, score)    # Eq. 1, Alg. 1
@@ -50,7 +52,7 @@ def boxteacher_losses(student: nn.Module, teacher: CondInst | None, batch: Batch
     losses, positives, logits, box = detect_and_segment(student, batch)             # L_det
 
     chosen, place = box.unique(return_inverse=True)         # the boxes that learn masks; (K,) places among them
-    if teacher is not None and refined:
+    if teacher is not None and refined:     # of the boxes that learn masks alone; not from the paper
         pseudo = refined_label(teacher, batch, chosen, fit_steps, colors)
     grid = mask_grid(batch, chosen, *logits.shape[-2:])
     costs = disagreement(logits)                                                    # of each pair of cells

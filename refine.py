@@ -184,10 +184,10 @@ def box_heads(image: Predictions, boxes: Tensor, classes: Tensor | None, count: 
         center, half = (boxes[some, :2] + boxes[some, 2:]) / 2, (boxes[some, 2:] - boxes[some, :2]).amax(1) / 2
         own_level = torch.searchsorted(boxes.new_tensor([high for _, high in LEVEL_RANGES]), half)
         far = torch.cdist(center, xy) + 1e5 * (owner >= 0) + 1e6 * (level != own_level[:, None])
-        rank, chosen = torch.where(owner == some[:, None], confidence, -far).topk(count)
+        rank, best = torch.where(owner == some[:, None], confidence, -far).topk(count)
         usable = (rank > 0) | (rank[:, :1] <= 0)  # a box with locations of its own draws with these alone
-        weight = confidence.gather(1, chosen) * usable + 1e-6 * usable
-        locations.append(chosen)
+        weight = confidence.gather(1, best) * usable + 1e-6 * usable
+        locations.append(best)
         weights.append(weight / weight.sum(1, keepdim=True))
     return torch.cat(locations), torch.cat(weights)
 

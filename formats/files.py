@@ -44,7 +44,7 @@ def one_line_errors() -> Iterator[None]:
     nobody reads what it prints any more."""
     try:
         yield
-        sys.stdout.flush()
+        print(end="", flush=True)  # not sys.stdout.flush(): where it is closed, sys.stdout is None
     except (UserError, OSError) as error:
         silent = isinstance(error, SaidElsewhere) or isinstance(error, BrokenPipeError) and reader_has_gone()
         if not silent:

@@ -45,6 +45,13 @@ def test_another_broken_pipe_is_an_error(capsys):
     assert "Broken pipe" in one_line_error(capsys)
 
 
+def test_a_program_without_an_output_ends_as_any_other(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", None)  # as Python has it after `>&-`
+    with one_line_errors():
+        print("a line")
+    assert capsys.readouterr().err == ""
+
+
 def test_other_errors_pass():
     with pytest.raises(KeyError), one_line_errors():
         raise KeyError("a bug")

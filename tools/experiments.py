@@ -242,9 +242,8 @@ def table(experiments: Experiments, rows: list[str], seeds: list[int]) -> str:
 
     "over BoxInst" is the difference of mask AP within a seed, where both runs started from the same weights; "share" is
     its part of CondInst's, of the means. "held-out boxes" is the mean IoU of the masks that they get in the end, as the
-    heads draw them and refined. "label
-    IoU" and "student IoU" are of the training boxes in the last logged iterations: of the teacher's masks, and of the
-    student's masks for the boxes that got one (without a teacher, for all boxes).
+    heads draw them and refined. "label IoU" and "student IoU" are of the training boxes in the last logged iterations:
+    of the teacher's masks, and of the student's masks for the boxes that got one (without a teacher, for all boxes).
     """
     columns = ("seeds", "mask AP", "over BoxInst", "share", "AP50", "AP75", "mask AP, rescored", "box AP", "label IoU",
                "student IoU", "held-out boxes, fused", "refined")

@@ -172,6 +172,8 @@ def translating(ckpt: str, out: str) -> Iterator[None]:
     """Raises UserError for whatever torch raises in the block: not every backbone can be translated."""
     try:
         yield
+    except (MemoryError, OSError):
+        raise
     except Exception as error:
         while error.__cause__:  # what torch raises last does not say what it met
             error = error.__cause__
