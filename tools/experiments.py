@@ -53,7 +53,7 @@ RUNS = {
     "mean-entropy": "--score mean-entropy".split(),
     "weights-x4": "--lambda-pixel 2 --lambda-affinity 0.4".split(),
     "refined": REFINED,
-    "refined-x1": [*REFINED, *"--lambda-pixel 0.125 --lambda-affinity 0.025".split()],  # weights as of the paper's masks
+    "refined-x1": [*REFINED, *"--lambda-pixel 0.125 --lambda-affinity 0.025".split()],  # the paper's weights
     "refined-scratch": REFINED,  # from random weights, as long as the start and a run from it together
 }
 
