@@ -52,7 +52,7 @@ def boxteacher_losses(student: nn.Module, teacher: CondInst | None, batch: Batch
     losses, positives, logits, box = detect_and_segment(student, batch)             # L_det
 
     chosen, place = box.unique(return_inverse=True)         # the boxes that learn masks; (K,) places among them
-    if teacher is not None and refined:     # of the boxes that learn masks alone; not from the paper
+    if teacher is not None and refined:     # for the boxes that learn a mask; not from the paper
         pseudo = refined_label(teacher, batch, chosen, fit_steps, colors)
     grid = mask_grid(batch, chosen, *logits.shape[-2:])
     costs = disagreement(logits)                                                    # of each pair of cells
